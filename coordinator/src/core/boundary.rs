@@ -1,0 +1,45 @@
+//! Between two steps: all members hold the committed state, and nothing is in flight but perhaps
+//! an upload. Decides, in this order, whether to save, to evaluate, to end, to let spares in, or
+//! to go on with the next step.
+
+use super::{Core, Phase};
+
+impl Core {
+    /// Whether this is the run's last boundary.
+    pub(super) fn ending(&self) -> bool {
+        self.committed >= self.total || self.stop.is_some()
+    }
+
+    /// Takes the run on from a step boundary. To be called after a commit, when a generation has
+    /// formed, when an evaluation is complete, and whenever what a holding run waits for may
+    /// have come.
+    pub(super) fn proceed(&mut self) {
+        self.start_saving_if_due();
+        if self.evaluation_is_due() {
+            return self.start_evaluation();
+        }
+        let saved = self.state_is_in_reach();
+        if self.ending() {
+            if saved {
+                return self.finish();
+            }
+            self.phase = Phase::Holding;
+            let step = self.committed;
+            return self.explain(format!("waiting for the checkpoint of step {step} to end"));
+        }
+        let spares = self.spares();
+        if !spares.is_empty() {
+            let names = self.roster.names(spares);
+            if saved {
+                let step = self.committed;
+                return self.reform(&format!("{names} can take part from step {step} on"));
+            }
+            if self.saving.as_ref().is_some_and(|saving| saving.step() == self.committed) {
+                self.phase = Phase::Holding;
+                return self
+                    .explain(format!("waiting for the checkpoint that lets {names} take part"));
+            }
+        }
+        self.plan();
+    }
+}

@@ -1,0 +1,73 @@
+//! What the core hears: everything that can happen to a run, already checked for form at the rim.
+
+use looptrain_proto::{Digest, Generation, Step, WorkerId, v1};
+
+/// One thing that happened.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// A new session introduced itself.
+    Joined { worker: WorkerId, join: v1::Join },
+    /// A message on a session.
+    Report { worker: WorkerId, report: Report },
+    /// A session is over without a farewell.
+    Broken { worker: WorkerId, reason: String },
+    /// Time has passed; sent several times per worker time-out.
+    Tick,
+    /// An operator wants the run to stop at the next step boundary.
+    StopRequested { reason: String },
+    /// The manifest of this step's checkpoint is in the store.
+    CheckpointWritten { step: Step },
+    /// The manifest of this step's checkpoint could not be written.
+    CheckpointRefused { step: Step, reason: String },
+}
+
+/// What a worker that has joined can say.
+#[derive(Clone, Debug)]
+pub(crate) enum Report {
+    Heartbeat,
+    Ready {
+        generation: Generation,
+        step: Step,
+        weights_digest: Digest,
+    },
+    Prepared {
+        generation: Generation,
+        step: Step,
+        digest: Digest,
+        statistics: v1::StepStatistics,
+        sections: v1::Sections,
+    },
+    Evaluated {
+        generation: Generation,
+        step: Step,
+        sums: Vec<i64>,
+        tokens: u64,
+    },
+    PartSaved {
+        step: Step,
+        part: usize,
+        parts: usize,
+        result: Result<SavedPart, String>,
+    },
+    Failed {
+        generation: Generation,
+        step: Step,
+        cause: v1::failed::Cause,
+        detail: String,
+    },
+    Leave {
+        reason: String,
+    },
+}
+
+/// One part of a checkpoint, as its writer describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SavedPart {
+    /// File name below the checkpoint's prefix.
+    pub(crate) file: String,
+    pub(crate) bytes: u64,
+    pub(crate) digest: Digest,
+    pub(crate) tensors: u64,
+    /// Digest of the whole weights, of which this is a part.
+    pub(crate) weights_digest: Digest,
+}

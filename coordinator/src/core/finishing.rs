@@ -1,0 +1,61 @@
+//! How a run ends: at its last step, on request at a step boundary, or with an error.
+
+use looptrain_proto::v1::Finish;
+
+use super::step::tokens_after;
+use super::{Action, Core, Directive, Phase};
+use crate::records::{Outcome, RunEvent};
+
+impl Core {
+    pub(super) fn on_stop(&mut self, reason: String) {
+        if self.stop.is_some() {
+            return;
+        }
+        self.stop = Some(reason.clone());
+        self.publish(RunEvent::Stopping { reason });
+        match self.phase {
+            Phase::Waiting => self.settle(),
+            Phase::Holding => self.proceed(),
+            // The step, the formation or the evaluation in flight is brought to its end first.
+            _ => {}
+        }
+    }
+
+    /// Ends the run at the committed step, which a checkpoint holds (or which is the initial
+    /// state).
+    pub(super) fn finish(&mut self) {
+        let step = self.committed;
+        let stopped = step < self.total;
+        let reason = match (&self.stop, stopped) {
+            (Some(why), true) => format!("stopped at step {step} of {}: {why}", self.total),
+            _ => format!("all {} steps are done", self.total),
+        };
+        let outcome = Outcome {
+            step,
+            tokens: tokens_after(&self.spec, step),
+            loss: self.last.as_ref().map(|record| record.loss),
+            weights_digest: self.known_weights(step),
+            stopped,
+            evaluation: self.evaluation.clone().filter(|record| record.step == step),
+        };
+        self.publish(RunEvent::Finished { reason: reason.clone() });
+        self.end(reason, Ok(outcome));
+    }
+
+    /// Ends the run with an error. What is committed stays; the newest checkpoint is where the
+    /// next start goes on.
+    pub(super) fn fail(&mut self, reason: String) {
+        self.publish(RunEvent::Failed { reason: reason.clone() });
+        self.end(reason.clone(), Err(reason));
+    }
+
+    fn end(&mut self, reason: String, result: Result<Outcome, String>) {
+        for worker in self.roster.ids() {
+            self.send(worker, Directive::Finish(Finish { reason: reason.clone() }));
+            self.out.push(Action::Close { worker });
+        }
+        self.phase = Phase::Ended { failed: result.is_err() };
+        self.explain(reason);
+        self.out.push(Action::End(result));
+    }
+}

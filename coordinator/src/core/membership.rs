@@ -1,0 +1,216 @@
+//! Who is here: joins and refusals, farewells, broken sessions, silence.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use looptrain_proto::v1::{self, Finish, Refused, Welcome};
+use looptrain_proto::{PROTOCOL_VERSION, WorkerId};
+
+use super::{Action, Core, Directive, Phase, plural};
+use crate::records::{RunEvent, SectionSeconds};
+
+/// A worker with a session.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) join: v1::Join,
+    pub(crate) heard: Duration,
+    /// Sections of its last vote.
+    pub(crate) sections: SectionSeconds,
+}
+
+/// All workers with a session: members and those who wait for a place. Ids grow with the order
+/// of joining.
+#[derive(Debug, Default)]
+pub(crate) struct Roster {
+    workers: BTreeMap<WorkerId, Worker>,
+}
+
+impl Roster {
+    /// Notes that a worker is alive; false when it is unknown.
+    pub(super) fn hear(&mut self, worker: WorkerId, now: Duration) -> bool {
+        let known = self.workers.get_mut(&worker);
+        known.map(|worker| worker.heard = now).is_some()
+    }
+
+    pub(super) fn hear_all(&mut self, now: Duration) {
+        self.workers.values_mut().for_each(|worker| worker.heard = now);
+    }
+
+    pub(super) fn get(&self, worker: WorkerId) -> Option<&Worker> {
+        self.workers.get(&worker)
+    }
+
+    pub(super) fn get_mut(&mut self, worker: WorkerId) -> Option<&mut Worker> {
+        self.workers.get_mut(&worker)
+    }
+
+    pub(super) fn ids(&self) -> Vec<WorkerId> {
+        self.workers.keys().copied().collect()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
+        self.workers.iter().map(|(id, worker)| (*id, worker))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// A worker's name, for people.
+    pub(super) fn name(&self, worker: WorkerId) -> &str {
+        self.workers.get(&worker).map_or("?", |worker| &worker.join.name)
+    }
+
+    pub(super) fn names(&self, workers: impl IntoIterator<Item = WorkerId>) -> String {
+        let names: Vec<&str> = workers.into_iter().map(|worker| self.name(worker)).collect();
+        names.join(", ")
+    }
+}
+
+impl Core {
+    pub(super) fn on_joined(&mut self, worker: WorkerId, join: v1::Join) {
+        if let Err(reason) = self.admissible(&join) {
+            self.send(worker, Directive::Refused(Refused { reason: reason.clone() }));
+            self.out.push(Action::Close { worker });
+            return self.publish(RunEvent::WorkerRefused { name: join.name, reason });
+        }
+        self.numerics.get_or_insert_with(|| join.numerics.clone());
+        let welcome = Welcome {
+            worker_id: worker.0,
+            incarnation: self.incarnation.0,
+            spec: self.spec_toml.clone(),
+        };
+        self.send(worker, Directive::Welcome(welcome));
+        let spare = !matches!(self.phase, Phase::Waiting);
+        let (name, host) = (join.name.clone(), join.host.clone());
+        let heard = self.now;
+        self.roster
+            .workers
+            .insert(worker, Worker { join, heard, sections: SectionSeconds::default() });
+        self.publish(RunEvent::WorkerJoined { worker, name, host, spare });
+        if !spare {
+            self.settle();
+        }
+    }
+
+    fn admissible(&self, join: &v1::Join) -> Result<(), String> {
+        let name = &join.name;
+        if self.ended() {
+            return Err(format!("the run has ended: {}", self.reason));
+        }
+        if join.protocol_version != PROTOCOL_VERSION {
+            return Err(format!(
+                "worker {name} speaks protocol version {}, this coordinator {PROTOCOL_VERSION}; \
+                 install the same release on both",
+                join.protocol_version
+            ));
+        }
+        if name.is_empty() || join.peer_address.is_empty() {
+            return Err("a worker needs a name and a peer address".into());
+        }
+        if let Some((_, there)) = self.roster.iter().find(|(_, there)| there.join.name == *name) {
+            return Err(format!(
+                "there is a worker {name} already (process {} on {}); choose another name, or \
+                 wait until that one is gone",
+                there.join.process_id, there.join.host
+            ));
+        }
+        match &self.numerics {
+            Some(pinned) if *pinned != join.numerics => Err(format!(
+                "worker {name} computes with `{}`, this run with `{pinned}`, which gives other \
+                 bits; start it on a machine of the same kind",
+                join.numerics
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn on_broken(&mut self, worker: WorkerId, reason: &str) {
+        self.out.push(Action::Close { worker });
+        if let Some(name) = self.remove(worker, reason) {
+            self.after_loss(&format!("{name} was lost ({reason})"));
+        }
+    }
+
+    pub(super) fn on_leave(&mut self, worker: WorkerId, reason: &str) {
+        let said = if reason.is_empty() { "it left".into() } else { format!("it left: {reason}") };
+        self.out.push(Action::Close { worker });
+        if let Some(name) = self.remove(worker, &said) {
+            self.after_loss(&format!("{name} left"));
+        }
+    }
+
+    pub(super) fn on_tick(&mut self) {
+        let timeout = Duration::from_secs_f64(self.spec.cluster.worker_timeout);
+        // A coordinator that was frozen itself (a suspended machine, a debugger) has not heard
+        // anybody and must not take that for their deaths.
+        if self.now.saturating_sub(self.ticked) > timeout {
+            self.roster.hear_all(self.now);
+        }
+        self.ticked = self.now;
+        let silent: Vec<WorkerId> = (self.roster.iter())
+            .filter(|(_, worker)| self.now.saturating_sub(worker.heard) > timeout)
+            .map(|(id, _)| id)
+            .collect();
+        if !silent.is_empty() {
+            let names = self.roster.names(silent.iter().copied());
+            let reason = format!("silent for {:.1} s", timeout.as_secs_f64());
+            for worker in silent {
+                self.out.push(Action::Close { worker });
+                self.remove(worker, &reason);
+            }
+            return self.after_loss(&format!("{names} fell silent"));
+        }
+        self.on_tick_in_trouble();
+        if matches!(self.phase, Phase::Holding) {
+            self.proceed();
+        }
+    }
+
+    /// Sends a worker away for a fault of its own; the caller decides what the others do.
+    pub(super) fn expel(&mut self, worker: WorkerId, reason: &str) {
+        self.send(worker, Directive::Finish(Finish { reason: reason.to_owned() }));
+        self.out.push(Action::Close { worker });
+        self.remove(worker, reason);
+    }
+
+    /// Takes a worker off the roster and returns its name; `None` when it was not on it.
+    fn remove(&mut self, worker: WorkerId, reason: &str) -> Option<String> {
+        let name = self.roster.workers.remove(&worker)?.join.name;
+        if self.ended() {
+            return Some(name);
+        }
+        let reason = reason.to_owned();
+        self.publish(RunEvent::WorkerLost { worker, name: name.clone(), reason });
+        self.save_lost_writer(worker);
+        if self.roster.len() == 0 && !self.numerics_pinned {
+            self.numerics = None;
+        }
+        Some(name)
+    }
+
+    /// Goes on with whoever is left, when a member is among the gone.
+    pub(super) fn after_loss(&mut self, reason: &str) {
+        if self.ended() {
+            return;
+        }
+        if self.members.iter().any(|member| self.roster.get(*member).is_none()) {
+            self.reform(reason);
+        } else if matches!(self.phase, Phase::Waiting) {
+            self.settle();
+        } else if matches!(self.phase, Phase::Holding) {
+            self.proceed();
+        }
+    }
+
+    /// Says what a waiting run waits for.
+    pub(super) fn explain_waiting(&mut self) {
+        let (wanted, here) = (self.spec.cluster.workers as usize, self.roster.len());
+        let who = match here {
+            0 => "none is here".into(),
+            1 => format!("only {} is here", self.roster.names(self.roster.ids())),
+            _ => format!("{here} are here: {}", self.roster.names(self.roster.ids())),
+        };
+        self.explain(format!("waiting for {wanted} worker{}; {who}", plural(wanted)));
+    }
+}

@@ -1,0 +1,270 @@
+//! The coordinator's decisions: a pure state machine. Events and a clock reading go in, actions
+//! come out; there is no task, no channel, no store and no time call in this folder.
+//!
+//! A run alternates between these phases:
+//!
+//! ```text
+//! waiting -> forming -> training <-> evaluating
+//!    ^          ^           |
+//!    |          +-----------+---- a member is lost: survivors form the next generation
+//!    +--------------------------- nobody is left: back to the newest checkpoint
+//!                           +---> holding (for a checkpoint) -> ended
+//! ```
+//!
+//! Invariants, which `tests::random_events` checks:
+//! - a commit decision is one event: all votes of the generation are in and equal, every member
+//!   is sent the Commit before anything else, and no step is decided twice unless a fall back to
+//!   a checkpoint undid it;
+//! - the slots of a planned step are shared out exactly once over the ranks;
+//! - nothing of an older generation is acted on, except the parts of a checkpoint, whose content
+//!   does not depend on the generation that writes it;
+//! - the committed step only goes back when no member is left, and then to a checkpoint.
+//!
+//! One file a concern: [`membership`] (joins, losses, time-outs), [`forming`] (generations),
+//! [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints), [`finishing`]
+//! (stops and ends). [`boundary`] is where they meet: what to do between two steps.
+
+mod action;
+mod agreement;
+mod boundary;
+mod evaluation;
+mod event;
+mod finishing;
+mod forming;
+mod membership;
+mod saving;
+mod shares;
+mod status;
+mod step;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
+
+pub(crate) use action::{Action, Directive, ManifestDraft};
+pub(crate) use event::{Event, Report, SavedPart};
+pub(crate) use status::{Snapshot, WorkerView};
+pub(crate) use step::tokens_after;
+
+use crate::records::{EvaluationRecord, RunEvent, StepRecord};
+
+/// Where a run starts: what earlier coordinators left behind.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Resume {
+    /// This process; workers are told.
+    pub(crate) incarnation: Incarnation,
+    /// The newest verified checkpoint.
+    pub(crate) checkpoint: Option<Mark>,
+    /// How the run's workers compute, when that has been settled.
+    pub(crate) numerics: Option<String>,
+    /// The highest generation in the run's metrics; the next one is above it.
+    pub(crate) generation: Generation,
+    /// The newest evaluation.
+    pub(crate) evaluation: Option<EvaluationRecord>,
+}
+
+/// A committed step that a checkpoint holds.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Mark {
+    pub(crate) step: Step,
+    pub(crate) weights_digest: Digest,
+    /// The step's record; `None` when the metrics were lost.
+    pub(crate) record: Option<StepRecord>,
+}
+
+/// The state of a run in the eyes of its coordinator.
+#[derive(Debug)]
+pub(crate) struct Core {
+    spec: Spec,
+    spec_toml: String,
+    total: Step,
+    incarnation: Incarnation,
+
+    now: Duration,
+    ticked: Duration,
+    out: Vec<Action>,
+
+    roster: membership::Roster,
+    numerics: Option<String>,
+    numerics_pinned: bool,
+
+    generation: Generation,
+    /// Rank order; empty while waiting.
+    members: Vec<WorkerId>,
+    phase: Phase,
+    reason: String,
+    trouble: Option<forming::Trouble>,
+    /// Generations formed since the last commit because their ring broke.
+    fruitless: u32,
+
+    committed: Step,
+    /// The record of `committed`.
+    last: Option<StepRecord>,
+    /// Digest of the weights of the step, once ranks agreed on it.
+    weights: Option<(Step, Digest)>,
+    evaluation: Option<EvaluationRecord>,
+    pace: step::Pace,
+
+    checkpoint: Option<Mark>,
+    saving: Option<saving::Saving>,
+    save_overdue: bool,
+    save_errors: u32,
+    save_retry_at: Duration,
+
+    stop: Option<String>,
+}
+
+/// What the members are doing.
+#[derive(Debug)]
+enum Phase {
+    /// There is no generation.
+    Waiting,
+    /// Members build their ring and take the committed state.
+    Forming(forming::Forming),
+    /// A step is planned; votes come in.
+    Training(step::Round),
+    /// Shares of the validation split are being computed.
+    Evaluating(evaluation::Exam),
+    /// At a step boundary, waiting for a checkpoint.
+    Holding,
+    /// Finished or failed.
+    Ended { failed: bool },
+}
+
+impl Core {
+    /// A run before its first worker.
+    pub(crate) fn new(spec: Spec, resume: Resume) -> Self {
+        let Resume { incarnation, checkpoint, numerics, generation, evaluation } = resume;
+        Self {
+            spec_toml: spec.to_toml(),
+            total: spec.total_steps(),
+            spec,
+            incarnation,
+            now: Duration::ZERO,
+            ticked: Duration::ZERO,
+            out: Vec::new(),
+            roster: membership::Roster::default(),
+            numerics_pinned: numerics.is_some(),
+            numerics,
+            generation,
+            members: Vec::new(),
+            phase: Phase::Waiting,
+            reason: "no worker has joined yet".into(),
+            trouble: None,
+            fruitless: 0,
+            committed: checkpoint.as_ref().map_or(Step(0), |mark| mark.step),
+            last: checkpoint.as_ref().and_then(|mark| mark.record.clone()),
+            weights: checkpoint.as_ref().map(|mark| (mark.step, mark.weights_digest)),
+            evaluation,
+            pace: step::Pace::default(),
+            checkpoint,
+            saving: None,
+            save_overdue: false,
+            save_errors: 0,
+            save_retry_at: Duration::ZERO,
+            stop: None,
+        }
+    }
+
+    /// Takes one event at `now` (time since the start, never less than before) and returns what
+    /// to do about it, in order.
+    pub(crate) fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        self.now = now.max(self.now);
+        match event {
+            Event::Joined { worker, join } => self.on_joined(worker, join),
+            Event::Report { worker, report } => self.on_report(worker, report),
+            Event::Broken { worker, reason } => self.on_broken(worker, &reason),
+            _ if self.ended() => {}
+            Event::Tick => self.on_tick(),
+            Event::StopRequested { reason } => self.on_stop(reason),
+            Event::CheckpointWritten { step } => self.on_checkpoint_written(step),
+            Event::CheckpointRefused { step, reason } => self.on_checkpoint_refused(step, reason),
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    fn on_report(&mut self, worker: WorkerId, report: Report) {
+        if !self.roster.hear(worker, self.now) {
+            return self.ignore(worker, "it is not on the roster (any more)");
+        }
+        if self.ended() {
+            return;
+        }
+        match report {
+            Report::Heartbeat => {}
+            Report::Ready { generation, step, weights_digest } => {
+                self.on_ready(worker, generation, step, weights_digest);
+            }
+            Report::Prepared { generation, step, digest, statistics, sections } => {
+                let vote = step::Vote { digest, statistics, sections: sections.into() };
+                self.on_prepared(worker, generation, step, vote);
+            }
+            Report::Evaluated { generation, step, sums, tokens } => {
+                self.on_evaluated(worker, generation, step, evaluation::Share { sums, tokens });
+            }
+            Report::PartSaved { step, part, parts, result } => {
+                self.on_part_saved(worker, step, part, parts, result);
+            }
+            Report::Failed { generation, step, cause, detail } => {
+                self.on_failed(worker, generation, step, cause, &detail);
+            }
+            Report::Leave { reason } => self.on_leave(worker, &reason),
+        }
+    }
+
+    // ---- small helpers of all concerns ------------------------------------------------------
+
+    fn send(&mut self, worker: WorkerId, message: Directive) {
+        self.out.push(Action::Send { worker, message });
+    }
+
+    fn publish(&mut self, event: RunEvent) {
+        self.out.push(Action::Publish(event));
+    }
+
+    /// Notes why the run is where it is; repeated reasons are said once.
+    fn explain(&mut self, reason: impl Into<String>) {
+        let reason = reason.into();
+        if self.reason != reason {
+            self.reason.clone_from(&reason);
+            self.out.push(Action::Explain(reason));
+        }
+    }
+
+    fn ignore(&mut self, worker: WorkerId, reason: impl Into<String>) {
+        self.out.push(Action::Ignored { worker, reason: reason.into() });
+    }
+
+    fn ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended { .. })
+    }
+
+    fn rank_of(&self, worker: WorkerId) -> Option<usize> {
+        self.members.iter().position(|member| *member == worker)
+    }
+
+    fn world(&self) -> u32 {
+        self.members.len() as u32
+    }
+
+    /// The member of `generation` that may speak now, or why not.
+    fn current_rank(&self, worker: WorkerId, generation: Generation) -> Result<usize, String> {
+        if generation != self.generation {
+            let current = self.generation;
+            return Err(format!("it speaks of generation {generation}, now is {current}"));
+        }
+        self.rank_of(worker).ok_or_else(|| format!("it is no member of generation {generation}"))
+    }
+
+    /// What the weights of `step` are known to be.
+    fn known_weights(&self, step: Step) -> Option<Digest> {
+        self.weights.filter(|(at, _)| *at == step).map(|(_, digest)| digest)
+    }
+}
+
+/// `"s"` unless there is exactly one.
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}

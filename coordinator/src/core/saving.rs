@@ -1,0 +1,237 @@
+//! Checkpoints: when one is due, who writes which part, when it exists.
+//!
+//! Members copy their state when told to save and upload in the background, so training goes on
+//! meanwhile; at most one checkpoint is in the making. A part does not depend on the generation
+//! that wrote it, so parts count across generations as long as they belong to the same split. If
+//! a writer is lost before its part is in, the checkpoint is given up, and another one is made at
+//! the next step boundary.
+
+use std::time::Duration;
+
+use looptrain_proto::v1::Save;
+use looptrain_proto::{Cursor, Digest, Generation, Step, WorkerId};
+
+use super::agreement::{self, Verdict};
+use super::event::SavedPart;
+use super::{Action, Core, Directive, ManifestDraft, Mark, Phase};
+use crate::records::{RunEvent, StepRecord};
+
+/// After this many failures in a row to write a checkpoint that the run cannot end without, it
+/// fails.
+const MAX_FINAL_ERRORS: u32 = 5;
+
+/// A checkpoint in the making.
+#[derive(Debug)]
+pub(super) struct Saving {
+    step: Step,
+    cursor: Cursor,
+    generation: Generation,
+    record: Option<StepRecord>,
+    started: Duration,
+    /// In part order.
+    parts: Vec<Part>,
+    /// All parts are in and the manifest is being written.
+    sealed: Option<Digest>,
+}
+
+#[derive(Debug)]
+struct Part {
+    writer: WorkerId,
+    saved: Option<SavedPart>,
+}
+
+impl Saving {
+    pub(super) fn step(&self) -> Step {
+        self.step
+    }
+
+    /// The weights all parts belong to, once the manifest is being written.
+    #[cfg(test)]
+    pub(super) fn sealed(&self) -> Option<Digest> {
+        self.sealed
+    }
+}
+
+impl Core {
+    /// Tells the members to save when a checkpoint of the committed step is due and none is in
+    /// the making.
+    pub(super) fn start_saving_if_due(&mut self) {
+        let step = self.committed;
+        let being_saved = self.saving.as_ref().is_some_and(|saving| saving.step == step);
+        if self.state_is_in_reach() || being_saved {
+            return;
+        }
+        let regular = step.0 % self.spec.checkpoint.every_steps == 0;
+        if !(regular || self.save_overdue || self.ending()) {
+            return;
+        }
+        if self.saving.is_some() || self.now < self.save_retry_at {
+            self.save_overdue = true;
+            return;
+        }
+        self.save_overdue = false;
+        let parts = self.members.len();
+        for (part, worker) in self.members.clone().into_iter().enumerate() {
+            let save = Save {
+                generation: self.generation.0,
+                step: step.0,
+                part: part as u32,
+                parts: parts as u32,
+            };
+            self.send(worker, Directive::Save(save));
+        }
+        self.out.push(Action::SealMetrics);
+        self.saving = Some(Saving {
+            step,
+            cursor: self.spec.cursor_after(step),
+            generation: self.generation,
+            record: self.last.clone(),
+            started: self.now,
+            parts: self
+                .members
+                .iter()
+                .map(|writer| Part { writer: *writer, saved: None })
+                .collect(),
+            sealed: None,
+        });
+    }
+
+    pub(super) fn on_part_saved(
+        &mut self,
+        worker: WorkerId,
+        step: Step,
+        part: usize,
+        parts: usize,
+        result: Result<SavedPart, String>,
+    ) {
+        let Some(saving) = self.saving.as_mut().filter(|saving| {
+            let assigned = saving.parts.get(part).is_some_and(|place| place.writer == worker);
+            saving.step == step && saving.parts.len() == parts && assigned
+        }) else {
+            let reason = format!("part {part} of {parts} of step {step} is not being saved by it");
+            return self.ignore(worker, reason);
+        };
+        match result {
+            Err(error) => {
+                let name = self.roster.name(worker);
+                let reason = format!("{name} cannot write part {part} of {parts}: {error}");
+                self.save_failed(reason);
+            }
+            Ok(saved) => {
+                saving.parts[part].saved = Some(saved);
+                let all = saving.parts.iter().map(|part| part.saved.clone());
+                if let Some(all) = all.collect::<Option<Vec<SavedPart>>>() {
+                    self.on_all_saved(all);
+                }
+            }
+        }
+    }
+
+    fn on_all_saved(&mut self, parts: Vec<SavedPart>) {
+        let Some(saving) = &mut self.saving else { return };
+        let step = saving.step;
+        let digests: Vec<Digest> = parts.iter().map(|part| part.weights_digest).collect();
+        let writers: Vec<WorkerId> = saving.parts.iter().map(|part| part.writer).collect();
+        let known = self.weights.filter(|(at, _)| *at == step).map(|(_, digest)| digest);
+        match agreement::compare(&digests, known) {
+            Verdict::Unanimous(weights_digest) => {
+                saving.sealed = Some(weights_digest);
+                let draft = ManifestDraft {
+                    step,
+                    cursor: saving.cursor,
+                    generation: saving.generation,
+                    weights_digest,
+                    parts,
+                };
+                self.out.push(Action::WriteManifest(draft));
+            }
+            Verdict::Odd { ranks, trusted } => {
+                let odd: Vec<WorkerId> = ranks.iter().map(|rank| writers[*rank]).collect();
+                let names = self.roster.names(odd.iter().copied());
+                self.give_up_saving(format!("the weights of {names} are not {trusted}"));
+                let reason =
+                    format!("its weights of step {step} are not {trusted}, as the others'");
+                self.expel_writers(&odd, &reason);
+            }
+            Verdict::Split => {
+                let holders: Vec<String> = (writers.iter().zip(&digests))
+                    .map(|(writer, digest)| format!("{} {digest}", self.roster.name(*writer)))
+                    .collect();
+                self.fail(format!(
+                    "the workers saved different weights of step {step} and there is no \
+                     majority: {}; test their memory and processors",
+                    holders.join(", ")
+                ));
+            }
+        }
+    }
+
+    fn expel_writers(&mut self, writers: &[WorkerId], reason: &str) {
+        let mut here = writers.to_vec();
+        here.retain(|writer| self.roster.get(*writer).is_some());
+        if !here.is_empty() {
+            self.expel_and_reform(&here, reason);
+        }
+    }
+
+    pub(super) fn on_checkpoint_written(&mut self, step: Step) {
+        let Some(saving) = self.saving.take_if(|saving| saving.step == step) else {
+            return;
+        };
+        let Some(weights_digest) = saving.sealed else { return };
+        let bytes =
+            saving.parts.iter().filter_map(|part| part.saved.as_ref()).map(|part| part.bytes);
+        let bytes = bytes.sum();
+        let seconds = (self.now - saving.started).as_secs_f64();
+        self.save_errors = 0;
+        self.checkpoint = Some(Mark { step, weights_digest, record: saving.record });
+        if step == self.committed {
+            self.weights = Some((step, weights_digest));
+        }
+        self.publish(RunEvent::CheckpointSaved { step, seconds, bytes });
+        self.after_saving();
+    }
+
+    pub(super) fn on_checkpoint_refused(&mut self, step: Step, reason: String) {
+        if self.saving.as_ref().is_some_and(|saving| saving.step == step) {
+            self.save_failed(reason);
+        }
+    }
+
+    /// The store refused a part or the manifest: tried again at a later boundary, with patience.
+    fn save_failed(&mut self, reason: String) {
+        self.save_errors += 1;
+        self.save_retry_at = self.now + Duration::from_secs(1 << self.save_errors.min(6));
+        self.give_up_saving(reason.clone());
+        if matches!(self.phase, Phase::Holding)
+            && self.ending()
+            && self.save_errors >= MAX_FINAL_ERRORS
+        {
+            return self.fail(format!("the last checkpoint cannot be written: {reason}"));
+        }
+        self.after_saving();
+    }
+
+    /// A worker is gone; a checkpoint that lacks its part will never be whole.
+    pub(super) fn save_lost_writer(&mut self, worker: WorkerId) {
+        let lacks = |part: &Part| part.writer == worker && part.saved.is_none();
+        if self.saving.as_ref().is_some_and(|saving| saving.parts.iter().any(lacks)) {
+            self.give_up_saving("a worker was lost before it had written its part".into());
+        }
+    }
+
+    fn give_up_saving(&mut self, reason: String) {
+        if let Some(saving) = self.saving.take() {
+            self.save_overdue = true;
+            self.publish(RunEvent::CheckpointFailed { step: saving.step, reason });
+        }
+    }
+
+    fn after_saving(&mut self) {
+        match self.phase {
+            Phase::Holding => self.proceed(),
+            Phase::Waiting => self.settle(),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The life of a step: slots shared out, votes, the commit decision.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use looptrain_proto::v1::{Commit, Plan, StepStatistics};
+use looptrain_proto::{Digest, Generation, Spec, Step, WorkerId};
+
+use super::agreement::{self, Verdict};
+use super::shares::share;
+use super::{Core, Directive, Phase, plural};
+use crate::records::{RunEvent, SectionSeconds, StepRecord, mean_depth};
+
+/// Commits that the pace is measured over.
+const PACE_WINDOW: usize = 20;
+
+/// A planned step.
+#[derive(Debug)]
+pub(super) struct Round {
+    pub(super) step: Step,
+    started: Duration,
+    /// One place a rank.
+    votes: Vec<Option<Vote>>,
+}
+
+/// A rank's word that it holds the reduced gradient.
+#[derive(Clone, Debug)]
+pub(super) struct Vote {
+    pub(super) digest: Digest,
+    pub(super) statistics: StepStatistics,
+    pub(super) sections: SectionSeconds,
+}
+
+/// When the latest steps were committed: the run's speed.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    commits: VecDeque<(Duration, u64)>,
+}
+
+impl Pace {
+    fn commit(&mut self, now: Duration, tokens: u64) {
+        self.commits.push_back((now, tokens));
+        if self.commits.len() > PACE_WINDOW {
+            self.commits.pop_front();
+        }
+    }
+
+    /// Tokens per second over the latest commits; 0 before the second one.
+    pub(super) fn tokens_per_second(&self) -> f64 {
+        match (self.commits.front(), self.commits.back()) {
+            (Some((begin, before)), Some((end, after))) if end > begin && after > before => {
+                (after - before) as f64 / (*end - *begin).as_secs_f64()
+            }
+            _ => 0.0,
+        }
+    }
+}
+
+/// Slots that `rank` of `world` computes in `step`; empty past the end of the run.
+pub(super) fn slots(spec: &Spec, step: Step, rank: usize, world: usize) -> std::ops::Range<u32> {
+    let slots = spec.position(step).map_or(0, |at| spec.stages[at.stage].slots);
+    let range = share(u64::from(slots), rank, world);
+    range.start as u32..range.end as u32
+}
+
+/// Tokens that steps up to and including `step` consume.
+pub(crate) fn tokens_after(spec: &Spec, step: Step) -> u64 {
+    let mut left = step.0;
+    (spec.stages.iter())
+        .map(|stage| {
+            let steps = left.min(stage.steps);
+            left -= steps;
+            steps * stage.step_tokens()
+        })
+        .sum()
+}
+
+impl Core {
+    /// Shares out the slots of the next step. Every rank gets a plan, even an empty one: all
+    /// take part in the all-reduce.
+    pub(super) fn plan(&mut self) {
+        let step = self.committed.next();
+        let world = self.members.len();
+        for (rank, worker) in self.members.clone().into_iter().enumerate() {
+            let slots = slots(&self.spec, step, rank, world);
+            let plan = Plan {
+                generation: self.generation.0,
+                step: step.0,
+                slot_begin: slots.start,
+                slot_end: slots.end,
+            };
+            self.send(worker, Directive::Plan(plan));
+        }
+        self.phase = Phase::Training(Round { step, started: self.now, votes: vec![None; world] });
+        self.explain(format!("generation {}: {world} worker{}", self.generation, plural(world)));
+    }
+
+    pub(super) fn on_prepared(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        step: Step,
+        vote: Vote,
+    ) {
+        let rank = match self.current_rank(worker, generation) {
+            Ok(rank) => rank,
+            Err(reason) => return self.ignore(worker, reason),
+        };
+        let Phase::Training(round) = &mut self.phase else {
+            return self.ignore(worker, format!("step {step} is not being trained"));
+        };
+        if step != round.step {
+            let reason = format!("it votes on step {step} while step {} is trained", round.step);
+            return self.ignore(worker, reason);
+        }
+        if let Some(worker) = self.roster.get_mut(worker) {
+            worker.sections = vote.sections;
+        }
+        round.votes[rank] = Some(vote);
+        if let Some(votes) = round.votes.iter().cloned().collect::<Option<Vec<Vote>>>() {
+            let started = round.started;
+            self.decide(step, started, &votes);
+        }
+    }
+
+    /// All votes are in.
+    fn decide(&mut self, step: Step, started: Duration, votes: &[Vote]) {
+        let digests: Vec<Digest> = votes.iter().map(|vote| vote.digest).collect();
+        match agreement::compare(&digests, None) {
+            Verdict::Unanimous(digest) => self.commit(step, started, digest, votes),
+            Verdict::Odd { ranks, .. } => {
+                let reason =
+                    format!("its reduced gradient of step {step} differs from the others'");
+                self.expel_ranks(&ranks, &reason);
+            }
+            Verdict::Split => {
+                self.fail_split(&format!("reduced gradient of step {step}"), &digests);
+            }
+        }
+    }
+
+    fn commit(&mut self, step: Step, started: Duration, digest: Digest, votes: &[Vote]) {
+        for worker in self.members.clone() {
+            let commit = Commit { generation: self.generation.0, step: step.0 };
+            self.send(worker, Directive::Commit(commit));
+        }
+        // The statistics are part of the digest: all ranks hold the same.
+        let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, .. } =
+            votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
+        let sections = votes.iter().map(|vote| vote.sections);
+        let record = StepRecord {
+            step,
+            generation: self.generation,
+            world: self.world(),
+            loss,
+            loss_per_loop,
+            mean_depth: mean_depth(&exit_pdf),
+            exit_pdf,
+            entropy,
+            grad_norm,
+            lr: self.spec.learning_rate(step),
+            tokens: tokens_after(&self.spec, step),
+            step_tokens: tokens_after(&self.spec, step) - tokens_after(&self.spec, self.committed),
+            cursor: self.spec.cursor_after(step),
+            seconds: (self.now - started).as_secs_f64(),
+            digest,
+            sections: sections.fold(SectionSeconds::default(), SectionSeconds::max),
+        };
+        self.committed = step;
+        self.fruitless = 0;
+        self.trouble = None;
+        self.pace.commit(self.now, record.tokens);
+        self.last = Some(record.clone());
+        self.publish(RunEvent::Committed(record));
+        self.proceed();
+    }
+}

@@ -1,0 +1,344 @@
+//! One file a transition; the tests' names are the protocol's table of contents. [`Rig`] plays
+//! the runtime and the workers.
+#![allow(clippy::unwrap_used)]
+
+mod commit;
+mod evaluate;
+mod fail;
+mod finish;
+mod form;
+mod join;
+mod lose;
+mod random_events;
+mod save;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use looptrain_proto::v1::{self, failed::Cause};
+use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
+
+use super::*;
+use crate::records::Outcome;
+
+/// Ten steps of five slots, a checkpoint every four, an evaluation every five.
+pub(super) fn spec(overrides: &[&str]) -> Spec {
+    let text = r#"
+        [run]
+        name = "rig"
+        store = "memory://"
+        [cluster]
+        workers = 2
+        worker_timeout = 3.0
+        [model]
+        hidden_size = 8
+        num_hidden_layers = 1
+        num_attention_heads = 2
+        intermediate_size = 16
+        vocab_size = 512
+        [[datasets]]
+        name = "text"
+        [[stages]]
+        name = "only"
+        steps = 10
+        sequence_length = 16
+        slots = 5
+        slot_sequences = 2
+        loops = 2
+        entropy_weight = 0.05
+        learning_rate = { peak = 1e-3 }
+        [checkpoint]
+        every_steps = 4
+        [evaluation]
+        every_steps = 5
+        sequences = 7
+    "#;
+    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+    Spec::parse("rig", text, &overrides).unwrap()
+}
+
+pub(super) fn introduction(name: &str) -> v1::Join {
+    v1::Join {
+        protocol_version: looptrain_proto::PROTOCOL_VERSION,
+        name: name.to_owned(),
+        host: "here".into(),
+        process_id: 1,
+        threads: 1,
+        peer_address: format!("{name}:1"),
+        numerics: "avx2".into(),
+    }
+}
+
+/// What the fake workers hold at a step, if nothing went wrong.
+pub(super) fn weights(step: Step) -> Digest {
+    Digest::of(format!("weights {step}").as_bytes())
+}
+
+pub(super) fn gradient(step: Step) -> Digest {
+    Digest::of(format!("gradient {step}").as_bytes())
+}
+
+/// A core with the world around it.
+pub(super) struct Rig {
+    pub(super) core: Core,
+    pub(super) now: Duration,
+    next: u64,
+    /// Everything sent to each worker.
+    pub(super) sent: BTreeMap<WorkerId, Vec<Directive>>,
+    pub(super) closed: BTreeSet<WorkerId>,
+    pub(super) published: Vec<RunEvent>,
+    pub(super) manifests: Vec<ManifestDraft>,
+    pub(super) pinned: Vec<String>,
+    pub(super) ignored: Vec<String>,
+    pub(super) result: Option<Result<Outcome, String>>,
+}
+
+impl Rig {
+    pub(super) fn new(overrides: &[&str]) -> Self {
+        Self::resumed(overrides, Resume { incarnation: Incarnation(1), ..Resume::default() })
+    }
+
+    pub(super) fn resumed(overrides: &[&str], resume: Resume) -> Self {
+        Self {
+            core: Core::new(spec(overrides), resume),
+            now: Duration::ZERO,
+            next: 1,
+            sent: BTreeMap::new(),
+            closed: BTreeSet::new(),
+            published: Vec::new(),
+            manifests: Vec::new(),
+            pinned: Vec::new(),
+            ignored: Vec::new(),
+            result: None,
+        }
+    }
+
+    /// A rig whose generation of `workers` has formed: step 1 is planned.
+    pub(super) fn training(workers: usize, overrides: &[&str]) -> (Self, Vec<WorkerId>) {
+        let wanted = format!("cluster.workers={workers}");
+        let overrides: Vec<&str> = overrides.iter().copied().chain([wanted.as_str()]).collect();
+        let mut rig = Self::new(&overrides);
+        let ids = (0..workers).map(|index| rig.join(&format!("w{index}"))).collect();
+        rig.ready_all();
+        (rig, ids)
+    }
+
+    pub(super) fn feed(&mut self, event: Event) {
+        for action in self.core.handle(self.now, event) {
+            match action {
+                Action::Send { worker, message } => {
+                    self.sent.entry(worker).or_default().push(message);
+                }
+                Action::Close { worker } => {
+                    self.closed.insert(worker);
+                }
+                Action::Publish(event) => self.published.push(event),
+                Action::PinNumerics { numerics } => self.pinned.push(numerics),
+                Action::WriteManifest(draft) => self.manifests.push(draft),
+                Action::End(result) => {
+                    assert!(self.result.is_none(), "a run ends once");
+                    self.result = Some(result);
+                }
+                Action::Ignored { reason, .. } => self.ignored.push(reason),
+                Action::Explain(_) | Action::SealMetrics => {}
+            }
+        }
+    }
+
+    pub(super) fn join(&mut self, name: &str) -> WorkerId {
+        self.join_as(introduction(name))
+    }
+
+    pub(super) fn join_as(&mut self, join: v1::Join) -> WorkerId {
+        let worker = WorkerId(self.next);
+        self.next += 1;
+        self.feed(Event::Joined { worker, join });
+        worker
+    }
+
+    pub(super) fn say(&mut self, worker: WorkerId, report: Report) {
+        self.feed(Event::Report { worker, report });
+    }
+
+    pub(super) fn kill(&mut self, worker: WorkerId) {
+        self.feed(Event::Broken { worker, reason: "connection reset".into() });
+    }
+
+    /// Time passes with everybody alive, in steps a heartbeat apart.
+    pub(super) fn pass(&mut self, seconds: f64) {
+        let end = self.now + Duration::from_secs_f64(seconds);
+        while self.now < end {
+            self.now = (self.now + Duration::from_millis(500)).min(end);
+            for worker in self.core.roster.ids() {
+                self.say(worker, Report::Heartbeat);
+            }
+            self.feed(Event::Tick);
+        }
+    }
+
+    pub(super) fn members(&self) -> Vec<WorkerId> {
+        self.core.members.clone()
+    }
+
+    pub(super) fn ready(&mut self, worker: WorkerId) {
+        let (generation, step) = (self.core.generation, self.core.committed);
+        self.say(worker, Report::Ready { generation, step, weights_digest: weights(step) });
+    }
+
+    pub(super) fn ready_all(&mut self) {
+        self.members().into_iter().for_each(|worker| self.ready(worker));
+    }
+
+    pub(super) fn vote(&self, generation: Generation, step: Step) -> Report {
+        Report::Prepared {
+            generation,
+            step,
+            digest: gradient(step),
+            statistics: v1::StepStatistics {
+                loss: 6.0 - step.0 as f64 * 0.1,
+                loss_per_loop: vec![6.5, 6.25],
+                exit_pdf: vec![0.25, 0.75],
+                entropy: 0.5,
+                grad_norm: 2.0,
+                tokens: 160,
+            },
+            sections: v1::Sections { compute: 0.1, ..v1::Sections::default() },
+        }
+    }
+
+    pub(super) fn prepare(&mut self, worker: WorkerId) {
+        let vote = self.vote(self.core.generation, self.core.committed.next());
+        self.say(worker, vote);
+    }
+
+    pub(super) fn prepare_all(&mut self) {
+        self.now += Duration::from_millis(100);
+        self.members().into_iter().for_each(|worker| self.prepare(worker));
+    }
+
+    /// Answers the newest Evaluate of each member that got one.
+    pub(super) fn evaluate_all(&mut self) {
+        for worker in self.members() {
+            let last = self.sent[&worker].last().cloned();
+            if let Some(Directive::Evaluate(share)) = last {
+                let tokens = (share.end - share.begin) * 16;
+                let unit = tokens as i64 * (1 << 32);
+                let sums = vec![unit * 5, unit * 6, unit * 4, unit / 4, unit / 4 * 3, unit / 2];
+                let (generation, step) = (Generation(share.generation), Step(share.step));
+                self.say(worker, Report::Evaluated { generation, step, sums, tokens });
+            }
+        }
+    }
+
+    pub(super) fn saves(&self, worker: WorkerId) -> Vec<v1::Save> {
+        (self.sent[&worker].iter())
+            .filter_map(|message| match message {
+                Directive::Save(save) => Some(*save),
+                _ => None,
+            })
+            .collect()
+    }
+
+    pub(super) fn part(save: v1::Save) -> Report {
+        let v1::Save { step, part, parts, .. } = save;
+        Report::PartSaved {
+            step: Step(step),
+            part: part as usize,
+            parts: parts as usize,
+            result: Ok(SavedPart {
+                file: format!("state-{part}-of-{parts}"),
+                bytes: 100,
+                digest: Digest::of(&part.to_le_bytes()),
+                tensors: 3,
+                weights_digest: weights(Step(step)),
+            }),
+        }
+    }
+
+    /// Reports the newest Save of this worker as done.
+    pub(super) fn saved(&mut self, worker: WorkerId) {
+        let save = *self.saves(worker).last().unwrap();
+        self.say(worker, Self::part(save));
+    }
+
+    pub(super) fn saved_all(&mut self) {
+        self.members().into_iter().for_each(|worker| self.saved(worker));
+    }
+
+    /// The store takes the newest manifest.
+    pub(super) fn manifest_written(&mut self) {
+        let step = self.manifests.last().unwrap().step;
+        self.feed(Event::CheckpointWritten { step });
+    }
+
+    /// Trains, evaluates and saves until `step` is committed and the next one planned (or the
+    /// run has ended), with everybody well.
+    pub(super) fn run_to(&mut self, step: u64) {
+        let mut manifests = self.manifests.len();
+        while self.core.committed.0 < step || !self.settled() {
+            match self.core.phase {
+                Phase::Forming(_) => self.ready_all(),
+                Phase::Training(_) => self.prepare_all(),
+                Phase::Evaluating(_) => self.evaluate_all(),
+                Phase::Holding => {}
+                Phase::Waiting | Phase::Ended { .. } => return,
+            }
+            if self.core.saving.as_ref().is_some_and(|saving| saving.sealed().is_none()) {
+                self.saved_all();
+            }
+            if self.manifests.len() > manifests {
+                manifests = self.manifests.len();
+                self.manifest_written();
+            }
+        }
+    }
+
+    fn settled(&self) -> bool {
+        matches!(self.core.phase, Phase::Training(_)) && self.core.saving.is_none()
+    }
+
+    pub(super) fn last_sent(&self, worker: WorkerId) -> &Directive {
+        self.sent[&worker].last().unwrap()
+    }
+
+    pub(super) fn plan_of(&self, worker: WorkerId) -> v1::Plan {
+        match self.last_sent(worker) {
+            Directive::Plan(plan) => *plan,
+            other => panic!("expected a plan, found {other:?}"),
+        }
+    }
+
+    pub(super) fn form_of(&self, worker: WorkerId) -> v1::Form {
+        match self.last_sent(worker) {
+            Directive::Form(form) => form.clone(),
+            other => panic!("expected a form, found {other:?}"),
+        }
+    }
+
+    pub(super) fn commits(&self, worker: WorkerId) -> Vec<u64> {
+        (self.sent[&worker].iter())
+            .filter_map(|message| match message {
+                Directive::Commit(commit) => Some(commit.step),
+                _ => None,
+            })
+            .collect()
+    }
+
+    pub(super) fn failed(&mut self, worker: WorkerId, cause: Cause, detail: &str) {
+        let (generation, step) = (self.core.generation, self.core.committed.next());
+        let detail = detail.to_owned();
+        self.say(worker, Report::Failed { generation, step, cause, detail });
+    }
+
+    pub(super) fn failure(&self) -> &str {
+        self.result.as_ref().unwrap().as_ref().unwrap_err()
+    }
+
+    pub(super) fn outcome(&self) -> &Outcome {
+        self.result.as_ref().unwrap().as_ref().unwrap()
+    }
+
+    pub(super) fn phase(&self) -> &'static str {
+        self.core.snapshot(self.now).phase
+    }
+}

@@ -1,0 +1,327 @@
+//! Random joins, deaths, delays, stale messages and store errors against workers that check every
+//! directive they get. Afterwards all faults stop, and the run must come to its end.
+
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const SLOTS: u32 = 5;
+const TOTAL: Step = Step(10);
+
+#[derive(Clone, Debug)]
+enum Op {
+    Join,
+    Kill(usize),
+    Leave(usize),
+    Answer(usize),
+    SavePart(usize, bool),
+    Store(bool),
+    Peer(usize),
+    StoreTrouble(usize),
+    Pass(u8),
+    Stop,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let index = || 0usize..8;
+    prop_oneof![
+        3 => Just(Op::Join),
+        2 => index().prop_map(Op::Kill),
+        1 => index().prop_map(Op::Leave),
+        60 => index().prop_map(Op::Answer),
+        10 => (index(), prop::bool::weighted(0.85)).prop_map(|(at, ok)| Op::SavePart(at, ok)),
+        6 => prop::bool::weighted(0.85).prop_map(Op::Store),
+        1 => index().prop_map(Op::Peer),
+        1 => index().prop_map(Op::StoreTrouble),
+        4 => (1u8..5).prop_map(Op::Pass),
+        // Rare, or most runs would end before anything else can happen.
+        1 => prop::bool::weighted(0.1).prop_map(|stop| if stop { Op::Stop } else { Op::Join }),
+    ]
+}
+
+/// A worker that believes nothing.
+#[derive(Default)]
+struct Fake {
+    read: usize,
+    generation: u64,
+    /// The generation it is in the ring of.
+    ready: u64,
+    held: Option<u64>,
+    prepared: Option<(u64, u64)>,
+    answers: VecDeque<Report>,
+    saves: VecDeque<v1::Save>,
+}
+
+struct World {
+    rig: Rig,
+    fakes: BTreeMap<WorkerId, Fake>,
+    names: u64,
+    published: usize,
+    stored: usize,
+    checkpoints: BTreeSet<u64>,
+    committed: u64,
+    /// Slots planned in (generation, step).
+    planned: BTreeMap<(u64, u64), Vec<(u32, u32)>>,
+}
+
+impl World {
+    fn new(workers: u32) -> Self {
+        Self {
+            rig: Rig::new(&[&format!("cluster.workers={workers}")]),
+            fakes: BTreeMap::new(),
+            names: 0,
+            published: 0,
+            stored: 0,
+            checkpoints: BTreeSet::from([0]),
+            committed: 0,
+            planned: BTreeMap::new(),
+        }
+    }
+
+    fn pick(&self, index: usize) -> Option<WorkerId> {
+        let ids: Vec<WorkerId> = self.fakes.keys().copied().collect();
+        (!ids.is_empty()).then(|| ids[index % ids.len()])
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Join if self.fakes.len() < 6 => {
+                self.names += 1;
+                let worker = self.rig.join(&format!("w{}", self.names));
+                self.fakes.insert(worker, Fake::default());
+            }
+            Op::Join => {}
+            Op::Kill(at) => {
+                if let Some(worker) = self.pick(*at) {
+                    self.fakes.remove(&worker);
+                    self.rig.kill(worker);
+                }
+            }
+            Op::Leave(at) => {
+                if let Some(worker) = self.pick(*at) {
+                    self.fakes.remove(&worker);
+                    self.rig.say(worker, Report::Leave { reason: String::new() });
+                }
+            }
+            Op::Answer(at) => {
+                if let Some(worker) = self.pick(*at) {
+                    self.answer(worker);
+                }
+            }
+            Op::SavePart(at, good) => {
+                if let Some(worker) = self.pick(*at) {
+                    self.save_part(worker, *good);
+                }
+            }
+            Op::Store(good) => self.store(*good),
+            Op::Peer(at) => {
+                if let Some(worker) = self.pick(*at) {
+                    self.rig.failed(worker, Cause::Peer, "reset");
+                }
+            }
+            Op::StoreTrouble(at) => {
+                // The last member's failure is the run's; not what is looked for here.
+                if let Some(worker) = self.pick(*at)
+                    && self.rig.members().len() > 1
+                {
+                    self.rig.failed(worker, Cause::Store, "cannot read");
+                }
+            }
+            Op::Pass(tenths) => self.rig.pass(f64::from(*tenths) * 0.3),
+            Op::Stop => self.rig.feed(Event::StopRequested { reason: "random".into() }),
+        }
+        self.check();
+    }
+
+    fn answer(&mut self, worker: WorkerId) {
+        let answer = self.fakes.get_mut(&worker).and_then(|fake| fake.answers.pop_front());
+        if let Some(answer) = answer {
+            // What a worker has said of its generation is what it may be held to.
+            if let Some(fake) = self.fakes.get_mut(&worker) {
+                match &answer {
+                    Report::Ready { generation, .. } => fake.ready = generation.0,
+                    Report::Prepared { generation, step, .. }
+                        if generation.0 == fake.generation =>
+                    {
+                        fake.prepared = Some((generation.0, step.0));
+                    }
+                    _ => {}
+                }
+            }
+            self.rig.now += Duration::from_millis(10);
+            self.rig.say(worker, answer);
+        }
+    }
+
+    fn save_part(&mut self, worker: WorkerId, good: bool) {
+        let save = self.fakes.get_mut(&worker).and_then(|fake| fake.saves.pop_front());
+        let Some(save) = save else { return };
+        let Report::PartSaved { step, part, parts, result } = Rig::part(save) else { return };
+        let result = if good { result } else { Err("503".into()) };
+        self.rig.say(worker, Report::PartSaved { step, part, parts, result });
+    }
+
+    fn store(&mut self, good: bool) {
+        let Some(draft) = self.rig.manifests.get(self.stored) else { return };
+        let step = draft.step;
+        self.stored += 1;
+        if good {
+            self.checkpoints.insert(step.0);
+            self.rig.feed(Event::CheckpointWritten { step });
+        } else {
+            self.rig.feed(Event::CheckpointRefused { step, reason: "503".into() });
+        }
+    }
+
+    /// Lets everybody read what was sent, and checks what was published.
+    fn check(&mut self) {
+        self.fakes.retain(|worker, _| !self.rig.closed.contains(worker));
+        for (worker, fake) in &mut self.fakes {
+            let sent = self.rig.sent.get(worker).map_or(&[][..], Vec::as_slice);
+            for message in &sent[fake.read..] {
+                fake.obey(message, &self.checkpoints, &mut self.planned);
+            }
+            fake.read = sent.len();
+        }
+        for event in &self.rig.published[self.published..] {
+            match event {
+                RunEvent::Committed(record) => {
+                    assert_eq!(record.step.0, self.committed + 1, "steps commit in order, once");
+                    self.committed = record.step.0;
+                }
+                RunEvent::Rewound { to, .. } => {
+                    assert!(self.checkpoints.contains(&to.0), "back to {to}, which is not saved");
+                    assert!(to.0 < self.committed);
+                    let newest = self.checkpoints.iter().max();
+                    assert_eq!(newest, Some(&to.0), "further back than needed");
+                    self.committed = to.0;
+                    self.planned.retain(|(_, step), _| *step <= to.0);
+                }
+                _ => {}
+            }
+        }
+        self.published = self.rig.published.len();
+        assert_eq!(self.rig.core.committed.0, self.committed);
+    }
+
+    /// Slots of a step whose generation was planned in full are covered once.
+    fn check_plans(&self) {
+        for ((generation, step), shares) in &self.planned {
+            let mut shares = shares.clone();
+            shares.sort_unstable();
+            let mut next = 0;
+            for (begin, end) in shares {
+                assert!(begin >= next, "generation {generation} plans a slot of {step} twice");
+                next = end;
+            }
+            assert!(next <= SLOTS);
+        }
+    }
+
+    /// No more faults: the run must come to its end.
+    fn bring_to_its_end(&mut self, workers: u32) {
+        for _ in 0..5000 {
+            if self.rig.result.is_some() {
+                break;
+            }
+            if self.rig.core.roster.len() < workers as usize {
+                self.apply(&Op::Join);
+            }
+            for worker in self.fakes.keys().copied().collect::<Vec<_>>() {
+                self.answer(worker);
+                self.check();
+                self.save_part(worker, true);
+                self.check();
+            }
+            self.store(true);
+            self.rig.pass(0.1);
+            self.check();
+        }
+        let result = self.rig.result.as_ref().expect("the run ends once faults stop");
+        let outcome = result.as_ref().expect("and it ends well");
+        assert!(outcome.step == TOTAL || outcome.stopped);
+        assert!(self.checkpoints.contains(&outcome.step.0));
+    }
+}
+
+impl Fake {
+    fn obey(
+        &mut self,
+        message: &Directive,
+        checkpoints: &BTreeSet<u64>,
+        planned: &mut BTreeMap<(u64, u64), Vec<(u32, u32)>>,
+    ) {
+        match message {
+            Directive::Welcome(_) | Directive::Finish(_) | Directive::Refused(_) => {}
+            Directive::Form(form) => {
+                assert!(form.generation > self.generation, "generations only grow");
+                self.generation = form.generation;
+                self.prepared = None;
+                if self.held != Some(form.step) {
+                    let there = checkpoints.contains(&form.step);
+                    assert!(there, "the state of step {} is nowhere", form.step);
+                    self.held = Some(form.step);
+                }
+                let step = Step(form.step);
+                let (generation, weights_digest) = (Generation(form.generation), weights(step));
+                self.answers.push_back(Report::Ready { generation, step, weights_digest });
+            }
+            Directive::Plan(plan) => {
+                assert_eq!(plan.generation, self.generation);
+                assert_eq!(self.held, Some(plan.step - 1), "plans build on what is held");
+                assert_eq!(plan.generation, self.ready, "only who is ready is given work");
+                let shares = planned.entry((plan.generation, plan.step)).or_default();
+                shares.push((plan.slot_begin, plan.slot_end));
+                self.answers.push_back(Report::Prepared {
+                    generation: Generation(plan.generation),
+                    step: Step(plan.step),
+                    digest: gradient(Step(plan.step)),
+                    statistics: v1::StepStatistics::default(),
+                    sections: v1::Sections::default(),
+                });
+            }
+            Directive::Commit(commit) => {
+                let what = (commit.generation, commit.step);
+                assert_eq!(self.prepared.take(), Some(what), "only what is prepared is committed");
+                let covered: u32 = planned[&what].iter().map(|(begin, end)| end - begin).sum();
+                assert_eq!(covered, SLOTS, "a committed step has all its slots, once");
+                self.held = Some(commit.step);
+            }
+            Directive::Evaluate(share) => {
+                assert_eq!((share.generation, Some(share.step)), (self.generation, self.held));
+                self.answers.push_back(Report::Evaluated {
+                    generation: Generation(share.generation),
+                    step: Step(share.step),
+                    sums: vec![1; 6],
+                    tokens: (share.end - share.begin) * 16,
+                });
+            }
+            Directive::Save(save) => {
+                assert_eq!((save.generation, Some(save.step)), (self.generation, self.held));
+                self.saves.push_back(*save);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_no_step_is_lost_or_done_twice_and_the_run_ends(
+        workers in 1u32..4,
+        ops in prop::collection::vec(op(), 0..400),
+    ) {
+        let mut world = World::new(workers);
+        for op in &ops {
+            if world.rig.result.is_some() {
+                break;
+            }
+            world.apply(op);
+            world.check_plans();
+        }
+        world.bring_to_its_end(workers);
+    }
+}

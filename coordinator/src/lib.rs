@@ -1,0 +1,28 @@
+//! The coordinator of a run: who takes part, what they compute, what is committed.
+//!
+//! [`start`] claims the run in its store, binds its addresses and leaves everything to background
+//! tasks; [`Running`] is the handle on them. Decisions are made in `core`, a pure state machine;
+//! around it are the gRPC service (`server`), the task that executes decisions (`runtime`), the
+//! durable notes (`keeper`, `journal`), and the dashboard.
+//!
+//! What is durable when: a step is durable when a checkpoint at or behind it exists, and a
+//! checkpoint exists once its manifest does. The run record names the newest one for people; on
+//! a start, the checkpoints themselves are asked.
+
+mod board;
+mod core;
+mod dashboard;
+mod error;
+mod journal;
+mod keeper;
+pub mod metrics;
+mod records;
+mod reports;
+mod runtime;
+mod server;
+mod start;
+
+pub use dashboard::RenderMetrics;
+pub use error::CoordinatorError;
+pub use records::{EvaluationRecord, Outcome, RunEvent, SectionSeconds, StepRecord};
+pub use start::{Running, Settings, Started, start};

@@ -1,0 +1,225 @@
+//! The catalogue of metrics, and the instruments that feed it.
+//!
+//! [`CATALOGUE`] is the one list of names, kinds, units and labels; instruments are made from its
+//! entries and from nothing else, so it is complete. Names follow OpenTelemetry; a Prometheus
+//! exporter writes `looptrain.step.duration` in seconds as `looptrain_step_duration_seconds`.
+
+use opentelemetry::metrics::{Counter, Gauge, Histogram, Meter};
+use opentelemetry::{KeyValue, global};
+
+use crate::records::{EvaluationRecord, RunEvent, StepRecord};
+
+/// What an instrument does with values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// The newest value.
+    Gauge,
+    /// A distribution.
+    Histogram,
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// OpenTelemetry name.
+    pub name: &'static str,
+    /// What it does with values.
+    pub kind: Kind,
+    /// Unit in UCUM; braces for things that are counted.
+    pub unit: &'static str,
+    /// Labels of its series.
+    pub labels: &'static [&'static str],
+    /// What it tells, in a sentence.
+    pub help: &'static str,
+}
+
+macro_rules! catalogue {
+    ($($id:ident: $kind:ident $name:literal [$unit:literal] {$($label:literal),*} $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub const $id: Metric = Metric {
+                name: $name,
+                kind: Kind::$kind,
+                unit: $unit,
+                labels: &[$($label),*],
+                help: $help,
+            };
+        )*
+
+        /// Every metric of the coordinator.
+        pub const CATALOGUE: &[Metric] = &[$($id),*];
+    };
+}
+
+catalogue! {
+    STEPS: Counter "looptrain.steps" ["{step}"] {} "Steps committed by this coordinator.";
+    TOKENS: Counter "looptrain.tokens" ["{token}"] {} "Tokens of the steps committed by this coordinator.";
+    STEP: Gauge "looptrain.step" ["{step}"] {} "The newest committed step.";
+    RUN_TOKENS: Gauge "looptrain.run.tokens" ["{token}"] {} "Tokens consumed since the run began.";
+    LOSS: Gauge "looptrain.loss" ["{nat}"] {} "Stage I training loss of the newest step, nats per token.";
+    LOOP_LOSS: Gauge "looptrain.loop.loss" ["{nat}"] {"loop"} "Training cross-entropy after each loop, nats per token.";
+    EXIT_PROBABILITY: Gauge "looptrain.exit.probability" ["1"] {"loop"} "Mean exit probability of each loop.";
+    EXIT_DEPTH: Gauge "looptrain.exit.depth" ["{loop}"] {} "Mean loop of exit, counted from 1.";
+    EXIT_ENTROPY: Gauge "looptrain.exit.entropy" ["{nat}"] {} "Mean entropy of the exit distribution.";
+    GRADIENT_NORM: Gauge "looptrain.gradient.norm" ["1"] {} "Euclidean norm of the gradient before clipping.";
+    LEARNING_RATE: Gauge "looptrain.learning_rate" ["1"] {} "Learning rate of the newest step.";
+    STEP_DURATION: Histogram "looptrain.step.duration" ["s"] {} "Time from a step's plan to its commit.";
+    SECTION_DURATION: Histogram "looptrain.section.duration" ["s"] {"section"} "Time of the slowest rank in a section of the step.";
+    GENERATION: Gauge "looptrain.generation" ["{generation}"] {} "The current generation.";
+    WORLD: Gauge "looptrain.world" ["{worker}"] {} "Members of the current generation.";
+    GENERATIONS: Counter "looptrain.generations" ["{generation}"] {} "Generations formed by this coordinator.";
+    WORKERS_JOINED: Counter "looptrain.workers.joined" ["{worker}"] {} "Workers welcomed.";
+    WORKERS_REFUSED: Counter "looptrain.workers.refused" ["{worker}"] {} "Workers turned away.";
+    WORKERS_LOST: Counter "looptrain.workers.lost" ["{worker}"] {} "Workers that died, left or were sent away.";
+    REWINDS: Counter "looptrain.rewinds" ["{rewind}"] {} "Times that committed steps had to be done again from a checkpoint.";
+    CHECKPOINT_STEP: Gauge "looptrain.checkpoint.step" ["{step}"] {} "Step of the newest checkpoint.";
+    CHECKPOINT_SIZE: Gauge "looptrain.checkpoint.size" ["By"] {} "Size of the newest checkpoint.";
+    CHECKPOINT_DURATION: Histogram "looptrain.checkpoint.duration" ["s"] {} "Time from the directive to save to the manifest.";
+    CHECKPOINT_FAILURES: Counter "looptrain.checkpoint.failures" ["{checkpoint}"] {} "Checkpoints that were given up.";
+    VALIDATION_LOSS: Gauge "looptrain.validation.loss" ["{nat}"] {} "Stage I loss on the validation split, nats per token.";
+    VALIDATION_LOOP_LOSS: Gauge "looptrain.validation.loop.loss" ["{nat}"] {"loop"} "Validation cross-entropy after each loop, nats per token.";
+    VALIDATION_PERPLEXITY: Gauge "looptrain.validation.perplexity" ["1"] {} "Perplexity of the last loop on the validation split.";
+}
+
+fn counter(meter: &Meter, metric: Metric) -> Counter<u64> {
+    meter.u64_counter(metric.name).with_unit(metric.unit).with_description(metric.help).build()
+}
+
+fn gauge(meter: &Meter, metric: Metric) -> Gauge<f64> {
+    meter.f64_gauge(metric.name).with_unit(metric.unit).with_description(metric.help).build()
+}
+
+fn histogram(meter: &Meter, metric: Metric) -> Histogram<f64> {
+    meter.f64_histogram(metric.name).with_unit(metric.unit).with_description(metric.help).build()
+}
+
+macro_rules! instruments {
+    ($($field:ident: $type:ty = $make:ident($id:ident),)*) => {
+        /// One instrument for each entry of the catalogue.
+        pub(crate) struct Instruments {
+            $($field: $type,)*
+        }
+
+        impl Instruments {
+            /// Instruments on the process's global meter.
+            pub(crate) fn new() -> Self {
+                let meter = global::meter("looptrain");
+                Self { $($field: $make(&meter, $id),)* }
+            }
+        }
+
+        #[cfg(test)]
+        const USED: &[Metric] = &[$($id),*];
+    };
+}
+
+instruments! {
+    steps: Counter<u64> = counter(STEPS),
+    tokens: Counter<u64> = counter(TOKENS),
+    step: Gauge<f64> = gauge(STEP),
+    run_tokens: Gauge<f64> = gauge(RUN_TOKENS),
+    loss: Gauge<f64> = gauge(LOSS),
+    loop_loss: Gauge<f64> = gauge(LOOP_LOSS),
+    exit_probability: Gauge<f64> = gauge(EXIT_PROBABILITY),
+    exit_depth: Gauge<f64> = gauge(EXIT_DEPTH),
+    exit_entropy: Gauge<f64> = gauge(EXIT_ENTROPY),
+    gradient_norm: Gauge<f64> = gauge(GRADIENT_NORM),
+    learning_rate: Gauge<f64> = gauge(LEARNING_RATE),
+    step_duration: Histogram<f64> = histogram(STEP_DURATION),
+    section_duration: Histogram<f64> = histogram(SECTION_DURATION),
+    generation: Gauge<f64> = gauge(GENERATION),
+    world: Gauge<f64> = gauge(WORLD),
+    generations: Counter<u64> = counter(GENERATIONS),
+    workers_joined: Counter<u64> = counter(WORKERS_JOINED),
+    workers_refused: Counter<u64> = counter(WORKERS_REFUSED),
+    workers_lost: Counter<u64> = counter(WORKERS_LOST),
+    rewinds: Counter<u64> = counter(REWINDS),
+    checkpoint_step: Gauge<f64> = gauge(CHECKPOINT_STEP),
+    checkpoint_size: Gauge<f64> = gauge(CHECKPOINT_SIZE),
+    checkpoint_duration: Histogram<f64> = histogram(CHECKPOINT_DURATION),
+    checkpoint_failures: Counter<u64> = counter(CHECKPOINT_FAILURES),
+    validation_loss: Gauge<f64> = gauge(VALIDATION_LOSS),
+    validation_loop_loss: Gauge<f64> = gauge(VALIDATION_LOOP_LOSS),
+    validation_perplexity: Gauge<f64> = gauge(VALIDATION_PERPLEXITY),
+}
+
+fn per_loop(gauge: &Gauge<f64>, values: &[f64]) {
+    for (index, value) in values.iter().enumerate() {
+        gauge.record(*value, &[KeyValue::new("loop", (index + 1).to_string())]);
+    }
+}
+
+impl Instruments {
+    /// Feeds the instruments from what happened.
+    pub(crate) fn record(&self, event: &RunEvent) {
+        match event {
+            RunEvent::Committed(record) => self.record_step(record),
+            RunEvent::Evaluated(record) => self.record_evaluation(record),
+            RunEvent::Formed { generation, world, .. } => {
+                self.generations.add(1, &[]);
+                self.generation.record(generation.0 as f64, &[]);
+                self.world.record(f64::from(*world), &[]);
+            }
+            RunEvent::WorkerJoined { .. } => self.workers_joined.add(1, &[]),
+            RunEvent::WorkerRefused { .. } => self.workers_refused.add(1, &[]),
+            RunEvent::WorkerLost { .. } => self.workers_lost.add(1, &[]),
+            RunEvent::Rewound { .. } => self.rewinds.add(1, &[]),
+            RunEvent::CheckpointSaved { step, seconds, bytes } => {
+                self.checkpoint_step.record(step.0 as f64, &[]);
+                self.checkpoint_size.record(*bytes as f64, &[]);
+                self.checkpoint_duration.record(*seconds, &[]);
+            }
+            RunEvent::CheckpointFailed { .. } => self.checkpoint_failures.add(1, &[]),
+            RunEvent::Stopping { .. } | RunEvent::Finished { .. } | RunEvent::Failed { .. } => {}
+        }
+    }
+
+    fn record_step(&self, record: &StepRecord) {
+        self.steps.add(1, &[]);
+        self.tokens.add(record.step_tokens, &[]);
+        self.step.record(record.step.0 as f64, &[]);
+        self.run_tokens.record(record.tokens as f64, &[]);
+        self.loss.record(record.loss, &[]);
+        per_loop(&self.loop_loss, &record.loss_per_loop);
+        per_loop(&self.exit_probability, &record.exit_pdf);
+        self.exit_depth.record(record.mean_depth, &[]);
+        self.exit_entropy.record(record.entropy, &[]);
+        self.gradient_norm.record(record.grad_norm, &[]);
+        self.learning_rate.record(record.lr, &[]);
+        self.step_duration.record(record.seconds, &[]);
+        let sections = record.sections;
+        for (name, seconds) in [
+            ("data_wait", sections.data_wait),
+            ("compute", sections.compute),
+            ("reduce", sections.reduce),
+            ("optimizer", sections.optimizer),
+        ] {
+            self.section_duration.record(seconds, &[KeyValue::new("section", name)]);
+        }
+    }
+
+    fn record_evaluation(&self, record: &EvaluationRecord) {
+        self.validation_loss.record(record.loss, &[]);
+        per_loop(&self.validation_loop_loss, &record.loss_per_loop);
+        self.validation_perplexity.record(record.perplexity, &[]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_catalogue_and_the_instruments_are_the_same_list() {
+        let names = |metrics: &[Metric]| -> BTreeSet<&str> {
+            metrics.iter().map(|metric| metric.name).collect()
+        };
+        assert_eq!(names(CATALOGUE), names(USED));
+        assert_eq!(CATALOGUE.len(), names(CATALOGUE).len(), "a name is there twice");
+        assert!(CATALOGUE.iter().all(|metric| metric.help.ends_with('.')));
+    }
+}

@@ -1,0 +1,252 @@
+//! What a run publishes: one record a committed step, one an evaluation, events for whoever
+//! watches, and the outcome. Plain data, shared by the core (which makes it), the journal (which
+//! stores it), the dashboard and the command line.
+
+use std::fmt;
+
+use looptrain_proto::{Cursor, Digest, Generation, Step, WorkerId, v1};
+use serde::{Deserialize, Serialize};
+
+/// Where the time of a step went, in seconds; each section is that of its slowest rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SectionSeconds {
+    /// Waiting for tokens.
+    pub data_wait: f64,
+    /// Forward and backward of the slots.
+    pub compute: f64,
+    /// The all-reduce.
+    pub reduce: f64,
+    /// Applying the previous commit: clip and optimizer update.
+    pub optimizer: f64,
+}
+
+impl SectionSeconds {
+    /// The larger of each section.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            data_wait: self.data_wait.max(other.data_wait),
+            compute: self.compute.max(other.compute),
+            reduce: self.reduce.max(other.reduce),
+            optimizer: self.optimizer.max(other.optimizer),
+        }
+    }
+}
+
+impl From<v1::Sections> for SectionSeconds {
+    fn from(sections: v1::Sections) -> Self {
+        let v1::Sections { data_wait, compute, reduce, optimizer } = sections;
+        Self { data_wait, compute, reduce, optimizer }
+    }
+}
+
+impl From<SectionSeconds> for v1::Sections {
+    fn from(sections: SectionSeconds) -> Self {
+        let SectionSeconds { data_wait, compute, reduce, optimizer } = sections;
+        Self { data_wait, compute, reduce, optimizer }
+    }
+}
+
+/// One committed step: a JSON line of the run's metrics.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// The step.
+    pub step: Step,
+    /// The generation that committed it.
+    pub generation: Generation,
+    /// Workers in that generation.
+    pub world: u32,
+    /// Stage I loss, nats per token.
+    pub loss: f64,
+    /// Cross-entropy after each loop, nats per token.
+    pub loss_per_loop: Vec<f64>,
+    /// Mean exit probability of each loop.
+    pub exit_pdf: Vec<f64>,
+    /// Mean loop of exit, from 1.
+    pub mean_depth: f64,
+    /// Mean entropy of the exit distribution, nats.
+    pub entropy: f64,
+    /// Euclidean norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Tokens of the run up to and including this step.
+    pub tokens: u64,
+    /// Tokens of this step alone.
+    pub step_tokens: u64,
+    /// Data position after this step.
+    pub cursor: Cursor,
+    /// From the plan to the commit decision.
+    pub seconds: f64,
+    /// Digest of the reduced gradient, loss and statistics.
+    pub digest: Digest,
+    /// Sections of the slowest ranks.
+    pub sections: SectionSeconds,
+}
+
+/// One evaluation on the validation split.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationRecord {
+    /// The committed step whose weights were evaluated.
+    pub step: Step,
+    /// Validation sequences.
+    pub sequences: u64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Stage I loss, nats per token.
+    pub loss: f64,
+    /// Cross-entropy after each loop, nats per token.
+    pub loss_per_loop: Vec<f64>,
+    /// Mean exit probability of each loop.
+    pub exit_pdf: Vec<f64>,
+    /// Mean loop of exit, from 1.
+    pub mean_depth: f64,
+    /// Mean entropy of the exit distribution, nats.
+    pub entropy: f64,
+    /// exp of the last loop's cross-entropy.
+    pub perplexity: f64,
+    /// Duration of the evaluation.
+    pub seconds: f64,
+}
+
+/// Mean loop of exit, counted from 1, of an exit distribution.
+pub(crate) fn mean_depth(exit_pdf: &[f64]) -> f64 {
+    exit_pdf.iter().enumerate().map(|(at, share)| (at + 1) as f64 * share).sum()
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Outcome {
+    /// The last committed step.
+    pub step: Step,
+    /// Tokens of all committed steps.
+    pub tokens: u64,
+    /// Training loss of that step; `None` when the run was stopped before any step.
+    pub loss: Option<f64>,
+    /// Digest of the final weights; `None` when the run was stopped before anyone held weights.
+    pub weights_digest: Option<Digest>,
+    /// Stopped on request before the last step.
+    pub stopped: bool,
+    /// The evaluation of `step`, when there was one; the last step always has one.
+    pub evaluation: Option<EvaluationRecord>,
+}
+
+/// What happens in a run, for progress display, logs and the dashboard.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum RunEvent {
+    /// A worker has been welcomed.
+    WorkerJoined {
+        /// Its session.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+        /// Where it runs.
+        host: String,
+        /// Whether it has to wait for a place because a generation is at work.
+        spare: bool,
+    },
+    /// A worker has been turned away.
+    WorkerRefused {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A worker has died, left or been dropped.
+    WorkerLost {
+        /// Its session.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// All members of a new generation hold the same state.
+    Formed {
+        /// The generation.
+        generation: Generation,
+        /// Its members.
+        world: u32,
+        /// The committed step they hold.
+        step: Step,
+        /// Why it was formed.
+        reason: String,
+    },
+    /// A step has been committed.
+    Committed(StepRecord),
+    /// An evaluation is complete.
+    Evaluated(EvaluationRecord),
+    /// A checkpoint exists: its manifest is in the store.
+    CheckpointSaved {
+        /// Its step.
+        step: Step,
+        /// From the directive to the manifest.
+        seconds: f64,
+        /// Size of all parts.
+        bytes: u64,
+    },
+    /// A checkpoint could not be written; it will be tried again.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
+    /// Nobody holds the committed state any more; the run goes back to a checkpoint.
+    Rewound {
+        /// The step it goes on from.
+        to: Step,
+        /// Why.
+        reason: String,
+    },
+    /// The run will stop at the next step boundary.
+    Stopping {
+        /// Who asked, or why.
+        reason: String,
+    },
+    /// The run has ended as it should.
+    Finished {
+        /// In a sentence.
+        reason: String,
+    },
+    /// The run has ended with an error.
+    Failed {
+        /// What went wrong.
+        reason: String,
+    },
+}
+
+impl fmt::Display for RunEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WorkerJoined { name, host, spare: false, .. } => {
+                write!(f, "worker {name} joined from {host}")
+            }
+            Self::WorkerJoined { name, host, spare: true, .. } => {
+                write!(f, "worker {name} joined from {host} and waits for a place")
+            }
+            Self::WorkerRefused { name, reason } => write!(f, "worker {name} refused: {reason}"),
+            Self::WorkerLost { name, reason, .. } => write!(f, "worker {name} lost: {reason}"),
+            Self::Formed { generation, world, step, reason } => {
+                let s = if *world == 1 { "" } else { "s" };
+                write!(f, "generation {generation}: {world} worker{s} from step {step}; {reason}")
+            }
+            Self::Committed(record) => write!(f, "step {} committed", record.step),
+            Self::Evaluated(record) => {
+                write!(f, "step {} evaluated: validation loss {:.4}", record.step, record.loss)
+            }
+            Self::CheckpointSaved { step, seconds, bytes } => {
+                let size = *bytes as f64 / 1e6;
+                write!(f, "checkpoint of step {step} saved ({size:.1} MB in {seconds:.2} s)")
+            }
+            Self::CheckpointFailed { step, reason } => {
+                write!(f, "checkpoint of step {step} failed: {reason}")
+            }
+            Self::Rewound { to, reason } => write!(f, "back to step {to}: {reason}"),
+            Self::Stopping { reason } => write!(f, "stopping: {reason}"),
+            Self::Finished { reason } => write!(f, "finished: {reason}"),
+            Self::Failed { reason } => write!(f, "failed: {reason}"),
+        }
+    }
+}

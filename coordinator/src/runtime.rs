@@ -1,0 +1,176 @@
+//! Around the core: one task that owns it, feeds it events one at a time, and executes its
+//! actions in order. It never waits for a worker or the store; their answers come back as events.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use looptrain_proto::{WorkerId, v1};
+use looptrain_storage::Finished;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::board::Board;
+use crate::core::{Action, Core, Event, Snapshot};
+use crate::error::CoordinatorError;
+use crate::journal::Entry;
+use crate::keeper::Note;
+use crate::metrics::Instruments;
+use crate::records::{Outcome, RunEvent};
+use crate::server::Session;
+
+/// Everything that reaches the runtime's task.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// A worker introduced itself.
+    Open { worker: WorkerId, join: v1::Join, session: Session },
+    /// Something for the core.
+    Event(Event),
+    /// Somebody wants to know how things are.
+    Snapshot(oneshot::Sender<Snapshot>),
+    /// This process must not go on.
+    Abort(CoordinatorError),
+}
+
+/// The task's state.
+pub(crate) struct Runtime {
+    pub(crate) core: Core,
+    pub(crate) tick: Duration,
+    pub(crate) inputs: mpsc::Receiver<Input>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) notes: mpsc::UnboundedSender<Note>,
+    pub(crate) entries: mpsc::UnboundedSender<Entry>,
+    pub(crate) events: broadcast::Sender<RunEvent>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) instruments: Instruments,
+    pub(crate) sessions: HashMap<WorkerId, Session>,
+    pub(crate) started: Instant,
+}
+
+impl Runtime {
+    /// Runs until the core ends the run.
+    pub(crate) async fn run(mut self) -> Result<Outcome, CoordinatorError> {
+        let mut tick = interval(self.tick);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut stopping = false;
+        let result = loop {
+            let event = tokio::select! {
+                () = self.stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    Event::StopRequested { reason: "the coordinator was told to stop".into() }
+                }
+                _ = tick.tick() => Event::Tick,
+                input = self.inputs.recv() => match input {
+                    Some(Input::Open { worker, join, session }) => {
+                        self.sessions.insert(worker, session);
+                        Event::Joined { worker, join }
+                    }
+                    Some(Input::Event(event)) => event,
+                    Some(Input::Snapshot(reply)) => {
+                        // Whoever asked may have hung up.
+                        let _ = reply.send(self.core.snapshot(self.started.elapsed()));
+                        continue;
+                    }
+                    Some(Input::Abort(error)) => break Err(error),
+                    None => continue,
+                },
+            };
+            if let Some(result) = self.feed(event) {
+                break result.map_err(|reason| CoordinatorError::Failed { reason });
+            }
+        };
+        self.sessions.clear();
+        self.make_durable(result).await
+    }
+
+    /// Feeds the core one event, and those that follow from executing its actions.
+    fn feed(&mut self, event: Event) -> Option<Result<Outcome, String>> {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for action in self.core.handle(self.started.elapsed(), event) {
+                match action {
+                    Action::Send { worker, message } => {
+                        let session = self.sessions.get(&worker);
+                        if session.is_some_and(|session| !session.send(message)) {
+                            self.sessions.remove(&worker);
+                            let reason = "it does not read its messages".into();
+                            events.push_back(Event::Broken { worker, reason });
+                        }
+                    }
+                    Action::Close { worker } => {
+                        self.sessions.remove(&worker);
+                    }
+                    Action::Publish(event) => self.publish(event),
+                    Action::PinNumerics { numerics } => self.note(Note::Numerics(numerics)),
+                    Action::SealMetrics => self.enter(Entry::Seal),
+                    Action::WriteManifest(draft) => self.note(Note::Manifest(draft)),
+                    Action::Explain(reason) => tracing::debug!(reason, "phase"),
+                    Action::Ignored { worker, reason } => {
+                        tracing::debug!(%worker, reason, "message not acted on");
+                    }
+                    Action::End(result) => return Some(result),
+                }
+            }
+        }
+        None
+    }
+
+    fn publish(&mut self, event: RunEvent) {
+        match &event {
+            RunEvent::Committed(record) => self.enter(Entry::Step(record.clone())),
+            RunEvent::Evaluated(record) => self.enter(Entry::Evaluation(record.clone())),
+            RunEvent::Rewound { to, .. } => self.enter(Entry::Rewind(*to)),
+            _ => {}
+        }
+        match &event {
+            RunEvent::Committed(_) => tracing::debug!("{event}"),
+            RunEvent::WorkerLost { .. }
+            | RunEvent::WorkerRefused { .. }
+            | RunEvent::CheckpointFailed { .. }
+            | RunEvent::Rewound { .. } => tracing::warn!("{event}"),
+            RunEvent::Failed { .. } => tracing::error!("{event}"),
+            _ => tracing::info!("{event}"),
+        }
+        self.instruments.record(&event);
+        self.board.record(&event);
+        // Nobody has to listen.
+        let _ = self.events.send(event);
+    }
+
+    fn note(&self, note: Note) {
+        // The keeper lives as long as its notes can come.
+        let _ = self.notes.send(note);
+    }
+
+    fn enter(&self, entry: Entry) {
+        let _ = self.entries.send(entry);
+    }
+
+    /// The last words to the store, after those to the workers are queued.
+    async fn make_durable(
+        &self,
+        result: Result<Outcome, CoordinatorError>,
+    ) -> Result<Outcome, CoordinatorError> {
+        if matches!(result, Err(CoordinatorError::Fenced { .. })) {
+            return result;
+        }
+        let (done, flushed) = oneshot::channel();
+        self.enter(Entry::Close(done));
+        let _ = flushed.await;
+        let outcome = result?;
+        let finished = match (outcome.stopped, outcome.weights_digest) {
+            (false, Some(weights_digest)) => {
+                let loss = outcome.loss.unwrap_or_default();
+                Some(Finished { step: outcome.step, weights_digest, loss })
+            }
+            _ => None,
+        };
+        let (reply, durable) = oneshot::channel();
+        self.note(Note::Last(finished, reply));
+        if let Ok(durable) = durable.await {
+            durable?;
+        }
+        Ok(outcome)
+    }
+}

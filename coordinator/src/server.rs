@@ -1,0 +1,228 @@
+//! The gRPC service: sessions with workers, and what operators may ask.
+//!
+//! A session is a reader task and a bounded queue of outgoing messages. The reader turns messages
+//! into events for the runtime, waiting when the runtime is behind; the runtime never waits for a
+//! worker: one whose queue is full does not read, and is lost. Dead connections are found by
+//! HTTP/2 pings, dead processes by their connection, frozen ones by missing heartbeats (in the
+//! core).
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use looptrain_proto::WorkerId;
+use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use looptrain_proto::v1::{self, coordinator_message, worker_message};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::core::{Event, Snapshot, WorkerView};
+use crate::reports;
+use crate::runtime::Input;
+
+/// Directives that may wait for a worker to read them. A step sends it two or three.
+const OUTBOX: usize = 64;
+
+/// How long a new connection may take to introduce itself.
+const JOIN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a worker may take to hang up after its last message.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// One message to a worker, as tonic streams it.
+pub(crate) type Outgoing = Result<v1::CoordinatorMessage, Status>;
+
+/// The runtime's end of a session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    outbox: mpsc::Sender<Outgoing>,
+    closed: CancellationToken,
+}
+
+impl Session {
+    /// Queues a message; false when the worker does not read, or is gone.
+    pub(crate) fn send(&self, kind: coordinator_message::Kind) -> bool {
+        self.outbox.try_send(Ok(v1::CoordinatorMessage { kind: Some(kind) })).is_ok()
+    }
+}
+
+impl Drop for Session {
+    /// The stream ends when its queue is empty; the reader stops listening.
+    fn drop(&mut self) {
+        self.closed.cancel();
+    }
+}
+
+/// Implements the service; cloned by tonic for every connection through an `Arc`.
+pub(crate) struct Service {
+    inputs: mpsc::Sender<Input>,
+    ids: AtomicU64,
+    readers: Readers,
+}
+
+/// Knows when all sessions are over: each reader task holds a receiver.
+pub(crate) type Readers = Arc<watch::Sender<()>>;
+
+impl Service {
+    pub(crate) fn new(inputs: mpsc::Sender<Input>, readers: Readers) -> Self {
+        Self { inputs, ids: AtomicU64::new(1), readers }
+    }
+
+    async fn snapshot(&self) -> Result<Snapshot, Status> {
+        let (reply, snapshot) = oneshot::channel();
+        let over = || Status::unavailable("the run is over and its coordinator is going away");
+        self.inputs.send(Input::Snapshot(reply)).await.map_err(|_| over())?;
+        snapshot.await.map_err(|_| over())
+    }
+}
+
+/// Serves until `shutdown`; then no new calls are taken, and those in flight end.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    service: Service,
+    worker_timeout: Duration,
+    shutdown: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let service = CoordinatorServer::new(service);
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    Server::builder()
+        .http2_keepalive_interval(Some(worker_timeout / 2))
+        .http2_keepalive_timeout(Some(worker_timeout))
+        .serve_with_incoming_shutdown(service, incoming, shutdown.cancelled_owned())
+        .await
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type SessionStream = Pin<Box<dyn Stream<Item = Outgoing> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::WorkerMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let worker = WorkerId(self.ids.fetch_add(1, Ordering::Relaxed));
+        let (outbox, messages) = mpsc::channel(OUTBOX);
+        let inputs = self.inputs.clone();
+        let reading = self.readers.subscribe();
+        tokio::spawn(async move {
+            read_session(worker, request.into_inner(), outbox, inputs).await;
+            drop(reading);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+    }
+
+    async fn status(
+        &self,
+        _: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusReply>, Status> {
+        Ok(Response::new(status_reply(self.snapshot().await?)))
+    }
+
+    async fn stop(
+        &self,
+        request: Request<v1::StopRequest>,
+    ) -> Result<Response<v1::StopReply>, Status> {
+        let reason = match request.into_inner().reason {
+            empty if empty.is_empty() => "an operator asked for it".to_owned(),
+            reason => reason,
+        };
+        let over = |_| Status::unavailable("the run is over and its coordinator is going away");
+        self.inputs.send(Input::Event(Event::StopRequested { reason })).await.map_err(over)?;
+        let step = self.snapshot().await?.step.0;
+        Ok(Response::new(v1::StopReply { step }))
+    }
+}
+
+/// The life of a session, from its first message to its end.
+async fn read_session(
+    worker: WorkerId,
+    mut incoming: Streaming<v1::WorkerMessage>,
+    outbox: mpsc::Sender<Outgoing>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let first = match timeout(JOIN_PATIENCE, incoming.message()).await {
+        Ok(Ok(Some(message))) => message.kind,
+        Ok(Ok(None) | Err(_)) => return,
+        Err(_) => None,
+    };
+    let Some(worker_message::Kind::Join(join)) = first else {
+        let reason =
+            format!("a session starts with a Join, within {} seconds", JOIN_PATIENCE.as_secs());
+        let kind = Some(coordinator_message::Kind::Refused(v1::Refused { reason }));
+        // The worker may be gone; then there is nobody to tell.
+        let _ = outbox.send(Ok(v1::CoordinatorMessage { kind })).await;
+        return drain(incoming).await;
+    };
+    let closed = CancellationToken::new();
+    let session = Session { outbox, closed: closed.clone() };
+    if inputs.send(Input::Open { worker, join, session }).await.is_err() {
+        return;
+    }
+    let reason = loop {
+        let message = tokio::select! {
+            message = incoming.message() => message,
+            () = closed.cancelled() => return drain(incoming).await,
+        };
+        let event = match message {
+            Ok(Some(message)) => match reports::report(message) {
+                Ok(report) => Event::Report { worker, report },
+                Err(malformed) => break format!("it sent {malformed}"),
+            },
+            Ok(None) => break "it closed its session".to_owned(),
+            Err(status) => break format!("its connection broke: {}", status.message()),
+        };
+        if inputs.send(Input::Event(event)).await.is_err() {
+            return;
+        }
+    };
+    // Fails only when the run is over, and then the loss does not matter.
+    let _ = inputs.send(Input::Event(Event::Broken { worker, reason })).await;
+}
+
+/// Lets the worker read its last message and hang up by itself: hanging up first could cut that
+/// message off.
+async fn drain(mut incoming: Streaming<v1::WorkerMessage>) {
+    let hung_up = async { while let Ok(Some(_)) = incoming.message().await {} };
+    let _ = timeout(FAREWELL_PATIENCE, hung_up).await;
+}
+
+fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
+    let statistics = snapshot.last.map(|last| v1::StepStatistics {
+        loss: last.loss,
+        loss_per_loop: last.loss_per_loop,
+        exit_pdf: last.exit_pdf,
+        entropy: last.entropy,
+        grad_norm: last.grad_norm,
+        tokens: last.tokens,
+    });
+    let worker = |view: WorkerView| v1::WorkerStatus {
+        worker_id: view.id.0,
+        name: view.name,
+        host: view.host,
+        rank: view.rank.map(|rank| rank.0),
+        slots: view.slots,
+        sections: Some(view.sections.into()),
+        seconds_since_heard: view.seconds_since_heard,
+    };
+    v1::StatusReply {
+        run: snapshot.run,
+        incarnation: snapshot.incarnation.0,
+        generation: snapshot.generation.0,
+        step: snapshot.step.0,
+        total_steps: snapshot.total_steps.0,
+        phase: snapshot.phase.to_owned(),
+        reason: snapshot.reason,
+        workers: snapshot.workers.into_iter().map(worker).collect(),
+        statistics,
+        checkpoint_step: snapshot.checkpoint_step.map_or(0, |step| step.0),
+        tokens_per_second: snapshot.tokens_per_second,
+    }
+}

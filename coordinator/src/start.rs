@@ -1,0 +1,331 @@
+//! From settings to a running coordinator: what the store says about the run, then the tasks.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use looptrain_proto::{Digest, Spec, Step};
+use looptrain_storage::{
+    CheckpointManifest, Checkpoints, Error as StoreError, MetricsLog, Register, RunRecord, Store,
+    read_record,
+};
+use tokio::net::TcpListener;
+use tokio::sync::{broadcast, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::board::Board;
+use crate::core::{Core, Mark, Resume, tokens_after};
+use crate::dashboard::{self, RenderMetrics};
+use crate::error::CoordinatorError;
+use crate::journal::{Journal, read_history};
+use crate::keeper::Keeper;
+use crate::metrics::Instruments;
+use crate::records::{Outcome, RunEvent};
+use crate::runtime::Runtime;
+use crate::server::{self, Readers, Service};
+
+/// Events that a slow listener may be behind before it loses some.
+const EVENT_BACKLOG: usize = 4096;
+
+/// Inputs that may wait for the runtime; sessions wait when it is full.
+const INPUT_BACKLOG: usize = 4096;
+
+/// How long workers get to read their last message and hang up.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(3);
+
+/// What a coordinator needs.
+pub struct Settings {
+    /// The run.
+    pub spec: Spec,
+    /// Where its durable state is; usually `Store::open(&spec.run.store)`.
+    pub store: Store,
+    /// Address for workers; port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// Address of the status page, when there is to be one.
+    pub dashboard: Option<SocketAddr>,
+    /// Cancelled to stop the run at the next step boundary, with a checkpoint.
+    pub stop: CancellationToken,
+    /// Renders the process's metrics as Prometheus text, for `/metrics`.
+    pub render_metrics: Option<RenderMetrics>,
+}
+
+/// What [`start`] found.
+pub enum Started {
+    /// The run is under way.
+    Running(Running),
+    /// The record says that the run is over: nothing listens, no worker is needed.
+    Finished(Outcome),
+}
+
+/// A running coordinator. Dropping it does not stop it; cancelling [`Settings::stop`] does.
+pub struct Running {
+    /// Where workers connect.
+    pub address: SocketAddr,
+    /// Where the status page is.
+    pub dashboard: Option<SocketAddr>,
+    /// The checkpoint the run goes on from.
+    pub resumed_from: Option<Step>,
+    /// Newer checkpoints that did not verify, and why.
+    pub skipped_checkpoints: Vec<(Step, String)>,
+    /// Everything that happens, from the first event on.
+    pub events: broadcast::Receiver<RunEvent>,
+    /// How the run ends.
+    pub outcome: JoinHandle<Result<Outcome, CoordinatorError>>,
+}
+
+impl Running {
+    /// Waits for the end of the run.
+    ///
+    /// # Errors
+    /// [`CoordinatorError::Failed`] with the run's reason, [`CoordinatorError::Fenced`] when
+    /// another coordinator took over, or what the store or the server said.
+    pub async fn wait(self) -> Result<Outcome, CoordinatorError> {
+        drop(self.events);
+        self.outcome.await.unwrap_or_else(|error| {
+            Err(CoordinatorError::Failed {
+                reason: format!("the coordinator's task died: {error}"),
+            })
+        })
+    }
+}
+
+/// Starts the coordinator of a run, or finds that the run is over.
+///
+/// Instruments are made from the OpenTelemetry global meter: install a provider before this.
+///
+/// # Errors
+/// When the store does not work, holds another run under this name, or holds no good checkpoint
+/// where there should be one; when an address is taken. Nothing of the run is written before all
+/// of that is known to be well.
+pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
+    let Settings { spec, store, listen, dashboard, stop, render_metrics } = settings;
+    let spec = Arc::new(spec);
+    let run = spec.run.name.clone();
+    let trajectory = spec.trajectory_digest();
+
+    store.check_writable().await?;
+    let record = read_record(&store, &run).await?;
+    if let Some(record) = &record {
+        check_trajectory(&spec, &store, record, trajectory)?;
+        if let Some(outcome) = finished(&spec, &store, record).await? {
+            return Ok(Started::Finished(outcome));
+        }
+    }
+    let checkpoints = Checkpoints::new(&store, &run);
+    let (manifest, skipped_checkpoints) = match checkpoints.newest_good().await? {
+        None => (None, Vec::new()),
+        Some((manifest, skipped)) => {
+            check_manifest(&spec, &store, &manifest, trajectory)?;
+            let skipped = skipped.into_iter().map(|skipped| (skipped.step, skipped.reason));
+            (Some(manifest), skipped.collect())
+        }
+    };
+    for (step, reason) in &skipped_checkpoints {
+        tracing::warn!(%step, reason, "a checkpoint is not usable");
+    }
+    let listener = bind("workers", listen).await?;
+    let page = match dashboard {
+        Some(address) => Some(bind("the dashboard", address).await?),
+        None => None,
+    };
+    let register = claim(&spec, &store, trajectory).await?;
+
+    let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
+    let at = resumed_from.unwrap_or_default();
+    let history = read_history(&store, &run, at).await?;
+    let log = MetricsLog::open(&store, &run, at).await?;
+    let mark = manifest.map(|manifest| Mark {
+        step: manifest.step,
+        weights_digest: manifest.weights_digest,
+        record: history.steps.iter().rfind(|record| record.step == manifest.step).cloned(),
+    });
+    let resume = Resume {
+        incarnation: register.incarnation(),
+        checkpoint: mark,
+        numerics: register.current().numerics.clone(),
+        generation: history.steps.last().map(|record| record.generation).unwrap_or_default(),
+        evaluation: history.evaluations.last().cloned(),
+    };
+
+    let (input_sender, inputs) = mpsc::channel(INPUT_BACKLOG);
+    let (event_sender, events) = broadcast::channel(EVENT_BACKLOG);
+    let (notes, note_receiver) = mpsc::unbounded_channel();
+    let (entries, entry_receiver) = mpsc::unbounded_channel();
+    let board = Arc::new(Board::new(history));
+    let worker_timeout = Duration::from_secs_f64(spec.cluster.worker_timeout);
+
+    let keeper = Keeper {
+        spec: Arc::clone(&spec),
+        trajectory,
+        register,
+        checkpoints,
+        inputs: input_sender.clone(),
+    };
+    tokio::spawn(keeper.run(note_receiver));
+    tokio::spawn(Journal { store: store.clone(), run, log }.run(entry_receiver));
+
+    let readers = Readers::default();
+    let shutdown = CancellationToken::new();
+    let service = Service::new(input_sender.clone(), Arc::clone(&readers));
+    let (address, workers_listener) = listener;
+    let server =
+        tokio::spawn(server::serve(workers_listener, service, worker_timeout, shutdown.clone()));
+    let dashboard = page.as_ref().map(|(address, _)| *address);
+    let page = page.map(|(_, listener)| {
+        let app = dashboard::app(input_sender, Arc::clone(&board), render_metrics);
+        tokio::spawn(dashboard::serve(listener, app, shutdown.clone()))
+    });
+    let runtime = Runtime {
+        core: Core::new(Spec::clone(&spec), resume),
+        tick: worker_timeout / 8,
+        inputs,
+        stop,
+        notes,
+        entries,
+        events: event_sender,
+        board,
+        instruments: Instruments::new(),
+        sessions: HashMap::new(),
+        started: Instant::now(),
+    };
+    let outcome = tokio::spawn(supervise(runtime, address, server, page, readers, shutdown));
+    Ok(Started::Running(Running {
+        address,
+        dashboard,
+        resumed_from,
+        skipped_checkpoints,
+        events,
+        outcome,
+    }))
+}
+
+/// Runs the runtime to its end and takes the servers down after it; a server that dies takes the
+/// run down.
+async fn supervise(
+    runtime: Runtime,
+    address: SocketAddr,
+    mut server: JoinHandle<Result<(), tonic::transport::Error>>,
+    page: Option<JoinHandle<()>>,
+    readers: Readers,
+    shutdown: CancellationToken,
+) -> Result<Outcome, CoordinatorError> {
+    let result = tokio::select! {
+        result = runtime.run() => result,
+        stopped = &mut server => {
+            let detail = match stopped {
+                Ok(Ok(())) => "it came to an end by itself".into(),
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            };
+            shutdown.cancel();
+            return Err(CoordinatorError::Server { address, detail });
+        }
+    };
+    // Workers that do not hang up in time are cut off.
+    let _ = timeout(CLOSING_PATIENCE, readers.closed()).await;
+    shutdown.cancel();
+    if timeout(CLOSING_PATIENCE, &mut server).await.is_err() {
+        server.abort();
+    }
+    if let Some(page) = page {
+        page.abort();
+    }
+    result
+}
+
+async fn bind(
+    what: &'static str,
+    address: SocketAddr,
+) -> Result<(SocketAddr, TcpListener), CoordinatorError> {
+    let listen = |error| CoordinatorError::Listen { what, address, error };
+    let listener = TcpListener::bind(address).await.map_err(listen)?;
+    let bound = listener.local_addr().map_err(listen)?;
+    Ok((bound, listener))
+}
+
+fn check_trajectory(
+    spec: &Spec,
+    store: &Store,
+    record: &RunRecord,
+    given: Digest,
+) -> Result<(), CoordinatorError> {
+    if record.trajectory == given {
+        return Ok(());
+    }
+    Err(CoordinatorError::OtherSpec {
+        run: spec.run.name.clone(),
+        store: store.url().to_owned(),
+        recorded: record.trajectory,
+        given,
+    })
+}
+
+fn check_manifest(
+    spec: &Spec,
+    store: &Store,
+    manifest: &CheckpointManifest,
+    expected: Digest,
+) -> Result<(), CoordinatorError> {
+    if manifest.trajectory == expected {
+        return Ok(());
+    }
+    Err(CoordinatorError::OtherCheckpoint {
+        run: spec.run.name.clone(),
+        store: store.url().to_owned(),
+        step: manifest.step,
+        found: manifest.trajectory,
+        expected,
+    })
+}
+
+async fn claim(
+    spec: &Spec,
+    store: &Store,
+    trajectory: Digest,
+) -> Result<Register, CoordinatorError> {
+    let run = &spec.run.name;
+    // Another coordinator may have come first since the record was read.
+    let mut other = None;
+    let claimed = Register::claim(store, run, |record| match record {
+        None => Ok(RunRecord::new(trajectory, spec.to_toml())),
+        Some(record) if record.trajectory == trajectory => {
+            Ok(RunRecord { spec: spec.to_toml(), ..record.clone() })
+        }
+        Some(record) => {
+            other = Some(record.clone());
+            Err("it was started with another spec".into())
+        }
+    })
+    .await;
+    match (claimed, other) {
+        (Err(StoreError::Refused { .. }), Some(record)) => {
+            check_trajectory(spec, store, &record, trajectory)?;
+            Err(CoordinatorError::Failed { reason: format!("run `{run}` cannot be claimed") })
+        }
+        (claimed, _) => Ok(claimed?),
+    }
+}
+
+/// The outcome of a run that is over, from its record.
+async fn finished(
+    spec: &Spec,
+    store: &Store,
+    record: &RunRecord,
+) -> Result<Option<Outcome>, CoordinatorError> {
+    let total = spec.total_steps();
+    let Some(finished) = record.finished.as_ref().filter(|finished| finished.step == total) else {
+        return Ok(None);
+    };
+    let history = read_history(store, &spec.run.name, total).await?;
+    Ok(Some(Outcome {
+        step: total,
+        tokens: tokens_after(spec, total),
+        loss: Some(finished.loss),
+        weights_digest: Some(finished.weights_digest),
+        stopped: false,
+        evaluation: history.evaluations.into_iter().rfind(|record| record.step == total),
+    }))
+}

@@ -1,0 +1,382 @@
+//! Slots in, gradients out: the model on the threads of one worker.
+//!
+//! Slots are the unit of parallelism. A slot runs in one lane, a small thread pool of its own; its
+//! bits do not depend on the lane's size (the kernels see to that), on the other lanes, or on the
+//! order in which lanes take slots.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use looptrain_proto::spec;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::exit::stage_one;
+use crate::loop_lm::floats;
+use crate::{Layout, LoopLm, Rotary, SlotStatistics, TrainState, numerics, optimizer};
+
+/// The settings of a stage that shape the computation of a slot.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StageSettings {
+    /// Times the stack is applied, R.
+    pub loops: usize,
+    /// Weight of the exit distribution's entropy, beta.
+    pub entropy_weight: f64,
+    /// Base of the rotary embedding, theta.
+    pub rope_base: f64,
+}
+
+impl From<&spec::Stage> for StageSettings {
+    fn from(stage: &spec::Stage) -> Self {
+        Self {
+            loops: stage.loops,
+            entropy_weight: stage.entropy_weight,
+            rope_base: stage.rope_base,
+        }
+    }
+}
+
+/// The tokens of one slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotBatch {
+    /// `[sequences, sequence_length + 1]`, row after row: inputs and, shifted by one, targets. All
+    /// ids are below the model's vocabulary.
+    pub tokens: Vec<u32>,
+    /// Number of sequences.
+    pub sequences: usize,
+    /// Input tokens per sequence.
+    pub sequence_length: usize,
+}
+
+/// What the computation of one slot gives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SlotOutput {
+    /// Gradient of the slot's mean loss, flat, in [`Layout`] order.
+    pub gradient: Vec<f32>,
+    /// Means over the slot's tokens.
+    pub statistics: SlotStatistics,
+}
+
+/// The model, its weights and the worker's threads.
+pub struct Engine {
+    model: spec::Model,
+    layout: Layout,
+    device: Device,
+    threads: usize,
+    /// Pools by number of lanes, made when first needed.
+    lanes: Mutex<HashMap<usize, Arc<Vec<ThreadPool>>>>,
+    /// Plain parameters, without a gradient graph.
+    weights: Option<LoopLm>,
+}
+
+impl Engine {
+    /// An engine on `threads` threads of this machine; weights come with [`Engine::load`].
+    #[must_use]
+    pub fn new(model: &spec::Model, threads: usize) -> Self {
+        Self {
+            model: model.clone(),
+            layout: Layout::new(model),
+            device: Device::flex(),
+            threads: threads.max(1),
+            lanes: Mutex::new(HashMap::new()),
+            weights: None,
+        }
+    }
+
+    /// The table of the model's tensors.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Takes a copy of flat weights for the calls that follow.
+    ///
+    /// # Panics
+    /// If the buffer is shorter than the layout.
+    pub fn load(&mut self, weights: &[f32]) {
+        self.weights = Some(LoopLm::new(&self.model, &self.layout, weights, &self.device));
+    }
+
+    /// Computes the gradient of each slot and hands it to `on_slot` with the slot's index, from
+    /// any thread and in any order. Blocks until all slots are done, or returns early, without the
+    /// slots not yet begun, once `cancelled` is set.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    pub fn gradients(
+        &self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+        on_slot: &(dyn Fn(usize, SlotOutput) + Sync),
+    ) {
+        self.in_lanes(batches.len(), cancelled, &|slot| {
+            on_slot(slot, self.slot(settings, &batches[slot]));
+        });
+    }
+
+    /// Computes the loss of each batch, without gradients; in the order of `batches`. Batches not
+    /// begun when `cancelled` is set have default statistics.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    #[must_use]
+    pub fn evaluate(
+        &self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+    ) -> Vec<SlotStatistics> {
+        let results = Mutex::new(vec![SlotStatistics::default(); batches.len()]);
+        self.in_lanes(batches.len(), cancelled, &|index| {
+            let (losses, gates) = self.forward(settings, &batches[index]);
+            let statistics = stage_one(&losses, &gates, settings.entropy_weight).statistics;
+            results.lock().unwrap_or_else(PoisonError::into_inner)[index] = statistics;
+        });
+        results.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clips the gradient and applies AdamW in place, advancing the state by one step; returns the
+    /// gradient's norm before clipping. To be followed by [`Engine::load`].
+    pub fn update(
+        &self,
+        state: &mut TrainState,
+        gradient: &[f32],
+        settings: &spec::Optimizer,
+        learning_rate: f64,
+    ) -> f64 {
+        let pools = self.pools(1);
+        pools[0]
+            .install(|| optimizer::update(&self.layout, state, gradient, settings, learning_rate))
+    }
+
+    /// Everything that decides the bits of this engine's results; see [`numerics`].
+    #[must_use]
+    pub fn numerics(&self) -> String {
+        numerics::describe(&numerics::probe())
+    }
+
+    /// The loaded model.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    #[must_use]
+    pub fn loaded(&self) -> &LoopLm {
+        self.weights.as_ref().expect("weights are loaded before anything is computed")
+    }
+
+    fn rotary(&self, length: usize, base: f64) -> Rotary {
+        Rotary::new(length, self.model.head_dim(), base, &self.device)
+    }
+
+    /// Input ids and target ids, `[B * T]` each.
+    fn ids(&self, batch: &SlotBatch) -> [Tensor<1, Int>; 2] {
+        let row = batch.sequence_length + 1;
+        [0, 1].map(|shift| {
+            let ids: Vec<i64> = batch
+                .tokens
+                .chunks(row)
+                .flat_map(|row| &row[shift..shift + batch.sequence_length])
+                .map(|&id| i64::from(id))
+                .collect();
+            let count = ids.len();
+            Tensor::from_data(TensorData::new(ids, [count]), &self.device)
+        })
+    }
+
+    /// Cross-entropies and gate logits, `[R][B * T]` each, without a gradient graph.
+    fn forward(
+        &self,
+        settings: &StageSettings,
+        batch: &SlotBatch,
+    ) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+        let model = self.loaded();
+        let [inputs, targets] = self.ids(batch);
+        let rotary = self.rotary(batch.sequence_length, settings.rope_base);
+        model
+            .forward(inputs, batch.sequences, settings.loops, &rotary)
+            .into_iter()
+            .map(|output| {
+                let loss = model.cross_entropy(output.hidden, targets.clone());
+                (floats(loss), floats(output.gate))
+            })
+            .unzip()
+    }
+
+    /// Forward with the graph, loss and its gradients in closed form, then backward from those.
+    fn slot(&self, settings: &StageSettings, batch: &SlotBatch) -> SlotOutput {
+        let model = self.loaded().with_gradients();
+        let [inputs, targets] = self.ids(batch);
+        let rotary = self.rotary(batch.sequence_length, settings.rope_base);
+        let outputs = model.forward(inputs, batch.sequences, settings.loops, &rotary);
+        let losses: Vec<Tensor<1>> = outputs
+            .iter()
+            .map(|output| model.cross_entropy(output.hidden.clone(), targets.clone()))
+            .collect();
+        let values = |tensor: &Tensor<1>| floats(tensor.clone().inner());
+        let loss_values: Vec<_> = losses.iter().map(values).collect();
+        let gate_values: Vec<_> = outputs.iter().map(|output| values(&output.gate)).collect();
+        let stage = stage_one(&loss_values, &gate_values, settings.entropy_weight);
+
+        // A scalar whose gradients with respect to losses and gates are the closed forms.
+        let seeded = |tensor: Tensor<1>, gradient: &[f32]| {
+            let gradient = TensorData::new(gradient.to_vec(), [gradient.len()]);
+            (tensor * Tensor::from_data(gradient, &self.device)).sum()
+        };
+        let terms = losses
+            .into_iter()
+            .zip(&stage.dloss)
+            .chain(outputs.into_iter().map(|output| output.gate).zip(&stage.dgate))
+            .map(|(tensor, gradient)| seeded(tensor, gradient));
+        let root = terms.reduce(|sum, term| sum + term).expect("a stage has at least one loop");
+        let mut grads = root.backward();
+        SlotOutput {
+            gradient: model.flat_gradients(&self.layout, &mut grads),
+            statistics: stage.statistics,
+        }
+    }
+
+    /// `count` pools that share out the engine's threads.
+    fn pools(&self, count: usize) -> Arc<Vec<ThreadPool>> {
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let pools = lanes.entry(count).or_insert_with(|| {
+            let pool = |lane| {
+                let threads = self.threads / count + usize::from(lane < self.threads % count);
+                ThreadPoolBuilder::new()
+                    .num_threads(threads.max(1))
+                    .thread_name(move |thread| format!("lane-{lane}-{thread}"))
+                    .build()
+                    .expect("the system can start the worker's threads")
+            };
+            Arc::new((0..count).map(pool).collect())
+        });
+        Arc::clone(pools)
+    }
+
+    /// Runs `work(0..count)` in as many lanes as there are threads or pieces of work.
+    fn in_lanes(&self, count: usize, cancelled: &AtomicBool, work: &(dyn Fn(usize) + Sync)) {
+        if count == 0 {
+            return;
+        }
+        let pools = self.pools(self.threads.min(count));
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for pool in pools.iter() {
+                scope.spawn(|| {
+                    pool.install(|| {
+                        while !cancelled.load(Ordering::Relaxed) {
+                            let index = next.fetch_add(1, Ordering::Relaxed);
+                            if index >= count {
+                                break;
+                            }
+                            work(index);
+                        }
+                    });
+                });
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> spec::Model {
+        spec::Model {
+            hidden_size: 24,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            intermediate_size: 40,
+            vocab_size: 53,
+            rms_norm_eps: 1e-6,
+            initializer_range: 0.05,
+        }
+    }
+
+    fn batches(count: usize, sequences: usize, sequence_length: usize) -> Vec<SlotBatch> {
+        let tokens = |slot: usize| {
+            let count = sequences * (sequence_length + 1);
+            (0..count).map(|i| ((slot * 31 + i * 7 + i * i) % 53) as u32).collect()
+        };
+        (0..count)
+            .map(|slot| SlotBatch { tokens: tokens(slot), sequences, sequence_length })
+            .collect()
+    }
+
+    const SETTINGS: StageSettings =
+        StageSettings { loops: 3, entropy_weight: 0.05, rope_base: 1e4 };
+
+    fn gradients(threads: usize, batches: &[SlotBatch]) -> Vec<SlotOutput> {
+        let mut engine = Engine::new(&model(), threads);
+        engine.load(&TrainState::initial(&model(), 3).weights);
+        let found = Mutex::new(vec![None; batches.len()]);
+        engine.gradients(&SETTINGS, batches, &AtomicBool::new(false), &|slot, output| {
+            found.lock().unwrap()[slot] = Some(output);
+        });
+        found.into_inner().unwrap().into_iter().map(|output| output.unwrap()).collect()
+    }
+
+    #[test]
+    fn a_slot_has_the_same_bits_for_any_threads_and_neighbours() {
+        // 70 positions: more than one attention tile, and more rows than one norm task.
+        let slots = batches(3, 2, 70);
+        let alone = gradients(1, &slots[1..2]);
+        for threads in [1, 2, 3, 4, 8] {
+            assert!(gradients(threads, &slots)[1] == alone[0], "{threads} threads");
+            assert!(gradients(threads, &slots[1..2])[0] == alone[0], "{threads} threads, alone");
+        }
+    }
+
+    #[test]
+    fn an_evaluation_has_the_loss_of_the_forward_pass() {
+        let slots = batches(2, 2, 9);
+        let mut engine = Engine::new(&model(), 2);
+        engine.load(&TrainState::initial(&model(), 3).weights);
+        let found = engine.evaluate(&SETTINGS, &slots, &AtomicBool::new(false));
+        let trained: Vec<_> = gradients(1, &slots).into_iter().map(|o| o.statistics).collect();
+        assert_eq!(found, trained);
+    }
+
+    #[test]
+    fn a_cancelled_engine_begins_no_slot() {
+        let mut engine = Engine::new(&model(), 2);
+        engine.load(&TrainState::initial(&model(), 3).weights);
+        let slots = batches(4, 1, 5);
+        engine.gradients(&SETTINGS, &slots, &AtomicBool::new(true), &|_, _| {
+            panic!("a slot was computed");
+        });
+    }
+
+    #[test]
+    fn the_parameters_of_the_module_are_those_of_the_layout() {
+        // A gradient in every tensor: the module visits its fields in the layout's order.
+        let output = gradients(1, &batches(1, 2, 9)).remove(0);
+        let layout = Layout::new(&model());
+        for tensor in layout.tensors() {
+            let values = &output.gradient[tensor.range()];
+            assert!(values.iter().any(|&g| g != 0.0), "{} has no gradient", tensor.name);
+        }
+    }
+
+    #[test]
+    fn a_few_updates_on_one_batch_lower_its_loss() {
+        let slots = batches(1, 2, 9);
+        let mut engine = Engine::new(&model(), 1);
+        let mut state = TrainState::initial(&model(), 3);
+        let mut losses = Vec::new();
+        for _ in 0..12 {
+            engine.load(&state.weights);
+            let found = Mutex::new(None);
+            engine.gradients(&SETTINGS, &slots, &AtomicBool::new(false), &|_, output| {
+                *found.lock().unwrap() = Some(output);
+            });
+            let output = found.into_inner().unwrap().unwrap();
+            losses.push(output.statistics.loss);
+            engine.update(&mut state, &output.gradient, &spec::Optimizer::default(), 1e-2);
+        }
+        assert_eq!(state.step.0, 12);
+        assert!(losses[11] < losses[0] - 1.0, "{losses:?}");
+    }
+}

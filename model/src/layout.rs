@@ -1,0 +1,151 @@
+//! Names, shapes and places of the parameters.
+//!
+//! Weights, gradients and moments are flat `f32` buffers; this table says which tensor stands
+//! where. Its order is the order of the fields of [`LoopLm`](crate::LoopLm), so it is the same in
+//! every process. Names are those of the published Ouro checkpoints.
+
+use looptrain_proto::spec;
+
+/// One tensor's place in a flat buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// Name in Hugging Face checkpoints.
+    pub name: String,
+    /// `[out, in]` for matrices, `[n]` for vectors.
+    pub shape: Vec<usize>,
+    /// First element in the flat buffer.
+    pub offset: usize,
+    /// Number of elements.
+    pub len: usize,
+    /// Whether weight decay applies: the matrices of layers and head, not embedding, norms or gate.
+    pub decay: bool,
+}
+
+impl TensorEntry {
+    /// The tensor's elements within a flat buffer.
+    #[must_use]
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.len
+    }
+}
+
+/// The table of all tensors of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    tensors: Vec<TensorEntry>,
+    parameters: usize,
+}
+
+impl Layout {
+    /// The tensors of a LoopLM: 11 per layer and 5 more.
+    #[must_use]
+    pub fn new(model: &spec::Model) -> Self {
+        let (d, f, v) = (model.hidden_size, model.intermediate_size, model.vocab_size);
+        let mut table = Self { tensors: Vec::new(), parameters: 0 };
+        table.push("model.embed_tokens.weight".into(), &[v, d], false);
+        for layer in 0..model.num_hidden_layers {
+            let mut push = |name: &str, shape: &[usize]| {
+                let name = format!("model.layers.{layer}.{name}.weight");
+                table.push(name, shape, shape.len() > 1);
+            };
+            push("input_layernorm", &[d]);
+            for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+                push(&format!("self_attn.{name}"), &[d, d]);
+            }
+            push("input_layernorm_2", &[d]);
+            push("post_attention_layernorm", &[d]);
+            push("mlp.gate_proj", &[f, d]);
+            push("mlp.up_proj", &[f, d]);
+            push("mlp.down_proj", &[d, f]);
+            push("post_attention_layernorm_2", &[d]);
+        }
+        table.push("model.norm.weight".into(), &[d], false);
+        table.push("model.early_exit_gate.weight".into(), &[1, d], false);
+        table.push("model.early_exit_gate.bias".into(), &[1], false);
+        table.push("lm_head.weight".into(), &[v, d], true);
+        table
+    }
+
+    fn push(&mut self, name: String, shape: &[usize], decay: bool) {
+        let len = shape.iter().product();
+        let offset = self.parameters;
+        self.tensors.push(TensorEntry { name, shape: shape.to_vec(), offset, len, decay });
+        self.parameters += len;
+    }
+
+    /// All tensors, in the order of the flat buffers.
+    #[must_use]
+    pub fn tensors(&self) -> &[TensorEntry] {
+        &self.tensors
+    }
+
+    /// Elements of a flat buffer.
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        self.parameters
+    }
+
+    /// The tensor that owns an element of the flat buffer, and the element's place in it; `None`
+    /// past the end.
+    #[must_use]
+    pub fn owner(&self, element: usize) -> Option<(&TensorEntry, usize)> {
+        let after = self.tensors.partition_point(|tensor| tensor.offset <= element);
+        let tensor = self.tensors.get(after.checked_sub(1)?)?;
+        (element < self.parameters).then(|| (tensor, element - tensor.offset))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ouro(layers: usize) -> spec::Model {
+        spec::Model {
+            hidden_size: 2048,
+            num_hidden_layers: layers,
+            num_attention_heads: 16,
+            intermediate_size: 5632,
+            vocab_size: 49152,
+            rms_norm_eps: 1e-6,
+            initializer_range: 0.02,
+        }
+    }
+
+    #[test]
+    fn the_published_models_have_their_published_sizes() {
+        for (layers, tensors, parameters) in [(24, 269, 1_434_652_673), (48, 533, 2_667_974_657)] {
+            let layout = Layout::new(&ouro(layers));
+            assert_eq!((layout.tensors().len(), layout.parameters()), (tensors, parameters));
+            assert_eq!(ouro(layers).parameters(), parameters as u64);
+        }
+    }
+
+    #[test]
+    fn an_element_knows_its_tensor() {
+        let layout = Layout::new(&ouro(1));
+        let head = layout.tensors().last().unwrap();
+        assert_eq!(layout.owner(head.offset + 5).unwrap(), (head, 5));
+        assert_eq!(layout.owner(0).unwrap().0.name, "model.embed_tokens.weight");
+        assert!(layout.owner(layout.parameters()).is_none());
+    }
+
+    #[test]
+    fn only_matrices_of_layers_and_head_decay() {
+        let layout = Layout::new(&ouro(1));
+        let free: Vec<_> =
+            layout.tensors().iter().filter(|t| !t.decay).map(|t| t.name.as_str()).collect();
+        assert_eq!(
+            free,
+            [
+                "model.embed_tokens.weight",
+                "model.layers.0.input_layernorm.weight",
+                "model.layers.0.input_layernorm_2.weight",
+                "model.layers.0.post_attention_layernorm.weight",
+                "model.layers.0.post_attention_layernorm_2.weight",
+                "model.norm.weight",
+                "model.early_exit_gate.weight",
+                "model.early_exit_gate.bias",
+            ]
+        );
+    }
+}

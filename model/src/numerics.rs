@@ -1,0 +1,53 @@
+//! What decides the bits of the arithmetic, as a short text that machines can compare.
+//!
+//! The kernel level says which instructions are used; a probe computation catches everything else
+//! (the libraries' blocking, the C library's logarithm): two machines with the same text compute
+//! the same bits. A run pins the text of its first worker.
+
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
+
+use looptrain_proto::{Digest, spec};
+
+use crate::ops::KernelLevel;
+use crate::{Engine, SlotBatch, StageSettings, TrainState};
+
+/// Digest of the gradient of one slot of a small model whose products are long enough to be
+/// blocked and whose sequences are long enough to be tiled.
+pub(crate) fn probe() -> Digest {
+    static PROBE: OnceLock<Digest> = OnceLock::new();
+    *PROBE.get_or_init(|| {
+        let model = spec::Model {
+            hidden_size: 96,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            intermediate_size: 1100,
+            vocab_size: 700,
+            rms_norm_eps: 1e-6,
+            initializer_range: 0.05,
+        };
+        let state = TrainState::initial(&model, 1);
+        let mut engine = Engine::new(&model, 1);
+        engine.load(&state.weights);
+        let (sequences, sequence_length) = (1, 100);
+        let tokens = (0..=100).map(|i| (i * 7919 + 13) % 700).collect();
+        let settings = StageSettings { loops: 2, entropy_weight: 0.05, rope_base: 1e4 };
+        let digest = OnceLock::new();
+        engine.gradients(
+            &settings,
+            &[SlotBatch { tokens, sequences, sequence_length }],
+            &AtomicBool::new(false),
+            &|_, slot| {
+                let bytes: &[u8] = bytemuck::cast_slice(&slot.gradient);
+                let _ = digest.set(Digest::of(bytes));
+            },
+        );
+        *digest.get().expect("the engine computes every slot")
+    })
+}
+
+/// Kernel level and probe, such as `avx512-1f2e3d4c5b6a7980`.
+pub(crate) fn describe(probe: &Digest) -> String {
+    let hex: String = probe.0[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{hex}", KernelLevel::detect().name())
+}

@@ -1,0 +1,66 @@
+//! The fused operators' formulas in plain Burn operations: the oracle of their tests.
+
+use burn::tensor::activation::{log_softmax, silu, softmax};
+use burn::tensor::{Bool, Int, Tensor, TensorData};
+
+pub(super) fn embedding(weight: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
+    weight.select(0, ids)
+}
+
+pub(super) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    x.matmul(weight.transpose())
+}
+
+pub(super) fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
+    let rms = (x.clone().square().mean_dim(1) + eps).sqrt();
+    x / rms * weight.unsqueeze()
+}
+
+pub(super) fn rms_norm_add(
+    x: Tensor<2>,
+    weight: Tensor<1>,
+    residual: Tensor<2>,
+    eps: f32,
+) -> Tensor<2> {
+    residual + rms_norm(x, weight, eps)
+}
+
+pub(super) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    silu(gate) * up
+}
+
+fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    let half = x.dims()[3] / 2;
+    let (a, b) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+    let turned = a.clone() * cos.clone() - b.clone() * sin.clone();
+    Tensor::cat(vec![turned, b * cos + a * sin], 3)
+}
+
+pub(super) fn attention(
+    q: Tensor<3>,
+    k: Tensor<3>,
+    v: Tensor<3>,
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+    heads: usize,
+) -> Tensor<3> {
+    let [batch, length, width] = q.dims();
+    let head_dim = width / heads;
+    let split = |x: Tensor<3>| x.reshape([batch, length, heads, head_dim]).swap_dims(1, 2);
+    let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
+    let q = rotate(split(q), cos.clone(), sin.clone());
+    let k = rotate(split(k), cos, sin);
+    let future: Vec<bool> = (0..length * length).map(|at| at % length > at / length).collect();
+    let device = v.device();
+    let mask =
+        Tensor::<4, Bool>::from_data(TensorData::new(future, [1, 1, length, length]), &device)
+            .expand([batch, heads, length, length]);
+    let scores = q.matmul(k.swap_dims(2, 3)) / (head_dim as f32).sqrt();
+    let weights = softmax(scores.mask_fill(mask, f32::NEG_INFINITY), 3);
+    weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, width])
+}
+
+pub(super) fn cross_entropy(x: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let log_probabilities = log_softmax(linear(x, weight), 1);
+    log_probabilities.gather(1, targets.unsqueeze_dim(1)).squeeze_dim::<1>(1).neg()
+}

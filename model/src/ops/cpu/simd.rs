@@ -1,0 +1,314 @@
+//! Row kernels in plain loops, compiled once per instruction set and chosen at run time.
+//!
+//! Every sum has a fixed shape: [`LANES`] partial sums over the row, added up in lane order. So a
+//! row's result depends on the row and on the kernel level alone, never on the thread count, on
+//! neighbouring rows or on the place of the row in memory. The levels differ in the last bits
+//! (fused multiply-add or not), which is why a run pins its level.
+
+use std::sync::OnceLock;
+
+/// The instruction sets that the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelLevel {
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX2 with fused multiply-add.
+    Avx2,
+    /// Whatever the compilation target guarantees.
+    Portable,
+}
+
+impl KernelLevel {
+    /// The best level of this machine.
+    #[must_use]
+    pub fn detect() -> Self {
+        static LEVEL: OnceLock<KernelLevel> = OnceLock::new();
+        *LEVEL.get_or_init(|| {
+            #[cfg(target_arch = "x86_64")]
+            {
+                let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl");
+                if avx2 && avx512 {
+                    return Self::Avx512;
+                }
+                if avx2 {
+                    return Self::Avx2;
+                }
+            }
+            Self::Portable
+        })
+    }
+
+    /// The level's name in logs, errors and the run record.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+}
+
+/// Defines functions whose bodies are compiled for each level. Inside, `FMA` says whether fused
+/// multiply-add is an instruction.
+macro_rules! kernels {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {$(
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub(super) fn $name($($arg: $type),*) $(-> $result)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body<const FMA: bool>($($arg: $type),*) $(-> $result)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx512($($arg: $type),*) $(-> $result)? { body::<true>($($arg),*) }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx2($($arg: $type),*) $(-> $result)? { body::<true>($($arg),*) }
+
+            match KernelLevel::detect() {
+                // SAFETY: `detect` has seen every feature that the function enables.
+                #[cfg(target_arch = "x86_64")]
+                KernelLevel::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                KernelLevel::Avx2 => unsafe { avx2($($arg),*) },
+                _ => body::<false>($($arg),*),
+            }
+        }
+    )*};
+}
+
+/// Partial sums per row: two registers of the widest level.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// `e^x` by range reduction to `[-ln 2 / 2, ln 2 / 2]` and a polynomial (coefficients of Cephes'
+/// `expf`): relative error below 2e-7 on [-87, 88]; inputs outside are clamped to it.
+#[inline(always)]
+fn exp<const FMA: bool>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x > -87.3 { x } else { -87.3 };
+    let x = if x < 88.3 { x } else { 88.3 };
+    let shifted = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = fma::<FMA>(n, -LN2_LOW, fma::<FMA>(n, -LN2_HIGH, x));
+    let p = fma::<FMA>(1.987_569_1e-4, r, 1.398_2e-3);
+    let p = fma::<FMA>(p, r, 8.333_452e-3);
+    let p = fma::<FMA>(p, r, 4.166_579_6e-2);
+    let p = fma::<FMA>(p, r, 1.666_666_5e-1);
+    let p = fma::<FMA>(p, r, 0.5);
+    let p = fma::<FMA>(p, r * r, r) + 1.0;
+    p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000))
+}
+
+#[inline(always)]
+fn lane_sum(lanes: &[f32; LANES]) -> f32 {
+    lanes.iter().sum()
+}
+
+/// Sum of `term(0..n)` in the fixed shape.
+#[inline(always)]
+fn sum_of(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let whole = n / LANES * LANES;
+    let mut start = 0;
+    while start < whole {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += term(start + lane);
+        }
+        start += LANES;
+    }
+    let mut sum = lane_sum(&lanes);
+    for i in whole..n {
+        sum += term(i);
+    }
+    sum
+}
+
+#[inline(always)]
+fn max_of(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let mut chunks = row.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (max, &x) in lanes.iter_mut().zip(chunk) {
+            *max = if x > *max { x } else { *max };
+        }
+    }
+    let rest = chunks.remainder().iter();
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
+}
+
+kernels! {
+    /// `ln sum exp(row)`.
+    fn log_sum_exp(row: &[f32]) -> f32 {
+        let max = max_of(row);
+        max + sum_of(row.len(), |i| exp::<FMA>(row[i] - max)).ln()
+    }
+
+    /// In place: `row = scale * exp(row - shift)`.
+    fn scaled_exp(row: &mut [f32], shift: f32, scale: f32) {
+        for x in row {
+            *x = scale * exp::<FMA>(*x - shift);
+        }
+    }
+
+    /// In place: `row = exp(row - max row)`; returns the maximum and the sum of the new row.
+    fn exp_and_sum(row: &mut [f32]) -> (f32, f32) {
+        let max = max_of(row);
+        for x in row.iter_mut() {
+            *x = exp::<FMA>(*x - max);
+        }
+        (max, sum_of(row.len(), |i| row[i]))
+    }
+
+    /// `sum a * b`.
+    fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let b = &b[..a.len()];
+        sum_of(a.len(), |i| a[i] * b[i])
+    }
+
+    /// In place: `row *= factor`.
+    fn scale(row: &mut [f32], factor: f32) {
+        for x in row {
+            *x *= factor;
+        }
+    }
+
+    /// In place: `grad = probability * (grad - delta)`, the softmax backward of one row.
+    fn softmax_backward(probability: &[f32], grad: &mut [f32], delta: f32) {
+        for (g, &p) in grad.iter_mut().zip(probability) {
+            *g = p * (*g - delta);
+        }
+    }
+
+    /// In place: `sum += x`.
+    fn add(sum: &mut [f32], x: &[f32]) {
+        for (s, &x) in sum.iter_mut().zip(x) {
+            *s += x;
+        }
+    }
+
+    /// RMSNorm of one row, added to `residual` when there is one; returns `1 / rms`.
+    fn rms_norm(x: &[f32], weight: &[f32], residual: Option<&[f32]>, out: &mut [f32], eps: f32) -> f32 {
+        let d = weight.len();
+        let (x, out) = (&x[..d], &mut out[..d]);
+        let inverse = 1.0 / (sum_of(d, |i| x[i] * x[i]) / d as f32 + eps).sqrt();
+        match residual {
+            None => {
+                for i in 0..d {
+                    out[i] = x[i] * inverse * weight[i];
+                }
+            }
+            Some(residual) => {
+                let residual = &residual[..d];
+                for i in 0..d {
+                    out[i] = fma::<FMA>(x[i] * inverse, weight[i], residual[i]);
+                }
+            }
+        }
+        inverse
+    }
+
+    /// RMSNorm backward of one row: writes `dx`, adds to `dweight`.
+    fn rms_norm_backward(x: &[f32], weight: &[f32], inverse: f32, dy: &[f32], dx: &mut [f32], dweight: &mut [f32]) {
+        let d = weight.len();
+        let (x, dy, dx, dweight) = (&x[..d], &dy[..d], &mut dx[..d], &mut dweight[..d]);
+        let along = sum_of(d, |i| x[i] * dy[i] * weight[i]);
+        let pull = -along * inverse * inverse * inverse / d as f32;
+        for i in 0..d {
+            dx[i] = fma::<FMA>(dy[i] * weight[i], inverse, pull * x[i]);
+            dweight[i] = fma::<FMA>(dy[i], x[i] * inverse, dweight[i]);
+        }
+    }
+
+    /// `out = silu(gate) * up`.
+    fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        let n = out.len();
+        let (gate, up) = (&gate[..n], &up[..n]);
+        for i in 0..n {
+            out[i] = gate[i] / (1.0 + exp::<FMA>(-gate[i])) * up[i];
+        }
+    }
+
+    /// Backward of [`swiglu`].
+    fn swiglu_backward(gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+        let n = dout.len();
+        let (gate, up, dgate, dup) = (&gate[..n], &up[..n], &mut dgate[..n], &mut dup[..n]);
+        for i in 0..n {
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-gate[i]));
+            let silu = gate[i] * sigmoid;
+            dup[i] = dout[i] * silu;
+            dgate[i] = dout[i] * up[i] * fma::<FMA>(silu, 1.0 - sigmoid, sigmoid);
+        }
+    }
+
+    /// Rotary embedding of one head's row, halves split: `out = scale * (a cos - b sin, b cos + a sin)`.
+    /// `sin_sign` -1 turns back.
+    fn rotate(x: &[f32], cos: &[f32], sin: &[f32], sin_sign: f32, scale: f32, out: &mut [f32]) {
+        let half = cos.len();
+        let ((a, b), sin) = (x[..2 * half].split_at(half), &sin[..half]);
+        let (out_a, out_b) = out[..2 * half].split_at_mut(half);
+        for i in 0..half {
+            let (c, s) = (cos[i] * scale, sin[i] * scale * sin_sign);
+            out_a[i] = a[i] * c - b[i] * s;
+            out_b[i] = b[i] * c + a[i] * s;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_stays_within_its_stated_error() {
+        let mut worst = 0f64;
+        for i in -870..=880 {
+            for offset in 0..7 {
+                let x = i as f32 * 0.1 + offset as f32 * 0.013;
+                let mut row = [x.clamp(-87.0, 88.0)];
+                let exact = f64::from(row[0]).exp();
+                scaled_exp(&mut row, 0.0, 1.0);
+                worst = worst.max((f64::from(row[0]) - exact).abs() / exact);
+            }
+        }
+        assert!(worst < 2e-7, "relative error {worst:e}");
+    }
+
+    #[test]
+    fn a_row_of_equal_logits_has_the_log_sum_exp_of_its_length() {
+        for n in [1usize, 31, 32, 33, 4096] {
+            let exact = 3.0 + (n as f64).ln();
+            let found = f64::from(log_sum_exp(&vec![3.0; n]));
+            assert!((found - exact).abs() < 2e-6, "{n}: {found} against {exact}");
+        }
+    }
+
+    #[test]
+    fn turning_there_and_back_gives_the_row_again() {
+        let x: Vec<f32> = (0..8).map(|i| i as f32 - 3.0).collect();
+        let angles: Vec<f32> = (0..4).map(|i| 0.3 + i as f32).collect();
+        let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+        let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+        let (mut there, mut back) = (vec![0.0; 8], vec![0.0; 8]);
+        rotate(&x, &cos, &sin, 1.0, 1.0, &mut there);
+        rotate(&there, &cos, &sin, -1.0, 1.0, &mut back);
+        assert!(x.iter().zip(&back).all(|(a, b)| (a - b).abs() < 1e-5), "{back:?}");
+        assert!(x.iter().zip(&there).any(|(a, b)| (a - b).abs() > 0.1));
+    }
+}

@@ -1,0 +1,156 @@
+//! What a user can type.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Pretrains looped language models on a changing set of machines.
+#[derive(Debug, Parser)]
+#[command(name = "looptrain", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train on this machine: a coordinator and its worker processes
+    #[command(after_help = "Example: looptrain train examples/quickstart.toml --workers 2\n\
+        The same command again goes on from the newest checkpoint.")]
+    Train(Train),
+    /// Run the coordinator of a run; workers join it over the network
+    #[command(after_help = "Example: looptrain coordinator run.toml --listen 127.0.0.1:7400")]
+    Coordinator(Coordinator),
+    /// Join a run as a worker
+    #[command(after_help = "Example: looptrain worker --coordinator http://127.0.0.1:7400")]
+    Worker(Worker),
+    /// Show what a run is doing, or what its store says it did
+    #[command(
+        after_help = "Examples: looptrain status --coordinator http://127.0.0.1:7400\n          \
+        looptrain status --store file://.looptrain --run quickstart --json"
+    )]
+    Status(Status),
+    /// Continue a text with the newest checkpoint of a run
+    #[command(
+        after_help = "Example: looptrain generate --store file://.looptrain --run quickstart \
+        --prompt 'fn main() {'"
+    )]
+    Generate(Generate),
+}
+
+impl Command {
+    /// The command's name, as the telemetry's service instance shows it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Train(_) => "train",
+            Self::Coordinator(_) => "coordinator",
+            Self::Worker(_) => "worker",
+            Self::Status(_) => "status",
+            Self::Generate(_) => "generate",
+        }
+    }
+}
+
+/// A spec file and its overrides.
+#[derive(Debug, Args)]
+pub(crate) struct SpecArgs {
+    /// The run spec, a TOML file
+    pub(crate) spec: PathBuf,
+    /// Override a key of the spec, such as `stages.0.steps=20`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Forget what the store holds of this run and begin anew; datasets stay
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Serve the status page and /metrics on this address, such as 127.0.0.1:8080
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) dashboard: Option<SocketAddr>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    #[command(flatten)]
+    pub(crate) spec: SpecArgs,
+    /// Worker processes to start; overrides cluster.workers
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) workers: Option<u32>,
+    /// CPU threads that the workers share; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) threads: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Coordinator {
+    #[command(flatten)]
+    pub(crate) spec: SpecArgs,
+    /// Address for workers
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
+    pub(crate) listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Worker {
+    /// The coordinator's address
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// Name of this worker, unique in the run; host name and process id by default
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Compute threads; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) threads: Option<u32>,
+    /// Address for gradients from the ring neighbour; with an unspecified host the address that
+    /// faces the coordinator is told to the others
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub(crate) peer_listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// Ask this coordinator
+    #[arg(long, value_name = "URL", conflicts_with_all = ["store", "run"], required_unless_present = "store")]
+    pub(crate) coordinator: Option<String>,
+    /// Read this store, when no coordinator is running
+    #[arg(long, value_name = "URL", requires = "run")]
+    pub(crate) store: Option<String>,
+    /// Name of the run in the store
+    #[arg(long, requires = "store")]
+    pub(crate) run: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// URL of the store
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: String,
+    /// Name of the run in the store
+    #[arg(long)]
+    pub(crate) run: String,
+    /// Text to continue
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Tokens to generate at most
+    #[arg(long, default_value_t = 80)]
+    pub(crate) tokens: usize,
+    /// Softmax temperature; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.8)]
+    pub(crate) temperature: f64,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

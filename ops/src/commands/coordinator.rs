@@ -1,0 +1,125 @@
+//! `looptrain coordinator`, and the part of it that `looptrain train` shares.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use looptrain_coordinator::{Outcome, Settings, Started};
+use looptrain_proto::{Spec, Step};
+use looptrain_storage::{Dataset, Store, run_prefix};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::{Coordinator, SpecArgs};
+use crate::progress::{RunProgress, evaluation_line, print_line};
+use crate::telemetry::Telemetry;
+use crate::{datasets, signals};
+
+pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> {
+    let stop = signals::stop_on_signals("stopping at the next step, with a checkpoint")?;
+    let mut run = PreparedRun::new(&args.spec, |_| {}).await?;
+    let started = run.start(args.listen, args.spec.dashboard, stop, telemetry).await?;
+    let outcome = match started {
+        Started::Finished(outcome) => outcome,
+        Started::Running(running) => {
+            print_line(&format!("listening for workers on http://{}", running.address));
+            follow(running, &run.spec).await?
+        }
+    };
+    run.print_outcome(&outcome).await
+}
+
+/// A run whose spec is read and whose datasets are there.
+pub(crate) struct PreparedRun {
+    pub(crate) spec: Spec,
+    pub(crate) store: Store,
+    pub(crate) datasets: Vec<Dataset>,
+}
+
+impl PreparedRun {
+    /// Reads the spec, lets `adjust` change it, opens the store and makes what datasets are missing.
+    pub(crate) async fn new(args: &SpecArgs, adjust: impl FnOnce(&mut Spec)) -> Result<Self> {
+        let mut spec = Spec::load(&args.spec, &args.overrides)?;
+        adjust(&mut spec);
+        let store = Store::open(&spec.run.store)?;
+        store.check_writable().await?;
+        let datasets = datasets::ensure(&store, &spec).await?;
+        datasets::clamp_evaluation(&mut spec, &datasets);
+        if args.fresh {
+            store.delete_prefix(&run_prefix(&spec.run.name)).await?;
+        }
+        Ok(Self { spec, store, datasets })
+    }
+
+    pub(crate) async fn start(
+        &mut self,
+        listen: SocketAddr,
+        dashboard: Option<SocketAddr>,
+        stop: CancellationToken,
+        telemetry: &Telemetry,
+    ) -> Result<Started> {
+        let started = looptrain_coordinator::start(Settings {
+            spec: self.spec.clone(),
+            store: self.store.clone(),
+            listen,
+            dashboard,
+            stop,
+            render_metrics: Some(telemetry.renderer()),
+        })
+        .await?;
+        Ok(started)
+    }
+
+    /// The run's last words, on stdout: validation, and the line that scripts read.
+    pub(crate) async fn print_outcome(&self, outcome: &Outcome) -> Result<()> {
+        if let Some(evaluation) = &outcome.evaluation {
+            println!("{}", evaluation_line(evaluation));
+            let unigram = self.datasets[0].unigram_loss().await?;
+            let last = evaluation.loss_per_loop.last().copied().unwrap_or(f64::NAN);
+            println!("unigram model: loss {unigram:.3}; last loop {last:.3}");
+        }
+        Ok(())
+    }
+
+    /// `done ...` or, when the run was stopped before its last step, `stopped ...`.
+    pub(crate) fn print_end(&self, outcome: &Outcome) {
+        let end = if outcome.stopped { "stopped" } else { "done" };
+        let loss = outcome.loss.map_or("none".into(), |loss| format!("{loss:.6}"));
+        let weights = outcome.weights_digest.map_or("none".into(), |digest| digest.to_string());
+        let (name, step, tokens) = (&self.spec.run.name, outcome.step, outcome.tokens);
+        println!("{end} run={name} step={step} tokens={tokens} loss={loss} weights={weights}");
+    }
+}
+
+/// Shows a run's events until it ends.
+pub(crate) async fn follow(
+    mut running: looptrain_coordinator::Running,
+    spec: &Spec,
+) -> Result<Outcome> {
+    if let Some(address) = running.dashboard {
+        print_line(&format!("status page on http://{address}"));
+    }
+    for (step, reason) in &running.skipped_checkpoints {
+        print_line(&format!("checkpoint of step {step} passed over: {reason}"));
+    }
+    let from = running.resumed_from.unwrap_or(Step(0));
+    if from > Step(0) {
+        print_line(&format!("going on from the checkpoint of step {from}"));
+    }
+    let mut progress = RunProgress::new(spec.total_steps(), from);
+    loop {
+        tokio::select! {
+            biased;
+            event = running.events.recv() => match event {
+                Ok(event) => progress.show(&event),
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
+            },
+            outcome = &mut running.outcome => {
+                while let Ok(event) = running.events.try_recv() {
+                    progress.show(&event);
+                }
+                return Ok(outcome??);
+            }
+        }
+    }
+    Ok(running.outcome.await??)
+}

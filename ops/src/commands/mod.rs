@@ -1,0 +1,30 @@
+//! One file per command.
+
+mod coordinator;
+mod generate;
+mod status;
+mod train;
+mod worker;
+
+use anyhow::Result;
+
+use crate::cli::Command;
+use crate::telemetry::Telemetry;
+
+pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
+    match command {
+        Command::Train(args) => train::run(args, telemetry).await,
+        Command::Coordinator(args) => coordinator::run(args, telemetry).await,
+        Command::Worker(args) => worker::run(args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::Generate(args) => generate::run(args).await,
+    }
+}
+
+/// The machine's threads.
+fn all_threads() -> u32 {
+    std::thread::available_parallelism()
+        .ok()
+        .and_then(|threads| u32::try_from(threads.get()).ok())
+        .unwrap_or(1)
+}

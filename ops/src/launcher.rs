@@ -1,0 +1,126 @@
+//! The worker processes of `looptrain train`.
+//!
+//! Workers stand in process groups of their own, so that Ctrl-C reaches the parent alone and the
+//! coordinator can end the run in order; they are killed when the parent goes. A worker that
+//! crashes (dies by a signal) is started again; one that ends with an error is not, for it would
+//! end the same way.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+
+use crate::progress::print_line;
+
+/// Pause before a crashed worker is started again.
+const RESTART_PAUSE: Duration = Duration::from_millis(500);
+/// Crashes after which a worker is given up.
+const RESTARTS: u32 = 5;
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub(crate) struct Fleet {
+    /// The coordinator's address.
+    pub(crate) coordinator: SocketAddr,
+    /// Compute threads of each worker; one worker per entry.
+    pub(crate) threads: Vec<u32>,
+}
+
+impl Fleet {
+    /// `workers` workers that share `threads` threads as evenly as possible, at least one each.
+    pub(crate) fn new(coordinator: SocketAddr, workers: u32, threads: u32) -> Self {
+        let share = |worker| threads / workers + u32::from(worker < threads % workers);
+        Self { coordinator, threads: (0..workers).map(|worker| share(worker).max(1)).collect() }
+    }
+
+    /// Starts all workers and waits until the last one has ended for good; returns how each ended.
+    ///
+    /// # Errors
+    /// When a process cannot be started.
+    pub(crate) async fn run(self) -> Result<Vec<String>> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut workers = JoinSet::new();
+        for (index, &threads) in self.threads.iter().enumerate() {
+            workers.spawn(keep_alive(program.clone(), self.coordinator, index, threads));
+        }
+        let mut ends = Vec::new();
+        while let Some(end) = workers.join_next().await {
+            ends.push(end.context("a task that watches a worker failed")??);
+        }
+        Ok(ends)
+    }
+}
+
+/// Runs one worker, starting it again after crashes; returns how it ended.
+async fn keep_alive(
+    program: PathBuf,
+    coordinator: SocketAddr,
+    index: usize,
+    threads: u32,
+) -> Result<String> {
+    for start in 0.. {
+        let name =
+            if start == 0 { format!("worker-{index}") } else { format!("worker-{index}.{start}") };
+        let mut child = spawn(&program, coordinator, &name, threads)?;
+        relay(&mut child, name.clone());
+        let status = child.wait().await.with_context(|| format!("cannot wait for {name}"))?;
+        let crashed = status.code().is_none();
+        if !crashed || start >= RESTARTS {
+            return Ok(format!("{name} {}", describe(status)));
+        }
+        print_line(&format!("{name} {}; starting another", describe(status)));
+        tokio::time::sleep(RESTART_PAUSE).await;
+    }
+    unreachable!("the loop ends by returning")
+}
+
+fn describe(status: ExitStatus) -> String {
+    match status.code() {
+        Some(0) => "ended".into(),
+        Some(code) => format!("ended with status {code}"),
+        None => format!("crashed ({status})"),
+    }
+}
+
+fn spawn(program: &PathBuf, coordinator: SocketAddr, name: &str, threads: u32) -> Result<Child> {
+    Command::new(program)
+        .arg("worker")
+        .args(["--coordinator", &format!("http://{coordinator}")])
+        .args(["--name", name])
+        .args(["--threads", &threads.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("cannot start {name} ({})", program.display()))
+}
+
+/// Passes a worker's stderr on, line by line, under its name.
+fn relay(child: &mut Child, name: String) {
+    let Some(stderr) = child.stderr.take() else { return };
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(stderr).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            print_line(&format!("{name}: {line}"));
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_shared_evenly_and_nobody_has_none() {
+        let address = "127.0.0.1:1".parse().unwrap();
+        assert_eq!(Fleet::new(address, 3, 8).threads, [3, 3, 2]);
+        assert_eq!(Fleet::new(address, 3, 2).threads, [1, 1, 1]);
+    }
+}

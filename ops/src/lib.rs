@@ -1,0 +1,49 @@
+//! The operator's side of looptrain: the command line, the local cluster, progress and telemetry.
+//!
+//! A library with one entrance, so that the program and the tests' copy of it are the same code.
+//! Everything else in the project only emits telemetry and obeys cancellation tokens; SDKs, signal
+//! handlers and the allocator are installed here.
+
+mod cli;
+mod commands;
+mod datasets;
+mod launcher;
+mod progress;
+mod signals;
+mod telemetry;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use looptrain_proto::SpecError;
+
+use crate::cli::{Cli, Command};
+
+/// Runs the command line; the exit status is 0, 1 (failed) or 2 (usage or spec).
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let threads = match &cli.command {
+        // Compute threads are the engine's own; these only move bytes.
+        Command::Worker(_) => 2,
+        _ => std::thread::available_parallelism().map_or(2, usize::from).max(2),
+    };
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(async {
+            let telemetry = telemetry::Telemetry::install(cli.command.name())?;
+            let result = commands::run(cli.command, &telemetry).await;
+            telemetry.shutdown();
+            result
+        }),
+        Err(error) => Err(anyhow::Error::new(error).context("cannot start the runtime")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<SpecError>() { 2 } else { 1 })
+        }
+    }
+}

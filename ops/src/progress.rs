@@ -1,0 +1,242 @@
+//! What a person sees while it runs: bars on a terminal, plain lines elsewhere; all on stderr.
+
+use std::io::IsTerminal;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, HumanCount, MultiProgress, ProgressBar, ProgressStyle};
+use looptrain_coordinator::{EvaluationRecord, RunEvent, StepRecord};
+use looptrain_proto::Step;
+use looptrain_storage::PrepareEvent;
+
+/// Plain output prints at most one line per this interval.
+const LINE_INTERVAL: Duration = Duration::from_secs(2);
+/// Weight of the newest step in the mean that rates and the remaining time are taken from.
+const SMOOTHING: f64 = 0.1;
+
+/// All bars of the process: lines printed meanwhile must pass above them.
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// Prints a line on stderr without disturbing the bars.
+pub(crate) fn print_line(line: &str) {
+    bars().suspend(|| eprintln!("{line}"));
+}
+
+fn on_terminal() -> bool {
+    std::io::stderr().is_terminal()
+}
+
+fn bar(total: u64, template: &str) -> ProgressBar {
+    let style =
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    bars().add(ProgressBar::new(total).with_style(style.progress_chars("━╸─")))
+}
+
+/// Lets one line through per interval.
+struct Pace(Option<Instant>);
+
+impl Pace {
+    fn ready(&mut self) -> bool {
+        let now = Instant::now();
+        let ready = self.0.is_none_or(|last| now - last >= LINE_INTERVAL);
+        if ready {
+            self.0 = Some(now);
+        }
+        ready
+    }
+}
+
+/// Progress of making one dataset.
+pub(crate) struct PrepareProgress {
+    name: String,
+    bar: Option<ProgressBar>,
+    pace: Pace,
+}
+
+impl PrepareProgress {
+    pub(crate) fn new(name: &str) -> Self {
+        let template = "{prefix} {bar:30.cyan/blue} {percent:>3}%  {msg}";
+        let bar = on_terminal().then(|| bar(1, template).with_prefix(format!("data {name}")));
+        Self { name: name.to_owned(), bar, pace: Pace(None) }
+    }
+
+    pub(crate) fn show(&mut self, event: &PrepareEvent) {
+        let (share, text, always) = match event {
+            PrepareEvent::Collecting { files, bytes } => {
+                let text =
+                    format!("collecting: {} files, {}", HumanCount(*files), HumanBytes(*bytes));
+                (None, text, false)
+            }
+            PrepareEvent::Collected { documents, bytes } => {
+                let (documents, bytes) = (HumanCount(*documents), HumanBytes(*bytes));
+                (None, format!("collected {documents} documents, {bytes}"), true)
+            }
+            PrepareEvent::TrainingTokenizer { bytes, vocabulary } => {
+                let bytes = HumanBytes(*bytes);
+                (None, format!("training a tokenizer of {vocabulary} entries on {bytes}"), true)
+            }
+            PrepareEvent::TokenizerTrained { vocabulary } => {
+                (None, format!("tokenizer of {vocabulary} entries trained"), true)
+            }
+            PrepareEvent::Tokenizing { bytes, total_bytes, tokens } => {
+                let (done, tokens) = (HumanBytes(*bytes), HumanCount(*tokens));
+                let text =
+                    format!("tokenizing: {done} of {}, {tokens} tokens", HumanBytes(*total_bytes));
+                (Some((*bytes, *total_bytes)), text, false)
+            }
+            PrepareEvent::Done { train_tokens, validation_tokens, shards } => {
+                let (train, held) = (HumanCount(*train_tokens), HumanCount(*validation_tokens));
+                (
+                    Some((1, 1)),
+                    format!("{train} tokens to train, {held} to validate, {shards} shards"),
+                    true,
+                )
+            }
+        };
+        match &self.bar {
+            Some(bar) => {
+                if let Some((done, total)) = share {
+                    bar.set_length(total.max(1));
+                    bar.set_position(done);
+                }
+                bar.set_message(text);
+                if matches!(event, PrepareEvent::Done { .. }) {
+                    bar.finish();
+                }
+            }
+            None if always || self.pace.ready() => {
+                print_line(&format!("data {}: {text}", self.name))
+            }
+            None => {}
+        }
+    }
+}
+
+/// Progress of a run, from its events.
+pub(crate) struct RunProgress {
+    total: Step,
+    bar: Option<ProgressBar>,
+    pace: Pace,
+    seconds_per_step: Option<f64>,
+}
+
+impl RunProgress {
+    /// Progress that begins after committed step `from`.
+    pub(crate) fn new(total: Step, from: Step) -> Self {
+        let template = "step {pos}/{len} {bar:24.green/blue} {msg}";
+        let bar = on_terminal().then(|| {
+            let bar = bar(total.0, template);
+            bar.set_position(from.0);
+            bar
+        });
+        Self { total, bar, pace: Pace(None), seconds_per_step: None }
+    }
+
+    pub(crate) fn show(&mut self, event: &RunEvent) {
+        match event {
+            RunEvent::Committed(record) => self.committed(record),
+            RunEvent::Evaluated(record) => print_line(&evaluation_line(record)),
+            RunEvent::WorkerJoined { name, host, spare, .. } => {
+                let role = if *spare { " as a spare" } else { "" };
+                print_line(&format!("worker {name} on {host} joined{role}"));
+            }
+            RunEvent::WorkerRefused { name, reason } => {
+                print_line(&format!("worker {name} refused: {reason}"));
+            }
+            RunEvent::WorkerLost { name, reason, .. } => {
+                print_line(&format!("worker {name} lost: {reason}"));
+            }
+            RunEvent::Formed { generation, world, step, reason } => print_line(&format!(
+                "generation {generation}: {world} workers at step {step} ({reason})"
+            )),
+            RunEvent::CheckpointSaved { step, seconds, bytes } => print_line(&format!(
+                "checkpoint of step {step}: {} in {seconds:.1} s",
+                HumanBytes(*bytes)
+            )),
+            RunEvent::CheckpointFailed { step, reason } => {
+                print_line(&format!(
+                    "checkpoint of step {step} failed, training goes on: {reason}"
+                ));
+            }
+            RunEvent::Rewound { to, reason } => {
+                print_line(&format!("back to step {to}: {reason}"));
+                if let Some(bar) = &self.bar {
+                    bar.set_position(to.0);
+                }
+            }
+            RunEvent::Stopping { reason } => print_line(&format!("stopping: {reason}")),
+            RunEvent::Finished { .. } | RunEvent::Failed { .. } => {
+                if let Some(bar) = &self.bar {
+                    bar.abandon();
+                }
+            }
+        }
+    }
+
+    fn committed(&mut self, record: &StepRecord) {
+        let seconds = match self.seconds_per_step {
+            Some(mean) => mean + SMOOTHING * (record.seconds - mean),
+            None => record.seconds,
+        };
+        self.seconds_per_step = Some(seconds);
+        let rate = record.step_tokens as f64 / seconds.max(1e-9);
+        let left = (self.total.0 - record.step.0) as f64 * seconds;
+        let text = format!(
+            "loss {:.4}  loops {}  depth {:.2}  {} tok/s  eta {}",
+            record.loss,
+            join(&record.loss_per_loop),
+            record.mean_depth,
+            HumanCount(rate as u64),
+            clock(left),
+        );
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(record.step.0);
+                bar.set_message(text);
+            }
+            None if self.pace.ready() || record.step == self.total => {
+                print_line(&format!("step {}/{}  {text}", record.step, self.total));
+            }
+            None => {}
+        }
+    }
+}
+
+fn join(losses: &[f64]) -> String {
+    losses.iter().map(|loss| format!("{loss:.3}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Seconds as `1h02m`, `3m07s` or `9s`.
+fn clock(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+/// An evaluation on one line.
+pub(crate) fn evaluation_line(record: &EvaluationRecord) -> String {
+    format!(
+        "validation at step {}: loss per loop {}  perplexity {:.1}  mean exit depth {:.2}",
+        record.step,
+        join(&record.loss_per_loop),
+        record.perplexity,
+        record.mean_depth,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remaining_time_reads_like_a_clock() {
+        let texts = [0.4, 59.6, 187.0, 3720.0].map(clock);
+        assert_eq!(texts, ["0s", "1m00s", "3m07s", "1h02m"]);
+    }
+}

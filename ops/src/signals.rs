@@ -1,0 +1,32 @@
+//! Ctrl-C and SIGTERM: the first asks for an orderly stop, the second ends the process at once.
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Conventional exit status of a process that was interrupted.
+const INTERRUPTED: i32 = 130;
+
+/// A token that is cancelled by the first signal.
+///
+/// # Errors
+/// When the system refuses a signal handler.
+pub(crate) fn stop_on_signals(notice: &'static str) -> std::io::Result<CancellationToken> {
+    let token = CancellationToken::new();
+    let stop = token.clone();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        crate::progress::print_line(notice);
+        stop.cancel();
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        std::process::exit(INTERRUPTED);
+    });
+    Ok(token)
+}

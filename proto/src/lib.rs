@@ -1,0 +1,21 @@
+//! The shared language of looptrain: the wire protocol, the run spec, and small value types.
+//!
+//! This crate depends on nothing else of the project; every other crate speaks it.
+
+mod ids;
+pub mod spec;
+
+pub use ids::{Cursor, Digest, Generation, Incarnation, NoDigest, Rank, Step, WorkerId};
+pub use spec::{Spec, SpecError};
+
+/// Messages and services, generated from `proto/looptrain/v1/looptrain.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("looptrain.v1");
+}
+
+/// Version of the wire protocol; a worker and a coordinator must have the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Evaluation sums travel as integers in multiples of 2^-EVALUATION_FRACTION_BITS.
+pub const EVALUATION_FRACTION_BITS: u32 = 32;

@@ -1,0 +1,139 @@
+//! From TOML text and `--set` overrides to a validated [`Spec`].
+
+use std::path::Path;
+
+use super::Spec;
+
+/// Why a spec is refused: one line, naming the file or key and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The file cannot be read.
+    #[error("cannot read the spec {path}: {error}")]
+    Read {
+        /// The file.
+        path: String,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The text is not TOML, or has an unknown, missing or mistyped key.
+    #[error("{origin}: {message}")]
+    Parse {
+        /// The file and line.
+        origin: String,
+        /// What is wrong, on one line.
+        message: String,
+    },
+    /// An override is not `key=value` or its key leads nowhere.
+    #[error("--set {given}: {message}")]
+    Override {
+        /// The override as given.
+        given: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// A value makes no sense by itself or beside another one.
+    #[error("{origin}: {key}: {message}")]
+    Invalid {
+        /// The file.
+        origin: String,
+        /// The dotted key.
+        key: String,
+        /// What is wrong and what to do.
+        message: String,
+    },
+}
+
+impl Spec {
+    /// Reads a spec file, applies overrides (`stages.0.steps=20`, `run.seed=3`) and validates.
+    ///
+    /// # Errors
+    /// A one-line message that names the file, line or key, and the remedy.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, SpecError> {
+        let origin = path.display().to_string();
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| SpecError::Read { path: origin.clone(), error })?;
+        Self::parse(&origin, &text, overrides)
+    }
+
+    /// As [`Spec::load`], from text; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Spec::load`].
+    pub fn parse(origin: &str, text: &str, overrides: &[String]) -> Result<Self, SpecError> {
+        // Once as written, for errors with a line number; again only if there are overrides.
+        let mut spec: Self =
+            toml::from_str(text).map_err(|error| parse_error(origin, text, &error))?;
+        if !overrides.is_empty() {
+            let mut table = toml::Table::try_from(&spec).map_err(|error| SpecError::Parse {
+                origin: origin.to_owned(),
+                message: one_line(&error.to_string()),
+            })?;
+            for given in overrides {
+                apply(&mut table, given)
+                    .map_err(|message| SpecError::Override { given: given.clone(), message })?;
+            }
+            spec = table.try_into().map_err(|error: toml::de::Error| SpecError::Override {
+                given: overrides.join(" --set "),
+                message: one_line(error.message()),
+            })?;
+        }
+        super::validate::validate(&spec).map_err(|(key, message)| SpecError::Invalid {
+            origin: origin.to_owned(),
+            key,
+            message,
+        })?;
+        Ok(spec)
+    }
+}
+
+fn parse_error(origin: &str, text: &str, error: &toml::de::Error) -> SpecError {
+    let line =
+        error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    SpecError::Parse {
+        origin: line.map_or_else(|| origin.to_owned(), |line| format!("{origin}:{line}")),
+        message: one_line(error.message()),
+    }
+}
+
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Replaces the value at a dotted key; numbers in the key index lists.
+fn apply(table: &mut toml::Table, given: &str) -> Result<(), String> {
+    let (key, value) = given.split_once('=').ok_or("expected key=value")?;
+    let path: Vec<&str> = key.trim().split('.').collect();
+    let mut root = toml::Value::Table(std::mem::take(table));
+    let result = replace(&mut root, &path, parse_value(value.trim()));
+    if let toml::Value::Table(filled) = root {
+        *table = filled;
+    }
+    result
+}
+
+fn replace(place: &mut toml::Value, path: &[&str], value: toml::Value) -> Result<(), String> {
+    let Some((part, rest)) = path.split_first() else {
+        *place = value;
+        return Ok(());
+    };
+    let inner = match place {
+        toml::Value::Table(table) if rest.is_empty() => {
+            table.insert((*part).to_owned(), value);
+            return Ok(());
+        }
+        toml::Value::Table(table) => table.get_mut(*part),
+        toml::Value::Array(items) => {
+            part.parse::<usize>().ok().and_then(|index| items.get_mut(index))
+        }
+        _ => None,
+    };
+    replace(inner.ok_or_else(|| format!("there is no `{part}` in the spec"))?, rest, value)
+}
+
+/// A value as TOML would read it; anything that is no TOML value is a string.
+fn parse_value(text: &str) -> toml::Value {
+    toml::from_str::<toml::Table>(&format!("value = {text}"))
+        .ok()
+        .and_then(|mut table| table.remove("value"))
+        .unwrap_or_else(|| toml::Value::String(text.to_owned()))
+}

@@ -1,0 +1,351 @@
+//! The run spec: one TOML file that says everything about a run.
+//!
+//! [`Spec::load`] is the only way in: it parses, applies `--set key=value` overrides and validates,
+//! so that whoever holds a `Spec` holds a consistent one. Unknown keys are errors. What decides the
+//! weights (model, data, stages, optimizer, seed, reduction) enters [`Spec::trajectory_digest`]; the
+//! rest (workers, intervals, places) may change between two starts of the same run.
+
+mod load;
+mod schedule;
+mod validate;
+
+use serde::{Deserialize, Serialize};
+
+pub use load::SpecError;
+pub use schedule::StagePosition;
+
+use crate::Digest;
+
+/// One training job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Name, store and seed.
+    pub run: Run,
+    /// Who trains, and how gradients are summed.
+    #[serde(default)]
+    pub cluster: Cluster,
+    /// Shape of the LoopLM.
+    pub model: Model,
+    /// AdamW and gradient clipping.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// Datasets that stages draw from.
+    pub datasets: Vec<Dataset>,
+    /// Parts of the run, in order.
+    pub stages: Vec<Stage>,
+    /// When state is saved.
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+    /// When the validation loss is computed.
+    #[serde(default)]
+    pub evaluation: Evaluation,
+    /// The text generated at the end of `looptrain train`.
+    #[serde(default)]
+    pub sample: Sample,
+}
+
+/// Identity of the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// Prefix of the run in its store: letters, digits, `.`, `_`, `-`.
+    pub name: String,
+    /// URL of the object store: `file://PATH` (relative paths count from the working directory) or
+    /// `s3://BUCKET/PREFIX`.
+    pub store: String,
+    /// Seed of the initial weights and of the data order.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// How the gradients of the ranks become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// 64-bit fixed point: the same bits for any number of workers and any topology.
+    Exact,
+}
+
+/// Membership and its time-outs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cluster {
+    /// Workers to wait for before the first step; `train` starts this many processes.
+    pub workers: u32,
+    /// A worker silent for this many seconds is dead.
+    pub worker_timeout: f64,
+    /// How gradients are summed over ranks.
+    pub reduction: Reduction,
+    /// Fraction bits of the fixed-point gradient: a slot's gradient is rounded to multiples of
+    /// 2^-fraction_bits.
+    pub fraction_bits: u32,
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self { workers: 2, worker_timeout: 3.0, reduction: Reduction::Exact, fraction_bits: 40 }
+    }
+}
+
+/// Shape of the LoopLM; names follow the published Ouro configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Width of the residual stream, d.
+    pub hidden_size: usize,
+    /// Layers of the shared stack, L; each loop applies all of them.
+    pub num_hidden_layers: usize,
+    /// Attention heads; the head dimension is `hidden_size / num_attention_heads`.
+    pub num_attention_heads: usize,
+    /// Inner width of the SwiGLU.
+    pub intermediate_size: usize,
+    /// Rows of the embedding and of the head; at least the tokenizer's vocabulary.
+    pub vocab_size: usize,
+    /// Added to the mean square in RMSNorm.
+    #[serde(default = "default_rms_norm_eps")]
+    pub rms_norm_eps: f64,
+    /// Standard deviation of the initial matrices.
+    #[serde(default = "default_initializer_range")]
+    pub initializer_range: f64,
+}
+
+fn default_rms_norm_eps() -> f64 {
+    1e-6
+}
+
+fn default_initializer_range() -> f64 {
+    0.02
+}
+
+impl Model {
+    /// Width of one attention head.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_attention_heads
+    }
+
+    /// Number of parameters: untied embedding and head, per layer four attention and three MLP
+    /// matrices and four norms, the final norm, and the exit gate with its bias.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        let (d, f) = (self.hidden_size as u64, self.intermediate_size as u64);
+        let layer = 4 * d * d + 3 * d * f + 4 * d;
+        2 * self.vocab_size as u64 * d + self.num_hidden_layers as u64 * layer + d + d + 1
+    }
+}
+
+/// AdamW; weight decay applies to the matrices of layers and head alone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay per unit of learning rate.
+    pub weight_decay: f64,
+    /// Upper bound of the gradient's global Euclidean norm.
+    pub clip_norm: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 }
+    }
+}
+
+/// A dataset in the store, and how to make it when it is not there yet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dataset {
+    /// Prefix below `datasets/` in the store.
+    pub name: String,
+    /// Where the text comes from when the dataset has to be made; without it the dataset must be
+    /// in the store.
+    #[serde(default)]
+    pub source: Option<Source>,
+}
+
+/// Text for a new dataset, and its tokenizer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Source {
+    /// Files and directories; `cargo-registry` stands for the sources of the crates in the local
+    /// cargo home.
+    pub paths: Vec<String>,
+    /// File name extensions to take from directories.
+    pub extensions: Vec<String>,
+    /// Stop collecting after this many bytes of text.
+    pub max_bytes: u64,
+    /// Entries of the byte-level BPE tokenizer that is trained on the text.
+    pub tokenizer_vocabulary: usize,
+    /// Bytes of text the tokenizer is trained on, spread over all of it.
+    pub tokenizer_bytes: u64,
+    /// Share of the documents held out for validation.
+    pub validation_fraction: f64,
+    /// Tokens per shard.
+    pub shard_tokens: u64,
+}
+
+impl Default for Source {
+    fn default() -> Self {
+        Self {
+            paths: vec!["cargo-registry".into()],
+            extensions: vec!["rs".into(), "md".into(), "txt".into()],
+            max_bytes: 64 << 20,
+            tokenizer_vocabulary: 4096,
+            tokenizer_bytes: 8 << 20,
+            validation_fraction: 0.01,
+            shard_tokens: 1 << 22,
+        }
+    }
+}
+
+/// A part of a run with its own data, shape of a step, loss and learning rate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// For logs and the page.
+    pub name: String,
+    /// Optimizer updates in this stage.
+    pub steps: u64,
+    /// Tokens per sequence, targets not counted.
+    pub sequence_length: usize,
+    /// Slots per step: fixed micro-batches, shared out over the workers.
+    pub slots: u32,
+    /// Sequences per slot.
+    pub slot_sequences: usize,
+    /// Times the stack is applied, R.
+    pub loops: usize,
+    /// Weight of the exit distribution's entropy in the loss, beta.
+    pub entropy_weight: f64,
+    /// Base of the rotary position embedding, theta.
+    #[serde(default = "default_rope_base")]
+    pub rope_base: f64,
+    /// Learning rate over the stage.
+    pub learning_rate: LearningRate,
+    /// Datasets and their shares; an empty list takes the only dataset of the spec.
+    #[serde(default)]
+    pub mixture: Vec<MixturePart>,
+}
+
+fn default_rope_base() -> f64 {
+    10_000.0
+}
+
+/// Warm-up, then constant, then decay: all linear in the step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LearningRate {
+    /// The constant value between warm-up and decay.
+    pub peak: f64,
+    /// Steps from (almost) zero to the peak.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Steps at the end of the stage that lead from the peak to `last`.
+    #[serde(default)]
+    pub decay_steps: u64,
+    /// The value of the stage's last step when it decays.
+    #[serde(default)]
+    pub last: f64,
+}
+
+/// One dataset's share of a stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixturePart {
+    /// Name of a dataset of the spec.
+    pub dataset: String,
+    /// Share of the sequences, relative to the other parts.
+    pub weight: u32,
+}
+
+/// When state is saved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// A checkpoint after every this many steps, and always after the last.
+    pub every_steps: u64,
+    /// Checkpoints to keep.
+    pub keep: usize,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every_steps: 100, keep: 3 }
+    }
+}
+
+/// When the validation loss is computed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Evaluation {
+    /// An evaluation after every this many steps, and always after the last; 0 for the last alone.
+    pub every_steps: u64,
+    /// Validation sequences per evaluation, from the start of the validation split.
+    pub sequences: u64,
+}
+
+impl Default for Evaluation {
+    fn default() -> Self {
+        Self { every_steps: 0, sequences: 64 }
+    }
+}
+
+/// The text generated at the end of `looptrain train`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sample {
+    /// Text to continue.
+    pub prompt: String,
+    /// Tokens to generate; 0 for no sample.
+    pub tokens: usize,
+    /// Softmax temperature; 0 takes the most likely token.
+    pub temperature: f64,
+}
+
+impl Default for Sample {
+    fn default() -> Self {
+        Self { prompt: "pub fn ".into(), tokens: 80, temperature: 0.8 }
+    }
+}
+
+impl Spec {
+    /// The spec as TOML, as it travels to workers.
+    ///
+    /// # Panics
+    /// Never: every field has a TOML form.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("all fields of a spec have a TOML form")
+    }
+
+    /// Digest of all that decides the weights: two specs with the same digest train the same model.
+    #[must_use]
+    pub fn trajectory_digest(&self) -> Digest {
+        let decides = (
+            self.run.seed,
+            &self.model,
+            &self.optimizer,
+            &self.datasets.iter().map(|dataset| &dataset.name).collect::<Vec<_>>(),
+            &self.stages,
+            (self.cluster.reduction, self.cluster.fraction_bits),
+        );
+        let text = serde_json::to_string(&decides).expect("all fields of a spec have a JSON form");
+        Digest::of(text.as_bytes())
+    }
+
+    /// The mixture of a stage with the default filled in: (index into `datasets`, weight).
+    #[must_use]
+    pub fn mixture(&self, stage: usize) -> Vec<(usize, u32)> {
+        let parts = &self.stages[stage].mixture;
+        if parts.is_empty() {
+            return vec![(0, 1)];
+        }
+        let index = |name: &str| self.datasets.iter().position(|dataset| dataset.name == name);
+        parts.iter().filter_map(|part| Some((index(&part.dataset)?, part.weight))).collect()
+    }
+}

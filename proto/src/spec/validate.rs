@@ -1,0 +1,226 @@
+//! What makes a spec consistent. Each rule gives (dotted key, what is wrong and what to do).
+
+use std::collections::HashSet;
+
+use super::{Dataset, Model, Spec, Stage};
+
+type Complaint = (String, String);
+
+macro_rules! require {
+    ($condition:expr, $key:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(($key.to_string(), format!($($message)+)));
+        }
+    };
+}
+
+pub(super) fn validate(spec: &Spec) -> Result<(), Complaint> {
+    run(spec)?;
+    model(&spec.model)?;
+    optimizer(spec)?;
+    datasets(&spec.datasets, &spec.model)?;
+    require!(!spec.stages.is_empty(), "stages", "a run needs at least one [[stages]]");
+    for (index, part) in spec.stages.iter().enumerate() {
+        stage(spec, index, part)?;
+    }
+    require!(spec.checkpoint.every_steps > 0, "checkpoint.every_steps", "must be at least 1");
+    require!(spec.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1");
+    require!(spec.evaluation.sequences > 0, "evaluation.sequences", "must be at least 1");
+    let heat = spec.sample.temperature;
+    require!(
+        heat.is_finite() && heat >= 0.0,
+        "sample.temperature",
+        "must be 0 or more, not {heat}"
+    );
+    Ok(())
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty()
+        && !text.starts_with('.')
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+}
+
+fn run(spec: &Spec) -> Result<(), Complaint> {
+    let name = &spec.run.name;
+    require!(
+        is_name(name),
+        "run.name",
+        "`{name}` is no name; use letters, digits, `.`, `_` and `-`, not starting with `.`"
+    );
+    let store = &spec.run.store;
+    require!(
+        store.contains("://"),
+        "run.store",
+        "`{store}` is no URL; write file://PATH or s3://BUCKET/PREFIX"
+    );
+    let cluster = &spec.cluster;
+    require!(cluster.workers > 0, "cluster.workers", "must be at least 1");
+    let timeout = cluster.worker_timeout;
+    require!(
+        timeout.is_finite() && timeout >= 0.1,
+        "cluster.worker_timeout",
+        "must be 0.1 seconds or more, not {timeout}"
+    );
+    let bits = cluster.fraction_bits;
+    require!(
+        (16..=52).contains(&bits),
+        "cluster.fraction_bits",
+        "must be between 16 and 52, not {bits}: fewer lose small gradients, more overflow large ones"
+    );
+    Ok(())
+}
+
+fn model(model: &Model) -> Result<(), Complaint> {
+    for (key, value) in [
+        ("hidden_size", model.hidden_size),
+        ("num_hidden_layers", model.num_hidden_layers),
+        ("num_attention_heads", model.num_attention_heads),
+        ("intermediate_size", model.intermediate_size),
+        ("vocab_size", model.vocab_size),
+    ] {
+        require!(value > 0, format!("model.{key}"), "must be at least 1");
+    }
+    let (hidden, heads) = (model.hidden_size, model.num_attention_heads);
+    require!(
+        hidden % heads == 0,
+        "model.num_attention_heads",
+        "{heads} heads do not divide model.hidden_size = {hidden}; choose a divisor"
+    );
+    require!(
+        model.head_dim() % 2 == 0,
+        "model.num_attention_heads",
+        "{heads} heads of model.hidden_size = {hidden} have the odd dimension {}; rotary embedding needs an even one",
+        model.head_dim()
+    );
+    let eps = model.rms_norm_eps;
+    require!(eps > 0.0 && eps < 1.0, "model.rms_norm_eps", "must be between 0 and 1, not {eps}");
+    let range = model.initializer_range;
+    require!(
+        range.is_finite() && range > 0.0,
+        "model.initializer_range",
+        "must be above 0, not {range}"
+    );
+    Ok(())
+}
+
+fn optimizer(spec: &Spec) -> Result<(), Complaint> {
+    let optimizer = &spec.optimizer;
+    for (key, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
+        require!(
+            (0.0..1.0).contains(&value),
+            format!("optimizer.{key}"),
+            "must be at least 0 and below 1, not {value}"
+        );
+    }
+    for (key, value, least) in [
+        ("epsilon", optimizer.epsilon, f64::MIN_POSITIVE),
+        ("weight_decay", optimizer.weight_decay, 0.0),
+        ("clip_norm", optimizer.clip_norm, f64::MIN_POSITIVE),
+    ] {
+        require!(
+            value.is_finite() && value >= least,
+            format!("optimizer.{key}"),
+            "must be {} 0, not {value}",
+            if least > 0.0 { "above" } else { "at least" }
+        );
+    }
+    Ok(())
+}
+
+fn datasets(datasets: &[Dataset], model: &Model) -> Result<(), Complaint> {
+    require!(!datasets.is_empty(), "datasets", "a run needs at least one [[datasets]]");
+    let mut names = HashSet::new();
+    for (index, dataset) in datasets.iter().enumerate() {
+        let key = |name: &str| format!("datasets.{index}.{name}");
+        let name = &dataset.name;
+        require!(
+            is_name(name),
+            key("name"),
+            "`{name}` is no name; use letters, digits, `.`, `_` and `-`, not starting with `.`"
+        );
+        require!(names.insert(name), key("name"), "`{name}` is there twice; rename one");
+        let Some(source) = &dataset.source else { continue };
+        require!(!source.paths.is_empty(), key("source.paths"), "name a file or a directory");
+        let fraction = source.validation_fraction;
+        require!(
+            fraction > 0.0 && fraction < 1.0,
+            key("source.validation_fraction"),
+            "must be between 0 and 1, not {fraction}"
+        );
+        let vocabulary = source.tokenizer_vocabulary;
+        require!(
+            vocabulary >= 260,
+            key("source.tokenizer_vocabulary"),
+            "{vocabulary} is too small: 256 bytes and the special tokens need 260"
+        );
+        require!(
+            vocabulary <= model.vocab_size,
+            key("source.tokenizer_vocabulary"),
+            "{vocabulary} is larger than model.vocab_size = {}; raise that or lower this",
+            model.vocab_size
+        );
+        for (name, value) in [
+            ("source.max_bytes", source.max_bytes),
+            ("source.tokenizer_bytes", source.tokenizer_bytes),
+            ("source.shard_tokens", source.shard_tokens),
+        ] {
+            require!(value > 0, key(name), "must be at least 1");
+        }
+    }
+    Ok(())
+}
+
+fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
+    let key = |name: &str| format!("stages.{index}.{name}");
+    for (name, value) in [
+        ("steps", stage.steps),
+        ("sequence_length", stage.sequence_length as u64),
+        ("slots", u64::from(stage.slots)),
+        ("slot_sequences", stage.slot_sequences as u64),
+        ("loops", stage.loops as u64),
+    ] {
+        require!(value > 0, key(name), "must be at least 1");
+    }
+    let weight = stage.entropy_weight;
+    require!(
+        weight.is_finite() && weight >= 0.0,
+        key("entropy_weight"),
+        "must be at least 0, not {weight}"
+    );
+    let base = stage.rope_base;
+    require!(base.is_finite() && base > 1.0, key("rope_base"), "must be above 1, not {base}");
+    let rate = &stage.learning_rate;
+    for (name, value) in [("peak", rate.peak), ("last", rate.last)] {
+        require!(
+            value.is_finite() && value >= 0.0,
+            key(&format!("learning_rate.{name}")),
+            "must be at least 0, not {value}"
+        );
+    }
+    require!(
+        rate.warmup_steps + rate.decay_steps <= stage.steps,
+        key("learning_rate"),
+        "warmup_steps = {} and decay_steps = {} are more than the stage's {} steps",
+        rate.warmup_steps,
+        rate.decay_steps,
+        stage.steps
+    );
+    require!(
+        !stage.mixture.is_empty() || spec.datasets.len() == 1,
+        key("mixture"),
+        "the spec has {} datasets; say which ones this stage draws from",
+        spec.datasets.len()
+    );
+    for (place, part) in stage.mixture.iter().enumerate() {
+        let key = key(&format!("mixture.{place}"));
+        require!(
+            spec.datasets.iter().any(|dataset| dataset.name == part.dataset),
+            key,
+            "there is no dataset `{}`; add a [[datasets]] of that name",
+            part.dataset
+        );
+        require!(part.weight > 0, key, "the weight must be at least 1");
+    }
+    Ok(())
+}

@@ -1,0 +1,189 @@
+//! Checkpoints: the state of a run at a committed step, split over files that ranks write side by
+//! side.
+//!
+//! A checkpoint is `runs/<run>/checkpoints/step-NNNNNNNNNN/`: parts named
+//! `state-0003-of-0008.safetensors` and `manifest.json`, put last and only if absent. What has no
+//! manifest is no checkpoint. The manifest holds the digest of every part and of all weights
+//! together; a load checks both, so that a torn or damaged file is never trained on.
+//!
+//! Any number of workers loads what any other number saved: parts are unions of whole tensors, and
+//! the same state has the same bytes however it was computed. Weights bear their Hugging Face
+//! names; the moments of AdamW stand beside them as `optim.m.NAME` and `optim.v.NAME`.
+//!
+//! Callers: workers save parts and load; the coordinator commits, chooses what to resume from, and
+//! prunes.
+
+mod codec;
+mod digest;
+mod load;
+mod manifest;
+mod retention;
+mod split;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use looptrain_proto::{Digest, Step};
+
+pub use digest::weights_digest;
+pub use load::SkippedCheckpoint;
+pub use manifest::{CheckpointManifest, PartEntry};
+pub use split::split_tensors;
+
+use crate::{Error, Result, Store, run_prefix};
+
+/// Prefix of the name of a tensor's first moment.
+pub const FIRST_MOMENT: &str = "optim.m.";
+/// Prefix of the name of a tensor's second moment.
+pub const SECOND_MOMENT: &str = "optim.v.";
+
+/// One named tensor of 32-bit floats, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Hugging Face name, or that behind [`FIRST_MOMENT`] or [`SECOND_MOMENT`].
+    pub name: String,
+    /// Length of each dimension; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// As many values as the shape holds.
+    pub data: Vec<f32>,
+}
+
+impl Tensor {
+    /// Name, shape and data, as [`weights_digest`] takes them.
+    #[must_use]
+    pub fn view(&self) -> (&str, &[usize], &[f32]) {
+        (&self.name, &self.shape, &self.data)
+    }
+}
+
+/// The checkpoints of one run.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    store: Store,
+    run: String,
+}
+
+impl Checkpoints {
+    /// Those of `run` in `store`; nothing is read yet.
+    #[must_use]
+    pub fn new(store: &Store, run: &str) -> Self {
+        Self { store: store.clone(), run: run.to_owned() }
+    }
+
+    /// Writes part `part` of `parts` of the state after `step`, over an older try if there is one.
+    /// `metadata` goes into the header of the file.
+    ///
+    /// # Errors
+    /// When a tensor's shape and data disagree, or the store fails.
+    ///
+    /// # Panics
+    /// When `part` is not below `parts`.
+    pub async fn save_part(
+        &self,
+        step: Step,
+        part: usize,
+        parts: usize,
+        tensors: &[Tensor],
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<PartEntry> {
+        assert!(part < parts, "part {part} of {parts}");
+        let file = format!("state-{part:04}-of-{parts:04}.safetensors");
+        let key = self.part_key(step, &file);
+        let bytes = codec::encode(tensors, metadata)
+            .map_err(|reason| Error::Malformed { place: self.store.place(&key), reason })?;
+        let (digest, bytes) = crate::blocking(move || (Digest::of(&bytes), bytes)).await?;
+        let entry =
+            PartEntry { file, bytes: bytes.len() as u64, digest, tensors: tensors.len() as u64 };
+        self.store.put(&key, bytes).await?;
+        Ok(entry)
+    }
+
+    /// Makes the parts a checkpoint by writing its manifest.
+    ///
+    /// Committing the same weights again, in other parts or by a later generation, is fine and
+    /// replaces the manifest: that is how a damaged checkpoint heals when its step is trained again.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when the step has a checkpoint with other weights: two histories in one
+    /// run. Also when the store fails.
+    pub async fn commit(&self, manifest: &CheckpointManifest) -> Result<()> {
+        let key = self.manifest_key(manifest.step);
+        let malformed = |error: serde_json::Error| Error::Malformed {
+            place: self.store.place(&key),
+            reason: error.to_string(),
+        };
+        let json = serde_json::to_vec_pretty(manifest).map_err(malformed)?;
+        if self.store.put_if_absent(&key, json.clone()).await? {
+            return Ok(());
+        }
+        match self.manifest(manifest.step).await {
+            Ok(there) if there == *manifest => Ok(()),
+            Ok(there) if there.weights_digest != manifest.weights_digest => Err(Error::Conflict {
+                place: self.store.place(&key),
+                reason: format!(
+                    "its weights are {}, the new ones {}; begin again with --fresh or under another run.name",
+                    there.weights_digest, manifest.weights_digest
+                ),
+            }),
+            // The same state, or a manifest that nobody can read.
+            Ok(_) | Err(Error::Malformed { .. }) => self.store.put(&key, json).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The steps that have a checkpoint, ascending. Whether it is whole is another question: see
+    /// [`Checkpoints::newest_good`].
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn list(&self) -> Result<Vec<Step>> {
+        let objects = self.store.list(&self.prefix()).await?;
+        let mut steps: Vec<Step> = objects
+            .iter()
+            .filter_map(|object| match self.split_key(&object.key)? {
+                (step, MANIFEST) => Some(step),
+                _ => None,
+            })
+            .collect();
+        steps.sort();
+        Ok(steps)
+    }
+
+    /// The manifest of the checkpoint of `step`.
+    ///
+    /// # Errors
+    /// When there is none, or it is not one of this run that this program can read.
+    pub async fn manifest(&self, step: Step) -> Result<CheckpointManifest> {
+        let key = self.manifest_key(step);
+        let bytes = self.store.get(&key).await?;
+        let malformed = |reason: String| Error::Malformed { place: self.store.place(&key), reason };
+        let manifest: CheckpointManifest =
+            serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+        match manifest.complaint(&self.run, step) {
+            Some(reason) => Err(malformed(reason)),
+            None => Ok(manifest),
+        }
+    }
+
+    fn prefix(&self) -> String {
+        format!("{}/checkpoints", run_prefix(&self.run))
+    }
+
+    fn part_key(&self, step: Step, file: &str) -> String {
+        format!("{}/step-{:010}/{file}", self.prefix(), step.0)
+    }
+
+    fn manifest_key(&self, step: Step) -> String {
+        self.part_key(step, MANIFEST)
+    }
+
+    /// The step and file name of a key below the checkpoints.
+    fn split_key<'a>(&self, key: &'a str) -> Option<(Step, &'a str)> {
+        let (directory, file) =
+            key.strip_prefix(&self.prefix())?.strip_prefix('/')?.split_once('/')?;
+        Some((Step(directory.strip_prefix("step-")?.parse().ok()?), file))
+    }
+}
+
+const MANIFEST: &str = "manifest.json";

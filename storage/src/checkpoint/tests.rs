@@ -1,0 +1,242 @@
+//! Checkpoints end to end, in memory.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use looptrain_proto::{Cursor, Digest, Generation, Step};
+
+use super::{CheckpointManifest, Checkpoints, Tensor, split_tensors, weights_digest};
+use crate::{Error, Store};
+
+fn state(seed: f32) -> Vec<Tensor> {
+    let tensor = |prefix: &str, layer: usize| Tensor {
+        name: format!("{prefix}layers.{layer}.weight"),
+        shape: vec![3, 4],
+        data: (0..12).map(|i| seed + (layer * 100 + i) as f32).collect(),
+    };
+    let weights = (0..5).map(|layer| tensor("", layer));
+    let first = (0..5).map(|layer| tensor(super::FIRST_MOMENT, layer));
+    weights.chain(first).collect()
+}
+
+/// Saves `tensors` as `parts` ranks would, without committing.
+async fn saved(
+    checkpoints: &Checkpoints,
+    step: u64,
+    parts: usize,
+    tensors: &[Tensor],
+) -> CheckpointManifest {
+    let sizes: Vec<u64> = tensors.iter().map(|tensor| 4 * tensor.data.len() as u64).collect();
+    let mut entries = Vec::new();
+    for (part, range) in split_tensors(&sizes, parts).into_iter().enumerate() {
+        let metadata = BTreeMap::from([("step".to_owned(), step.to_string())]);
+        let tensors = &tensors[range];
+        let entry = checkpoints.save_part(Step(step), part, parts, tensors, &metadata).await;
+        entries.push(entry.unwrap());
+    }
+    CheckpointManifest {
+        version: CheckpointManifest::VERSION,
+        run: "r".into(),
+        step: Step(step),
+        cursor: Cursor { stage: 0, sequences: step * 12 },
+        trajectory: Digest::of(b"spec"),
+        generation: Generation(1),
+        weights_digest: weights_digest(tensors.iter().map(Tensor::view)),
+        parts: entries,
+    }
+}
+
+async fn committed(checkpoints: &Checkpoints, step: u64) -> CheckpointManifest {
+    let manifest = saved(checkpoints, step, 3, &state(step as f32)).await;
+    checkpoints.commit(&manifest).await.unwrap();
+    manifest
+}
+
+fn fresh() -> (Store, Checkpoints) {
+    let store = Store::open("memory://").unwrap();
+    let checkpoints = Checkpoints::new(&store, "r");
+    (store, checkpoints)
+}
+
+fn part(step: u64, part: usize) -> String {
+    format!("runs/r/checkpoints/step-{step:010}/state-{part:04}-of-0003.safetensors")
+}
+
+async fn damage(store: &Store, key: &str) {
+    let mut bytes = store.get(key).await.unwrap().to_vec();
+    *bytes.last_mut().unwrap() ^= 1;
+    store.put(key, bytes).await.unwrap();
+}
+
+#[tokio::test]
+async fn any_number_of_parts_loads_to_the_same_state() {
+    let mut expected = state(0.5);
+    expected.sort_by(|a, b| a.name.cmp(&b.name));
+    for parts in [1, 2, 3, 7, 20] {
+        let (_, checkpoints) = fresh();
+        let manifest = saved(&checkpoints, 10, parts, &state(0.5)).await;
+        assert_eq!(manifest.parts.len(), parts);
+        checkpoints.commit(&manifest).await.unwrap();
+        let (read, tensors) = checkpoints.load(Step(10)).await.unwrap();
+        assert_eq!(read, manifest);
+        assert_eq!(tensors, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_checkpoint_is_there_once_its_manifest_is() {
+    let (_, checkpoints) = fresh();
+    committed(&checkpoints, 20).await;
+    committed(&checkpoints, 3).await;
+    let manifest = saved(&checkpoints, 100, 2, &state(1.0)).await;
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(3), Step(20)]);
+    assert!(matches!(checkpoints.load(Step(100)).await, Err(Error::NotFound { .. })));
+    checkpoints.commit(&manifest).await.unwrap();
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(3), Step(20), Step(100)]);
+}
+
+#[tokio::test]
+async fn the_newest_one_that_verifies_is_chosen_and_the_others_are_explained() {
+    let (store, checkpoints) = fresh();
+    assert_eq!(checkpoints.newest_good().await.unwrap(), None);
+    let good = committed(&checkpoints, 10).await;
+    committed(&checkpoints, 20).await;
+    committed(&checkpoints, 30).await;
+    committed(&checkpoints, 40).await;
+    damage(&store, &part(20, 1)).await;
+    store.delete(&part(30, 2)).await.unwrap();
+    store.put(&part(40, 0), "short").await.unwrap();
+
+    let (manifest, skipped) = checkpoints.newest_good().await.unwrap().unwrap();
+    assert_eq!(manifest, good);
+    let steps: Vec<u64> = skipped.iter().map(|skipped| skipped.step.0).collect();
+    assert_eq!(steps, [40, 30, 20]);
+    for (skipped, (key, said)) in skipped.iter().zip([
+        (part(40, 0), "it has 5 bytes"),
+        (part(30, 2), "does not exist"),
+        (part(20, 1), "is damaged"),
+    ]) {
+        assert!(skipped.reason.contains(&key) && skipped.reason.contains(said), "{skipped:?}");
+        assert!(!skipped.reason.contains('\n'));
+    }
+}
+
+#[tokio::test]
+async fn when_no_checkpoint_is_good_a_person_decides() {
+    let (store, checkpoints) = fresh();
+    for step in [10, 20] {
+        committed(&checkpoints, step).await;
+        damage(&store, &part(step, 0)).await;
+    }
+    let error = checkpoints.newest_good().await.unwrap_err();
+    assert!(matches!(error, Error::NoGoodCheckpoint { step: Step(20), count: 2, .. }), "{error}");
+    assert!(error.to_string().contains("--fresh"), "{error}");
+}
+
+#[tokio::test]
+async fn a_load_names_the_damaged_part() {
+    let (store, checkpoints) = fresh();
+    committed(&checkpoints, 10).await;
+    damage(&store, &part(10, 2)).await;
+    let error = checkpoints.load(Step(10)).await.unwrap_err().to_string();
+    assert!(error.contains(&part(10, 2)), "{error}");
+}
+
+#[tokio::test]
+async fn a_tensor_in_two_parts_is_refused() {
+    let (_, checkpoints) = fresh();
+    let mut manifest = saved(&checkpoints, 10, 2, &state(0.0)).await;
+    let metadata = BTreeMap::new();
+    manifest.parts[1] =
+        checkpoints.save_part(Step(10), 1, 2, &state(0.0)[3..], &metadata).await.unwrap();
+    checkpoints.commit(&manifest).await.unwrap();
+    for error in [
+        checkpoints.load(Step(10)).await.unwrap_err().to_string(),
+        checkpoints.verify(Step(10)).await.unwrap_err().to_string(),
+    ] {
+        assert!(error.contains("is in two parts"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn parts_of_other_weights_than_the_manifest_says_are_refused() {
+    let (_, checkpoints) = fresh();
+    let mut manifest = saved(&checkpoints, 10, 2, &state(0.0)).await;
+    manifest.weights_digest = Digest::of(b"others");
+    checkpoints.commit(&manifest).await.unwrap();
+    let error = checkpoints.load(Step(10)).await.unwrap_err().to_string();
+    assert!(error.contains("manifest.json") && error.contains("weights"), "{error}");
+}
+
+#[tokio::test]
+async fn the_same_weights_may_be_committed_again_and_heal_the_checkpoint() {
+    let (store, checkpoints) = fresh();
+    let first = committed(&checkpoints, 10).await;
+    checkpoints.commit(&first).await.unwrap();
+    damage(&store, &part(10, 1)).await;
+
+    let mut again = saved(&checkpoints, 10, 2, &state(10.0)).await;
+    again.generation = Generation(5);
+    checkpoints.commit(&again).await.unwrap();
+    assert_eq!(checkpoints.load(Step(10)).await.unwrap().0, again);
+}
+
+#[tokio::test]
+async fn other_weights_for_a_committed_step_are_a_conflict() {
+    let (_, checkpoints) = fresh();
+    let first = committed(&checkpoints, 10).await;
+    let other = saved(&checkpoints, 10, 1, &state(11.0)).await;
+    let error = checkpoints.commit(&other).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict { .. }), "{error}");
+    assert_eq!(checkpoints.load(Step(10)).await.unwrap().0, first);
+}
+
+#[tokio::test]
+async fn a_manifest_of_another_run_or_version_is_refused() {
+    let (store, checkpoints) = fresh();
+    let mut manifest = committed(&checkpoints, 10).await;
+    manifest.version = 9;
+    let key = "runs/r/checkpoints/step-0000000010/manifest.json";
+    store.put(key, serde_json::to_vec(&manifest).unwrap()).await.unwrap();
+    let error = checkpoints.manifest(Step(10)).await.unwrap_err().to_string();
+    assert!(error.contains(key) && error.contains("version 9"), "{error}");
+
+    store.put(&key.replace("runs/r", "runs/q"), store.get(key).await.unwrap()).await.unwrap();
+    manifest.version = CheckpointManifest::VERSION;
+    store
+        .put(&key.replace("runs/r", "runs/q"), serde_json::to_vec(&manifest).unwrap())
+        .await
+        .unwrap();
+    let error = Checkpoints::new(&store, "q").manifest(Step(10)).await.unwrap_err().to_string();
+    assert!(error.contains("of the run `r`"), "{error}");
+}
+
+#[tokio::test]
+async fn pruning_keeps_the_newest_and_those_in_use() {
+    let (store, checkpoints) = fresh();
+    for step in [10, 20, 30, 40, 50] {
+        committed(&checkpoints, step).await;
+    }
+    saved(&checkpoints, 60, 2, &state(1.0)).await;
+    let removed = checkpoints.prune(2, &[Step(20)]).await.unwrap();
+    assert_eq!(removed, [Step(10), Step(30)]);
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(20), Step(40), Step(50)]);
+    assert!(store.list("runs/r/checkpoints/step-0000000010").await.unwrap().is_empty());
+    let uncommitted = store.list("runs/r/checkpoints/step-0000000060").await.unwrap();
+    assert_eq!(uncommitted.len(), 2, "a save under way is left alone");
+    assert_eq!(checkpoints.prune(0, &[]).await.unwrap(), [Step(20), Step(40)]);
+    checkpoints.load(Step(50)).await.unwrap();
+}
+
+#[tokio::test]
+async fn pruning_never_removes_the_last_whole_checkpoint() {
+    let (store, checkpoints) = fresh();
+    for step in [10, 20, 30, 40] {
+        committed(&checkpoints, step).await;
+    }
+    store.delete(&part(40, 1)).await.unwrap();
+    store.put(&part(30, 1), "torn").await.unwrap();
+    assert_eq!(checkpoints.prune(1, &[]).await.unwrap(), [Step(10), Step(30)]);
+    assert_eq!(checkpoints.newest_good().await.unwrap().unwrap().0.step, Step(20));
+}

@@ -1,0 +1,382 @@
+//! Finding the text of a new dataset.
+//!
+//! Directories give their files of the wanted extensions, one document each; lock files, hidden
+//! directories, symbolic links and files above 1 MiB (generated tables, mostly) are passed over. A
+//! file that is named itself is taken whatever its name and size, and cut into documents of at most
+//! 64 KiB at blank lines, so that one long file also has a training and a validation part.
+//!
+//! Documents come in the order of the hash of their path, not of the path: cut off at any number of
+//! bytes, they are an even sample of everything, and neighbours in the stream are strangers. Paths
+//! count from the directory that was named, so the order does not depend on where that lies.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use looptrain_proto::spec;
+use rayon::prelude::*;
+
+/// Stands for the sources of the crates in the local cargo home.
+const CARGO_REGISTRY: &str = "cargo-registry";
+const LARGEST_FILE: u64 = 1 << 20;
+const LARGEST_PIECE: usize = 64 << 10;
+/// Files looked into at once.
+const BATCH: usize = 256;
+/// Collecting ends after this many documents in a row that the bytes left have no room for.
+const MISFITS: usize = 16;
+
+/// A piece of text, still in its file.
+#[derive(Clone, Debug)]
+pub(super) struct Document {
+    path: PathBuf,
+    /// Where the text starts in the file, in bytes.
+    start: u64,
+    /// Bytes of text.
+    pub(super) bytes: u64,
+    /// What orders documents.
+    order: blake3::Hash,
+    /// What decides on the split.
+    pub(super) lot: blake3::Hash,
+}
+
+impl Document {
+    fn new(path: PathBuf, key: &str, start: u64, bytes: u64) -> Self {
+        let hash = |context, key: &str| {
+            blake3::Hasher::new_derive_key(context).update(key.as_bytes()).finalize()
+        };
+        let key = format!("{key}#{start}");
+        let order = hash("looptrain document order v1", &key);
+        let lot = hash("looptrain validation split v1", &key);
+        Self { path, start, bytes, order, lot }
+    }
+
+    /// The text.
+    pub(super) fn read(&self) -> std::io::Result<String> {
+        let mut file = fs::File::open(&self.path)?;
+        file.seek(SeekFrom::Start(self.start))?;
+        let mut text = String::with_capacity(self.bytes as usize);
+        file.take(self.bytes).read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// For messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Digest of the text; `None` for what is no text.
+    fn look(&self) -> Option<blake3::Hash> {
+        let text = self.read().ok()?;
+        let is_text = !text.contains('\0') && !text.trim().is_empty();
+        (is_text && text.len() as u64 == self.bytes).then(|| blake3::hash(text.as_bytes()))
+    }
+}
+
+/// All documents of a dataset, in order.
+#[derive(Debug, Default)]
+pub(super) struct Collection {
+    pub(super) documents: Vec<Document>,
+    /// Bytes of text.
+    pub(super) bytes: u64,
+    pub(super) files: u64,
+    pub(super) duplicates: u64,
+    pub(super) unreadable: u64,
+}
+
+/// Collects up to `source.max_bytes` of text. `progress` is told documents and bytes so far. The
+/// error is a sentence for the person who wrote the spec.
+pub(super) fn collect(
+    source: &spec::Source,
+    cargo_home: Option<&Path>,
+    mut progress: impl FnMut(u64, u64) -> Result<(), String>,
+) -> Result<Collection, String> {
+    let mut found = find(source, cargo_home)?;
+    found.sort_by(|a, b| a.order.as_bytes().cmp(b.order.as_bytes()).then(a.path.cmp(&b.path)));
+
+    let mut collection = Collection { files: found.len() as u64, ..Collection::default() };
+    let mut seen = HashSet::new();
+    let mut misfits = 0;
+    'full: for batch in found.chunks(BATCH) {
+        let looked: Vec<Option<blake3::Hash>> = batch.par_iter().map(Document::look).collect();
+        for (document, text) in batch.iter().zip(looked) {
+            let Some(text) = text else {
+                collection.unreadable += 1;
+                continue;
+            };
+            if seen.contains(&text) {
+                collection.duplicates += 1;
+                continue;
+            }
+            if collection.bytes + document.bytes > source.max_bytes {
+                misfits += 1;
+                if misfits == MISFITS {
+                    break 'full;
+                }
+                continue;
+            }
+            misfits = 0;
+            seen.insert(text);
+            collection.bytes += document.bytes;
+            collection.documents.push(document.clone());
+        }
+        progress(collection.documents.len() as u64, collection.bytes)?;
+    }
+    if collection.documents.is_empty() {
+        return Err(nothing(source, cargo_home, &collection));
+    }
+    Ok(collection)
+}
+
+fn nothing(source: &spec::Source, cargo_home: Option<&Path>, collection: &Collection) -> String {
+    let places: Vec<String> = source
+        .paths
+        .iter()
+        .map(|path| match (path.as_str(), cargo_home) {
+            (CARGO_REGISTRY, Some(home)) => registry(home).display().to_string(),
+            _ => path.clone(),
+        })
+        .collect();
+    format!(
+        "found no text in {} (of {} files with extension {}, none is UTF-8 text that fits into max_bytes = {}); name your own files or directories in datasets.source.paths",
+        places.join(", "),
+        collection.files,
+        source.extensions.join(", "),
+        source.max_bytes
+    )
+}
+
+fn registry(cargo_home: &Path) -> PathBuf {
+    cargo_home.join("registry").join("src")
+}
+
+/// Where cargo keeps what it has downloaded.
+pub(super) fn cargo_home() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("CARGO_HOME").or_else(|| Some(set("HOME")?.join(".cargo")))
+}
+
+/// Everything that by its name could be text.
+fn find(source: &spec::Source, cargo_home: Option<&Path>) -> Result<Vec<Document>, String> {
+    let mut found = Vec::new();
+    for path in &source.paths {
+        if path == CARGO_REGISTRY {
+            let home = cargo_home.ok_or(
+                "cannot tell where cargo's registry is: set CARGO_HOME, or name your own files in datasets.source.paths",
+            )?;
+            // Below src/ there is a directory per index; crates are one level further down.
+            for index in entries(&registry(home)) {
+                walk(&index, "", &source.extensions, &mut found);
+            }
+            continue;
+        }
+        let path = Path::new(path);
+        let failed = |error: std::io::Error| {
+            format!("cannot read {}: {error}; correct datasets.source.paths", path.display())
+        };
+        if fs::metadata(path).map_err(failed)?.is_dir() {
+            fs::read_dir(path).map_err(failed)?;
+            walk(path, "", &source.extensions, &mut found);
+        } else {
+            let bytes = fs::read(path).map_err(failed)?;
+            let text = std::str::from_utf8(&bytes).ok().filter(|text| !text.contains('\0'));
+            let text = text.ok_or_else(|| {
+                format!("{} is not UTF-8 text; correct datasets.source.paths", path.display())
+            })?;
+            let key = path.file_name().unwrap_or_default().to_string_lossy();
+            for (start, length) in pieces(text) {
+                found.push(Document::new(path.to_owned(), &key, start as u64, length as u64));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The entries of a directory; none if it cannot be read.
+fn entries(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+}
+
+fn walk(directory: &Path, prefix: &str, extensions: &[String], found: &mut Vec<Document>) {
+    for path in entries(directory) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
+        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
+        if metadata.is_dir() && !name.starts_with('.') {
+            walk(&path, &key, extensions, found);
+        } else if metadata.is_file()
+            && (1..=LARGEST_FILE).contains(&metadata.len())
+            && is_wanted(&path, extensions)
+        {
+            found.push(Document::new(path, &key, 0, metadata.len()));
+        }
+    }
+}
+
+fn is_wanted(path: &Path, extensions: &[String]) -> bool {
+    let Some(extension) = path.extension().and_then(|extension| extension.to_str()) else {
+        return false;
+    };
+    let is = |wanted: &str| wanted.trim_start_matches('.').eq_ignore_ascii_case(extension);
+    !is("lock") && extensions.iter().any(|wanted| is(wanted))
+}
+
+/// Cuts a text into (start, length) of at most `LARGEST_PIECE` bytes, best at a blank line, else at
+/// a line's end, else between characters.
+fn pieces(text: &str) -> Vec<(usize, usize)> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    while start < text.len() {
+        let mut end = text.len();
+        if end - start > LARGEST_PIECE {
+            end = start + LARGEST_PIECE;
+            while !text.is_char_boundary(end) {
+                end -= 1;
+            }
+            // Only the second half is searched, so that pieces do not get small.
+            let mut half = start + LARGEST_PIECE / 2;
+            while !text.is_char_boundary(half) {
+                half += 1;
+            }
+            let window = &text[half..end];
+            let blank = window.rfind("\n\n").map(|at| at + 2);
+            end = blank.or_else(|| window.rfind('\n').map(|at| at + 1)).map_or(end, |at| half + at);
+        }
+        pieces.push((start, end - start));
+        start = end;
+    }
+    pieces
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn source(paths: &[&Path], max_bytes: u64) -> spec::Source {
+        spec::Source {
+            paths: paths.iter().map(|path| path.display().to_string()).collect(),
+            extensions: vec!["rs".into(), ".md".into()],
+            max_bytes,
+            ..spec::Source::default()
+        }
+    }
+
+    fn write(root: &Path, files: &[(&str, &[u8])]) {
+        for (name, content) in files {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+    }
+
+    fn names(collection: &Collection, root: &Path) -> Vec<String> {
+        let name =
+            |document: &Document| document.path.strip_prefix(root).unwrap().display().to_string();
+        collection.documents.iter().map(name).collect()
+    }
+
+    fn quiet(_: u64, _: u64) -> Result<(), String> {
+        Ok(())
+    }
+
+    #[test]
+    fn only_text_of_the_wanted_kind_is_taken_and_the_same_text_once() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        write(
+            root,
+            &[
+                ("a/lib.rs", b"fn a() {}"),
+                ("b/README.MD", b"# b"),
+                ("b/copy.rs", b"fn a() {}"),
+                ("b/Cargo.lock", b"[[package]]"),
+                ("c/binary.rs", b"fn\0"),
+                ("c/latin1.rs", b"caf\xe9"),
+                ("c/blank.rs", b" \n"),
+                ("c/empty.rs", b""),
+                ("c/large.rs", &vec![b'x'; 1 + LARGEST_FILE as usize]),
+                ("c/picture.png", b"png"),
+                (".git/x.md", b"hidden"),
+            ],
+        );
+        let collection = collect(&source(&[root], 1000), None, quiet).unwrap();
+        let mut taken = names(&collection, root);
+        taken.sort();
+        assert_eq!(taken.len(), 2, "{taken:?}");
+        assert_eq!(taken[1], "b/README.MD");
+        assert_eq!((collection.duplicates, collection.unreadable), (1, 3));
+        assert_eq!(collection.bytes, 9 + 3);
+    }
+
+    #[test]
+    fn a_limit_takes_an_even_sample_that_does_not_depend_on_the_place() {
+        let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let text = |i: usize| format!("// {i:04}\n").into_bytes();
+        for root in [here.path(), there.path()] {
+            for i in 0..1000 {
+                write(root, &[(&format!("crate-{}/f{i}.rs", i / 100), &text(i))]);
+            }
+        }
+        let collected =
+            |root: &Path| names(&collect(&source(&[root], 1600), None, quiet).unwrap(), root);
+        let sample = collected(here.path());
+        assert_eq!(sample, collected(there.path()));
+        assert_eq!(sample.len(), 200);
+        for i in 0..10 {
+            let taken =
+                sample.iter().filter(|name| name.starts_with(&format!("crate-{i}/"))).count();
+            assert!((6..=40).contains(&taken), "{taken} of crate {i}, 20 expected");
+        }
+    }
+
+    #[test]
+    fn the_cargo_registry_is_found_below_the_cargo_home() {
+        let home = tempfile::tempdir().unwrap();
+        let file = "registry/src/index-1/serde-1.0/src/lib.rs";
+        write(home.path(), &[(file, b"pub fn x() {}")]);
+        let source = source(&[Path::new(CARGO_REGISTRY)], 1000);
+        let collection = collect(&source, Some(home.path()), quiet).unwrap();
+        assert_eq!(names(&collection, home.path()), [file]);
+
+        let empty = tempfile::tempdir().unwrap();
+        let error = collect(&source, Some(empty.path()), quiet).unwrap_err();
+        let looked = empty.path().join("registry/src").display().to_string();
+        assert!(error.contains(&looked) && error.contains("datasets.source.paths"), "{error}");
+    }
+
+    #[test]
+    fn a_named_file_is_taken_whole_in_pieces() {
+        let root = tempfile::tempdir().unwrap();
+        let book: String = (0..20_000).map(|i| format!("Line ä {i}.\n\n")).collect();
+        write(root.path(), &[("book", book.as_bytes())]);
+        let path = root.path().join("book");
+        let mut collection = collect(&source(&[&path], u64::MAX), None, quiet).unwrap();
+        assert!(collection.documents.len() >= 4);
+        collection.documents.sort_by_key(|document| document.start);
+        let texts: Vec<String> =
+            collection.documents.iter().map(|document| document.read().unwrap()).collect();
+        assert_eq!(texts.concat(), book);
+        assert!(texts.iter().all(|text| text.len() <= LARGEST_PIECE && text.ends_with("\n\n")));
+    }
+
+    #[test]
+    fn a_text_without_lines_is_cut_between_characters() {
+        let text = "ä".repeat(100_000);
+        let pieces = pieces(&text);
+        assert_eq!(pieces.iter().map(|(_, length)| length).sum::<usize>(), text.len());
+        assert!(pieces.iter().all(|&(start, _)| text.is_char_boundary(start)));
+    }
+
+    #[test]
+    fn a_path_that_is_missing_or_no_text_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = root.path().join("missing");
+        let error = collect(&source(&[&missing], 10), None, quiet).unwrap_err();
+        assert!(error.contains(&missing.display().to_string()), "{error}");
+        write(root.path(), &[("picture", b"\x89PNG\0")]);
+        let error = collect(&source(&[&root.path().join("picture")], 10), None, quiet).unwrap_err();
+        assert!(error.contains("is not UTF-8 text"), "{error}");
+    }
+}

@@ -1,0 +1,128 @@
+//! The manifest of a dataset: what is in it, and the digest of every file.
+
+use looptrain_proto::{Digest, spec};
+use serde::{Deserialize, Serialize};
+
+use super::TokenType;
+
+/// The two parts of a dataset; no document is in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Split {
+    /// What stages draw from.
+    Train,
+    /// What evaluations read, from its start.
+    Validation,
+}
+
+impl std::fmt::Display for Split {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Train => "training",
+            Self::Validation => "validation",
+        })
+    }
+}
+
+/// `manifest.json` of a dataset.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DatasetManifest {
+    /// Version of this format: [`DatasetManifest::VERSION`].
+    pub version: u32,
+    /// Name of the dataset, as in its prefix.
+    pub name: String,
+    /// Entries of the tokenizer; every token is below it.
+    pub vocabulary_size: usize,
+    /// Digest of `tokenizer.json`.
+    pub tokenizer_digest: Digest,
+    /// Width of a token in the shards.
+    pub dtype: TokenType,
+    /// The training split.
+    pub train: SplitManifest,
+    /// The validation split.
+    pub validation: SplitManifest,
+    /// Nats per validation token under the unigram model of the training split; see
+    /// [`super::Dataset::unigram_loss`].
+    #[serde(default)]
+    pub unigram_loss: Option<f64>,
+    /// Where the text came from.
+    pub source: SourceSummary,
+}
+
+impl DatasetManifest {
+    /// The version this program writes and reads.
+    pub const VERSION: u32 = 1;
+
+    /// One split of the dataset.
+    #[must_use]
+    pub fn split(&self, split: Split) -> &SplitManifest {
+        match split {
+            Split::Train => &self.train,
+            Split::Validation => &self.validation,
+        }
+    }
+
+    /// What contradicts itself or what this program cannot read, if anything.
+    pub(super) fn complaint(&self, name: &str) -> Option<String> {
+        if self.version != Self::VERSION {
+            return Some(format!(
+                "it has format version {}, this program reads {}; prepare the dataset anew under another name",
+                self.version,
+                Self::VERSION
+            ));
+        }
+        if self.name != name {
+            return Some(format!("it belongs to the dataset `{}`", self.name));
+        }
+        // A file's name comes from outside and becomes a key.
+        let mut shards = self.train.shards.iter().chain(&self.validation.shards);
+        if let Some(shard) = shards.find(|shard| shard.file.contains('/')) {
+            return Some(format!("it names the shard `{}`, which is elsewhere", shard.file));
+        }
+        let uneven = |split: &SplitManifest| {
+            split.shards.iter().map(|shard| shard.tokens).sum::<u64>() != split.tokens
+        };
+        (uneven(&self.train) || uneven(&self.validation))
+            .then(|| "its shards do not sum to its tokens".to_owned())
+    }
+}
+
+/// One split: its totals and its shards, in order.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SplitManifest {
+    /// Tokens, the end-of-text token after each document counted.
+    pub tokens: u64,
+    /// Documents.
+    pub documents: u64,
+    /// Bytes of text.
+    pub bytes: u64,
+    /// The files that hold the tokens.
+    pub shards: Vec<ShardEntry>,
+}
+
+/// One file of tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// File name beside the manifest.
+    pub file: String,
+    /// Tokens in it.
+    pub tokens: u64,
+    /// Documents that begin in it.
+    pub documents: u64,
+    /// Size of the file in bytes.
+    pub bytes: u64,
+    /// Digest of the file.
+    pub digest: Digest,
+}
+
+/// What a dataset was made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceSummary {
+    /// The options of the spec.
+    pub options: spec::Source,
+    /// Files with fitting names that were looked at.
+    pub files: u64,
+    /// Documents left out because another one has the same text.
+    pub duplicates: u64,
+    /// Files left out because they are empty, not UTF-8 text or cannot be read.
+    pub unreadable: u64,
+}

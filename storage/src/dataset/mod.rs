@@ -1,0 +1,39 @@
+//! Datasets: a token stream in shards, its tokenizer, and the manifest that makes them one thing.
+//!
+//! A dataset is `datasets/<name>/` in the store: `tokenizer.json`, the Arrow IPC shards of its two
+//! splits, and `manifest.json`, written last. Without a manifest there is no dataset, whatever else
+//! lies there; with one, every other file is named in it with its blake3 digest, so that a reader
+//! never trains on bytes that were not written.
+//!
+//! [`prepare`] makes a dataset from text files; [`Dataset`] reads one. The same files and options
+//! give byte-identical shards: no clock, no randomness, no dependence on thread timing.
+
+mod cache;
+mod collect;
+mod manifest;
+mod prepare;
+#[cfg(test)]
+mod prepare_tests;
+mod read;
+mod shard;
+mod tokenizer;
+
+pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
+pub use prepare::{PrepareEvent, prepare};
+pub use read::Dataset;
+pub use shard::TokenType;
+pub use tokenizer::TextTokenizer;
+
+/// Where everything of a dataset lives in its store.
+#[must_use]
+pub fn dataset_prefix(name: &str) -> String {
+    format!("datasets/{name}")
+}
+
+fn manifest_key(name: &str) -> String {
+    format!("{}/manifest.json", dataset_prefix(name))
+}
+
+fn tokenizer_key(name: &str) -> String {
+    format!("{}/tokenizer.json", dataset_prefix(name))
+}

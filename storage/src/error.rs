@@ -1,0 +1,158 @@
+//! What can go wrong with stored things. Every message is one line that names the place and,
+//! where there is one, the remedy; none holds credentials.
+
+use looptrain_proto::{Digest, Incarnation, Step};
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a stored thing could not be read, written or trusted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The URL names no store.
+    #[error("the store URL {url} {reason}")]
+    Url {
+        /// The URL as given.
+        url: String,
+        /// What is wrong with it and what to write.
+        reason: String,
+    },
+    /// The store is there but takes no objects.
+    #[error("cannot write to the store {url}: {reason}; {remedy}")]
+    Unwritable {
+        /// The store.
+        url: String,
+        /// What the system or the server said.
+        reason: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// A single operation failed for good, retries included.
+    #[error("cannot {operation} {place}: {reason}")]
+    Operation {
+        /// `read`, `write`, `list`, `delete`.
+        operation: &'static str,
+        /// URL of the object.
+        place: String,
+        /// What the system or the server said.
+        reason: String,
+    },
+    /// There is no such object.
+    #[error("{place} does not exist")]
+    NotFound {
+        /// URL of the object.
+        place: String,
+    },
+    /// An object is not what was written.
+    #[error("{place} is damaged: its digest is {found}, the manifest says {expected}; {remedy}")]
+    Corrupt {
+        /// URL of the object.
+        place: String,
+        /// What the manifest says.
+        expected: Digest,
+        /// What was read.
+        found: Digest,
+        /// What to do.
+        remedy: String,
+    },
+    /// An object has an unexpected size, form or content.
+    #[error("{place} cannot be used: {reason}")]
+    Malformed {
+        /// URL of the object.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The text of a new dataset cannot be collected.
+    #[error("dataset `{dataset}`: {reason}")]
+    Text {
+        /// The dataset to be made.
+        dataset: String,
+        /// What is missing and how to provide it.
+        reason: String,
+    },
+    /// The tokenizer cannot be trained, read or applied.
+    #[error("tokenizer: {reason}")]
+    Tokenizer {
+        /// What the tokenizer said.
+        reason: String,
+    },
+    /// A sequence past the end of its split was asked for.
+    #[error(
+        "{place} has {sequences} sequences of {sequence_length} tokens; there is no number {index}"
+    )]
+    OutOfRange {
+        /// The dataset and split.
+        place: String,
+        /// The sequence asked for.
+        index: u64,
+        /// How many there are.
+        sequences: u64,
+        /// Tokens per sequence.
+        sequence_length: usize,
+    },
+    /// Another checkpoint of the same step is committed already.
+    #[error("{place} is there already and differs: {reason}")]
+    Conflict {
+        /// The manifest in the way.
+        place: String,
+        /// What differs and what to do.
+        reason: String,
+    },
+    /// There are checkpoints, but none that can be loaded.
+    #[error(
+        "none of the {count} checkpoints of run `{run}` can be used; the newest, step {step}: {reason}; restore it, or begin again with --fresh"
+    )]
+    NoGoodCheckpoint {
+        /// The run.
+        run: String,
+        /// How many were tried.
+        count: usize,
+        /// The newest one.
+        step: Step,
+        /// Why that one was refused.
+        reason: String,
+    },
+    /// A newer coordinator holds the run record.
+    #[error("run `{run}` has been taken over by coordinator incarnation {by}; this one must stop")]
+    Fenced {
+        /// The run.
+        run: String,
+        /// Who holds the record now.
+        by: Incarnation,
+    },
+    /// The claimant saw the recorded run and declined.
+    #[error("{reason}")]
+    Refused {
+        /// The run.
+        run: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The process is shutting down.
+    #[error("interrupted: the process is shutting down")]
+    Interrupted,
+}
+
+/// An error's text on one line, and not endless: servers answer with whole documents.
+pub(crate) fn one_line(text: &str) -> String {
+    const LIMIT: usize = 400;
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(LIMIT) {
+        Some((end, _)) => format!("{} ...", &line[..end]),
+        None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_answers_of_a_server_become_one_bounded_line() {
+        assert_eq!(one_line("a\n  b\t c"), "a b c");
+        let long = one_line(&"é ".repeat(1000));
+        assert!(long.ends_with(" ...") && long.chars().count() == 404, "{long}");
+    }
+}

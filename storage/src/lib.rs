@@ -1,0 +1,55 @@
+//! Object storage as the durable truth of a run.
+//!
+//! Whatever must survive a process lives behind one [`Store`]: datasets (token shards, tokenizer,
+//! manifest), and per run the record, the checkpoints and the metrics log.
+//!
+//! ```text
+//! <store>/datasets/<name>/manifest.json, tokenizer.json, tokens-00000.arrow, validation-00000.arrow
+//! <store>/runs/<run>/record/00000000000000000007.json
+//! <store>/runs/<run>/checkpoints/step-0000001000/state-0003-of-0008.safetensors, manifest.json
+//! <store>/runs/<run>/metrics/steps-0000000001.jsonl
+//! ```
+//!
+//! Two rules hold everywhere. Data first, index last: a dataset or a checkpoint exists once its
+//! manifest does, so an interrupted writer leaves nothing that looks whole. And one winner: where
+//! two processes could write the same thing, the write is a put-if-absent.
+//!
+//! [`Order`] is the other half of the data path: a pure function from a position in a stage to a
+//! sequence of a dataset.
+
+mod checkpoint;
+mod dataset;
+mod error;
+mod metrics;
+mod order;
+mod record;
+mod store;
+
+pub use checkpoint::{
+    CheckpointManifest, Checkpoints, FIRST_MOMENT, PartEntry, SECOND_MOMENT, SkippedCheckpoint,
+    Tensor, split_tensors, weights_digest,
+};
+pub use dataset::{
+    Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
+    TextTokenizer, TokenType, dataset_prefix, prepare,
+};
+pub use error::{Error, Result};
+pub use metrics::{MetricsLog, read_metrics};
+pub use order::{Order, SequenceRef};
+pub use record::{Finished, Register, RunRecord, read_record};
+pub use store::{ObjectInfo, Store};
+
+/// Where everything of a run lives in its store; deleting this prefix forgets the run.
+#[must_use]
+pub fn run_prefix(run: &str) -> String {
+    format!("runs/{run}")
+}
+
+/// Runs `work` off the async threads: hashing, decoding and other things that take a core.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => Ok(value),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(Error::Interrupted),
+    }
+}

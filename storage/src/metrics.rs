@@ -1,0 +1,278 @@
+//! The metrics log: one JSON line a committed step, in segments.
+//!
+//! Object stores cannot append, so the open segment is written anew at each flush; it is called
+//! after the first step in it (`steps-0000000001.jsonl`). Segments are sealed at checkpoints. A run
+//! that resumes at a checkpoint opens the log after that step: every later line is removed, and
+//! what is trained again is logged again, once.
+//!
+//! Caller: the coordinator, which alone publishes steps.
+
+use looptrain_proto::Step;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{Error, Result, Store, run_prefix};
+
+/// A segment that has grown to this many bytes is sealed, so that no flush rewrites more.
+const SEGMENT_BYTES: usize = 1 << 20;
+
+/// The log of one run, open for lines after some step.
+#[derive(Debug)]
+pub struct MetricsLog {
+    store: Store,
+    prefix: String,
+    /// Full segments that are not written yet, and the open one.
+    segments: Vec<Segment>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    first: Step,
+    lines: String,
+    dirty: bool,
+    sealed: bool,
+}
+
+impl MetricsLog {
+    /// Opens the log of `run` for lines after step `after`, and removes such lines of an earlier
+    /// try.
+    ///
+    /// # Errors
+    /// When the store fails or a segment that has to be cut cannot be read.
+    pub async fn open(store: &Store, run: &str, after: Step) -> Result<Self> {
+        let prefix = prefix(run);
+        let segments = segments(store, &prefix).await?;
+        // Newest first: should this be interrupted, what is left is still a log without a gap.
+        for (first, key) in segments.iter().rev() {
+            if *first > after {
+                store.delete(key).await?;
+                continue;
+            }
+            // Only this one can reach past the step; those before it end where it begins.
+            let text = read(store, key).await?;
+            let mut kept = String::new();
+            for (line, value) in lines(store, key, &text) {
+                if step_of(&value?).is_some_and(|step| step <= after) {
+                    kept.push_str(line);
+                    kept.push('\n');
+                }
+            }
+            if kept.len() < text.len() {
+                store.put(key, kept).await?;
+            }
+            break;
+        }
+        Ok(Self { store: store.clone(), prefix, segments: Vec::new() })
+    }
+
+    /// Takes a line, a JSON object with an integer `step`; it is written with the next flush.
+    ///
+    /// # Errors
+    /// When it is no such object.
+    pub fn append(&mut self, line: &impl Serialize) -> Result<()> {
+        let malformed =
+            |reason: String| Error::Malformed { place: "the metrics line".to_owned(), reason };
+        let value = serde_json::to_value(line).map_err(|error| malformed(error.to_string()))?;
+        let step =
+            step_of(&value).ok_or_else(|| malformed("it has no integer `step`".to_owned()))?;
+        match self.segments.last_mut() {
+            Some(segment) if !segment.sealed => segment.push(&value),
+            _ => {
+                let mut segment =
+                    Segment { first: step, lines: String::new(), dirty: true, sealed: false };
+                segment.push(&value);
+                self.segments.push(segment);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is not written yet.
+    ///
+    /// # Errors
+    /// When the store fails; the lines are kept for the next flush.
+    pub async fn flush(&mut self) -> Result<()> {
+        for segment in self.segments.iter_mut().filter(|segment| segment.dirty) {
+            let key = format!("{}/steps-{:010}.jsonl", self.prefix, segment.first.0);
+            self.store.put(&key, segment.lines.clone()).await?;
+            segment.dirty = false;
+        }
+        self.segments.retain(|segment| segment.dirty || !segment.sealed);
+        Ok(())
+    }
+
+    /// Ends the open segment, and flushes.
+    ///
+    /// # Errors
+    /// As [`MetricsLog::flush`]; the segment is ended all the same.
+    pub async fn seal(&mut self) -> Result<()> {
+        if let Some(segment) = self.segments.last_mut() {
+            segment.sealed = true;
+        }
+        self.flush().await
+    }
+}
+
+impl Segment {
+    fn push(&mut self, line: &Value) {
+        self.lines.push_str(&line.to_string());
+        self.lines.push('\n');
+        self.dirty = true;
+        self.sealed = self.lines.len() >= SEGMENT_BYTES;
+    }
+}
+
+/// All lines of `run`, in the order of steps.
+///
+/// # Errors
+/// When the store fails or a line is no JSON.
+pub async fn read_metrics(store: &Store, run: &str) -> Result<Vec<Value>> {
+    let mut values = Vec::new();
+    for (_, key) in segments(store, &prefix(run)).await? {
+        let text = read(store, &key).await?;
+        for (_, value) in lines(store, &key, &text) {
+            values.push(value?);
+        }
+    }
+    Ok(values)
+}
+
+fn prefix(run: &str) -> String {
+    format!("{}/metrics", run_prefix(run))
+}
+
+/// First step and key of every segment, ascending.
+async fn segments(store: &Store, prefix: &str) -> Result<Vec<(Step, String)>> {
+    let first = |key: &str| {
+        let name = key.rsplit('/').next()?;
+        name.strip_prefix("steps-")?.strip_suffix(".jsonl")?.parse().ok().map(Step)
+    };
+    let objects = store.list(prefix).await?;
+    let mut segments: Vec<(Step, String)> =
+        objects.into_iter().filter_map(|object| Some((first(&object.key)?, object.key))).collect();
+    segments.sort();
+    Ok(segments)
+}
+
+async fn read(store: &Store, key: &str) -> Result<String> {
+    let bytes = store.get(key).await?;
+    String::from_utf8(bytes.into())
+        .map_err(|error| Error::Malformed { place: store.place(key), reason: error.to_string() })
+}
+
+/// Each line, as it stands and as JSON.
+fn lines<'a>(
+    store: &Store,
+    key: &str,
+    text: &'a str,
+) -> impl Iterator<Item = (&'a str, Result<Value>)> {
+    let place = store.place(key);
+    text.lines().enumerate().map(move |(index, line)| {
+        let malformed = |error| Error::Malformed {
+            place: format!("{place}:{}", index + 1),
+            reason: format!("{error}"),
+        };
+        (line, serde_json::from_str(line).map_err(malformed))
+    })
+}
+
+fn step_of(value: &Value) -> Option<Step> {
+    value.get("step")?.as_u64().map(Step)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    async fn log(
+        store: &Store,
+        log: &mut MetricsLog,
+        steps: std::ops::RangeInclusive<u64>,
+        try_: u32,
+    ) {
+        for step in steps {
+            log.append(&json!({ "step": step, "loss": 1.0 / step as f64, "try": try_ })).unwrap();
+            log.flush().await.unwrap();
+            if step % 10 == 0 {
+                log.seal().await.unwrap();
+            }
+        }
+        assert!(!store.list("runs/r/metrics").await.unwrap().is_empty());
+    }
+
+    /// Each step and the try that logged it.
+    async fn logged(store: &Store) -> Vec<(u64, u64)> {
+        let lines = read_metrics(store, "r").await.unwrap();
+        lines.iter().map(|l| (l["step"].as_u64().unwrap(), l["try"].as_u64().unwrap())).collect()
+    }
+
+    #[tokio::test]
+    async fn segments_end_at_checkpoints_and_read_as_one_log() {
+        let store = Store::open("memory://").unwrap();
+        let mut metrics = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
+        log(&store, &mut metrics, 1..=25, 1).await;
+        let keys: Vec<String> =
+            store.list("runs/r").await.unwrap().into_iter().map(|object| object.key).collect();
+        assert_eq!(
+            keys,
+            [1, 11, 21].map(|first| format!("runs/r/metrics/steps-{first:010}.jsonl"))
+        );
+        assert_eq!(logged(&store).await, (1..=25).map(|step| (step, 1)).collect::<Vec<_>>());
+        let lines = read_metrics(&store, "r").await.unwrap();
+        assert_eq!(lines[2]["loss"].as_f64(), Some(1.0 / 3.0), "floats survive to the bit");
+    }
+
+    #[tokio::test]
+    async fn what_is_trained_again_is_logged_once() {
+        // 10 and 20 are checkpoints; 13 stands for one whose segment was not sealed.
+        for resume in [0, 10, 13, 20, 25] {
+            let store = Store::open("memory://").unwrap();
+            let mut metrics = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
+            log(&store, &mut metrics, 1..=25, 1).await;
+            let mut metrics = MetricsLog::open(&store, "r", Step(resume)).await.unwrap();
+            log(&store, &mut metrics, resume + 1..=30, 2).await;
+            let expected: Vec<_> =
+                (1..=30).map(|step| (step, if step <= resume { 1 } else { 2 })).collect();
+            assert_eq!(logged(&store).await, expected, "resumed at {resume}");
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_are_kept_until_the_store_takes_them() {
+        let store = Store::open("memory://").unwrap();
+        let mut metrics = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
+        metrics.append(&json!({ "step": 1, "try": 1 })).unwrap();
+        assert!(read_metrics(&store, "r").await.unwrap().is_empty());
+        metrics.seal().await.unwrap();
+        metrics.seal().await.unwrap();
+        assert_eq!(logged(&store).await, [(1, 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_segment_does_not_grow_without_end() {
+        let store = Store::open("memory://").unwrap();
+        let mut metrics = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
+        let note = "x".repeat(SEGMENT_BYTES / 4);
+        for step in 1..=9 {
+            metrics.append(&json!({ "step": step, "try": 1, "note": note })).unwrap();
+        }
+        metrics.flush().await.unwrap();
+        assert_eq!(store.list("runs/r/metrics").await.unwrap().len(), 3);
+        assert_eq!(logged(&store).await, (1..=9).map(|step| (step, 1)).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn lines_without_a_step_and_broken_segments_are_refused() {
+        let store = Store::open("memory://").unwrap();
+        let mut metrics = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
+        assert!(metrics.append(&json!({ "loss": 1.0 })).is_err());
+        assert!(metrics.append(&7).is_err());
+        let key = "runs/r/metrics/steps-0000000001.jsonl";
+        store.put(key, "{\"step\":1}\n{").await.unwrap();
+        let error = read_metrics(&store, "r").await.unwrap_err().to_string();
+        assert!(error.contains(&format!("{key}:2")), "{error}");
+    }
+}

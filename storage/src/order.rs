@@ -1,0 +1,307 @@
+//! The data order: a pure function from a position in a stage to a sequence of a dataset.
+//!
+//! Two steps, both without state, so that position 10^12 costs what position 0 costs and every
+//! worker, today or after a restart, finds the same answer:
+//!
+//! 1. *Which part of the mixture.* One period of the mixture (as many positions as the weights sum
+//!    to) is laid out once by Tijdeman's greedy rule for the chairman assignment problem: among the
+//!    parts whose quota allows one more, take the one whose next deadline comes first. Over any
+//!    prefix every part then stays within one sequence of its exact share.
+//!    (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980.)
+//! 2. *Which sequence of the part.* The n-th draw from a part belongs to data epoch
+//!    n / sequences; within an epoch a Feistel network keyed by (seed, stage, part, epoch) permutes
+//!    the sequences. It works on the next even power of two; results outside are fed in again
+//!    (cycle walking), which keeps it a bijection. At most 4 rounds of that are expected.
+//!
+//! Callers: the worker's feed, and later the ledger's proof. Changing anything here changes what
+//! runs train on.
+
+/// The order of one stage.
+#[derive(Clone, Debug)]
+pub struct Order {
+    parts: Vec<Part>,
+    /// Part of each position of a period, and how often that part came before in the period.
+    period: Vec<(u32, u32)>,
+}
+
+#[derive(Clone, Debug)]
+struct Part {
+    sequences: u64,
+    /// Draws per period.
+    weight: u64,
+    /// Key material of (seed, stage, part).
+    key: [u8; 32],
+}
+
+/// One sequence of one part of a stage's mixture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceRef {
+    /// Index into the mixture.
+    pub part: usize,
+    /// How many times the part had been read to its end before.
+    pub epoch: u64,
+    /// Index of the sequence in the part.
+    pub sequence: u64,
+}
+
+/// Longest period that is laid out. Weights that need a longer one are rounded to multiples of
+/// 1 / `LONGEST_PERIOD`.
+const LONGEST_PERIOD: u64 = 1 << 20;
+
+impl Order {
+    /// The order of stage `stage` over `parts`, each (weight, number of sequences).
+    ///
+    /// Shares are exact as long as the weights, divided by their greatest common divisor, sum to
+    /// no more than 2^20; larger ones are rounded to multiples of 2^-20, at least one.
+    ///
+    /// # Panics
+    /// When there are no parts, or one has no weight or no sequences: the spec's validation and
+    /// the check of the dataset against the sequence length exclude that.
+    #[must_use]
+    pub fn new(seed: u64, stage: usize, parts: &[(u32, u64)]) -> Self {
+        assert!(!parts.is_empty(), "a mixture needs a part");
+        assert!(
+            parts.iter().all(|&(weight, sequences)| weight > 0 && sequences > 0),
+            "every part of a mixture needs a weight and at least one sequence: {parts:?}"
+        );
+        let weights =
+            reduce(&parts.iter().map(|&(weight, _)| u64::from(weight)).collect::<Vec<_>>());
+        let parts = parts
+            .iter()
+            .zip(&weights)
+            .enumerate()
+            .map(|(part, (&(_, sequences), &weight))| {
+                let mut hasher = blake3::Hasher::new_derive_key("looptrain data order v1");
+                for number in [seed, stage as u64, part as u64] {
+                    hasher.update(&number.to_le_bytes());
+                }
+                Part { sequences, weight, key: *hasher.finalize().as_bytes() }
+            })
+            .collect();
+        Self { parts, period: lay_out(&weights) }
+    }
+
+    /// The sequence at position `index` of the stage.
+    #[must_use]
+    pub fn at(&self, index: u64) -> SequenceRef {
+        let length = self.period.len() as u64;
+        let (part, before) = self.period[(index % length) as usize];
+        let part = part as usize;
+        let Part { sequences, weight, key } = &self.parts[part];
+        let draw = (index / length) * weight + u64::from(before);
+        let epoch = draw / sequences;
+        let sequence = Permutation::new(key, epoch, *sequences).apply(draw % sequences);
+        SequenceRef { part, epoch, sequence }
+    }
+}
+
+/// The weights in lowest terms, rounded when their sum is too large for a period.
+fn reduce(weights: &[u64]) -> Vec<u64> {
+    let gcd = |mut a: u64, mut b: u64| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let divisor = weights.iter().copied().fold(0, gcd);
+    let reduced: Vec<u64> = weights.iter().map(|weight| weight / divisor).collect();
+    let sum: u64 = reduced.iter().sum();
+    if sum <= LONGEST_PERIOD {
+        return reduced;
+    }
+    // u128: a weight times the period may exceed 64 bits only in theory, but costs nothing here.
+    let share = |weight: &u64| {
+        let scaled = u128::from(*weight) * u128::from(LONGEST_PERIOD) / u128::from(sum);
+        u64::try_from(scaled).unwrap_or(u64::MAX).max(1)
+    };
+    reduced.iter().map(share).collect()
+}
+
+/// One period of the interleave: for each position its part and that part's draws before it.
+fn lay_out(weights: &[u64]) -> Vec<(u32, u32)> {
+    let total: u64 = weights.iter().sum();
+    let mut drawn = vec![0_u64; weights.len()];
+    // Tijdeman's bound for k parts is 1 - 1/s with s = 2k - 2. Everything below is multiplied out
+    // by the denominators to stay in integers.
+    let s = (2 * weights.len() as u64 - 2).max(1);
+    (1..=total)
+        .map(|position| {
+            let next = (0..weights.len())
+                // Eligible: share * position - drawn >= 1/s, so that one more draw is not too early.
+                .filter(|&part| s * weights[part] * position >= total * (s * drawn[part] + 1))
+                // Earliest deadline: (drawn + 1 - 1/s) / share, compared crosswise.
+                .min_by(|&a, &b| {
+                    let deadline = |part: usize| s * drawn[part] + s - 1;
+                    (deadline(a) * weights[b]).cmp(&(deadline(b) * weights[a]))
+                })
+                .expect("at every position some part is behind its share");
+            let before = drawn[next];
+            drawn[next] += 1;
+            // Both fit: parts and draws are at most LONGEST_PERIOD plus the number of parts.
+            (next as u32, before as u32)
+        })
+        .collect()
+}
+
+/// A keyed bijection of `0..length`.
+struct Permutation {
+    keys: [u64; ROUNDS],
+    /// Bits of each Feistel half.
+    half: u32,
+    length: u64,
+}
+
+const ROUNDS: usize = 6;
+
+impl Permutation {
+    fn new(part_key: &[u8; 32], epoch: u64, length: u64) -> Self {
+        let mut bytes = [0; 8 * ROUNDS];
+        let mut hasher = blake3::Hasher::new_keyed(part_key);
+        hasher.update(&epoch.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        let mut keys = [0; ROUNDS];
+        for (key, chunk) in keys.iter_mut().zip(bytes.chunks_exact(8)) {
+            *key = chunk.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        }
+        let bits = u64::BITS - (length - 1).leading_zeros();
+        Self { keys, half: bits.div_ceil(2), length }
+    }
+
+    fn apply(&self, index: u64) -> u64 {
+        debug_assert!(index < self.length);
+        let mut value = index;
+        loop {
+            value = self.feistel(value);
+            if value < self.length {
+                return value;
+            }
+        }
+    }
+
+    fn feistel(&self, value: u64) -> u64 {
+        let mask = (1_u64 << self.half) - 1;
+        let (mut left, mut right) = (value >> self.half, value & mask);
+        for key in self.keys {
+            (left, right) = (right, left ^ (mix(right ^ key) & mask));
+        }
+        left << self.half | right
+    }
+}
+
+/// The finalizer of SplitMix64: every output bit depends on every input bit.
+fn mix(mut word: u64) -> u64 {
+    word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ word >> 31
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn an_epoch_holds_every_sequence_once(
+            seed: u64, epoch in 0_u64..3, sequences in 1_u64..3000,
+        ) {
+            let order = Order::new(seed, 0, &[(1, sequences)]);
+            let drawn: HashSet<u64> = (0..sequences)
+                .map(|i| order.at(epoch * sequences + i))
+                .inspect(|drawn| assert_eq!((drawn.part, drawn.epoch), (0, epoch)))
+                .map(|drawn| drawn.sequence)
+                .collect();
+            prop_assert_eq!(drawn.len() as u64, sequences);
+            prop_assert!(drawn.iter().all(|&sequence| sequence < sequences));
+        }
+
+        #[test]
+        fn every_prefix_is_within_one_sequence_of_the_weights(
+            weights in prop::collection::vec(1_u32..60, 1..8), start in 0_u64..1 << 40,
+        ) {
+            let parts: Vec<(u32, u64)> = weights.iter().map(|&weight| (weight, 1000)).collect();
+            let order = Order::new(1, 0, &parts);
+            let total: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
+            // Prefixes that start at a multiple of the period see the same layout from any start.
+            let start = start / total * total;
+            let mut drawn = vec![0_u64; weights.len()];
+            for n in 1..=2 * total {
+                drawn[order.at(start + n - 1).part] += 1;
+                for (part, &weight) in weights.iter().enumerate() {
+                    let ahead = (drawn[part] * total) as i64 - (n * u64::from(weight)) as i64;
+                    prop_assert!(ahead.unsigned_abs() <= total, "part {part} after {n}: {drawn:?}");
+                }
+            }
+            for (part, &weight) in weights.iter().enumerate() {
+                prop_assert_eq!(drawn[part], 2 * u64::from(weight), "exact over whole periods");
+            }
+        }
+
+        #[test]
+        fn a_mixture_reads_each_part_in_its_own_epochs(
+            seed: u64, weights in prop::collection::vec(1_u32..9, 2..4),
+        ) {
+            let parts: Vec<(u32, u64)> =
+                weights.iter().enumerate().map(|(i, &weight)| (weight, 5 + 3 * i as u64)).collect();
+            let order = Order::new(seed, 2, &parts);
+            let mut seen = HashSet::new();
+            let mut count = vec![0_u64; parts.len()];
+            for index in 0..500 {
+                let drawn = order.at(index);
+                prop_assert!(seen.insert(drawn), "{drawn:?} came twice");
+                prop_assert_eq!(drawn.epoch, count[drawn.part] / parts[drawn.part].1);
+                count[drawn.part] += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_depends_on_seed_stage_part_and_epoch() {
+        let draw = |seed, stage, skip| {
+            let order = Order::new(seed, stage, &[(1, 1000)]);
+            (skip..skip + 1000).map(|i| order.at(i).sequence).collect::<Vec<_>>()
+        };
+        let orders = [draw(1, 0, 0), draw(2, 0, 0), draw(1, 1, 0), draw(1, 0, 1000)];
+        for (i, a) in orders.iter().enumerate() {
+            for b in &orders[i + 1..] {
+                let same = a.iter().zip(b).filter(|(a, b)| a == b).count();
+                assert!(same < 20, "{same} of 1000 places agree");
+            }
+        }
+        assert_eq!(draw(1, 0, 0), draw(1, 0, 0));
+    }
+
+    #[test]
+    fn the_order_is_the_same_on_every_machine() {
+        // Written down once; a change here changes what existing runs train on.
+        let order = Order::new(7, 1, &[(3, 1_000_000), (1, 77)]);
+        let drawn: Vec<_> = [0, 1, 2, 3, 1_000_000_000_000]
+            .map(|i| order.at(i))
+            .iter()
+            .map(|drawn| (drawn.part, drawn.epoch, drawn.sequence))
+            .collect();
+        assert_eq!(
+            drawn,
+            [(0, 0, 321_050), (0, 0, 835_320), (1, 0, 42), (0, 0, 931_696), (0, 750_000, 364_385)]
+        );
+    }
+
+    #[test]
+    fn a_permutation_moves_neighbours_apart() {
+        let order = Order::new(3, 0, &[(1, 100_000)]);
+        let near = (0..10_000)
+            .filter(|&i| order.at(i).sequence.abs_diff(order.at(i + 1).sequence) < 100)
+            .count();
+        assert!(near < 60, "{near} of 10000 neighbours stay within 100; about 20 by chance");
+    }
+
+    #[test]
+    fn huge_weights_are_rounded_but_never_to_nothing() {
+        let order = Order::new(1, 0, &[(u32::MAX, 10), (1, 10)]);
+        assert!(order.period.len() as u64 <= LONGEST_PERIOD + 2);
+        assert!(order.period.iter().any(|&(part, _)| part == 1));
+        assert_eq!(reduce(&[6_000_000_000, 3_000_000_000]), [2, 1]);
+    }
+}

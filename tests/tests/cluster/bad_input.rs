@@ -1,0 +1,150 @@
+//! Every kind of bad input gets one line that names the place and the remedy, and leaves nothing
+//! half-written.
+
+use std::fs;
+use std::net::TcpListener;
+
+use crate::support::Scratch;
+
+/// `looptrain train` with one override.
+fn with(scratch: &Scratch, key_value: &str) -> crate::support::End {
+    scratch.train(&["--workers", "1", "--set", key_value])
+}
+
+#[test]
+fn a_spec_that_is_missing_or_no_toml() {
+    let scratch = Scratch::new();
+    scratch.run(&["train", "nowhere.toml"]).fails(2, &["nowhere.toml", "No such file"]);
+    fs::write(scratch.path("bad.toml"), "[run]\nname = \n").unwrap();
+    scratch.run(&["train", "bad.toml"]).fails(2, &["bad.toml:2"]);
+}
+
+#[test]
+fn unknown_and_mistyped_keys() {
+    let scratch = Scratch::new();
+    let text = fs::read_to_string(scratch.path("spec.toml")).unwrap();
+    fs::write(scratch.path("typo.toml"), text.replace("hidden_size", "hiden_size")).unwrap();
+    scratch.run(&["train", "typo.toml"]).fails(2, &["typo.toml:", "hiden_size"]);
+    with(&scratch, "model.layers=3").fails(2, &["--set model.layers=3", "layers"]);
+    with(&scratch, "stages.7.steps=3").fails(2, &["stages.7.steps", "`7`"]);
+    with(&scratch, "run.seed=none").fails(2, &["run.seed=none"]);
+    assert!(!scratch.path("store").exists(), "nothing was written");
+}
+
+#[test]
+fn contradictory_values() {
+    let scratch = Scratch::new();
+    with(&scratch, "model.num_attention_heads=5").fails(2, &["num_attention_heads", "24"]);
+    with(&scratch, "datasets.0.source.tokenizer_vocabulary=400")
+        .fails(2, &["tokenizer_vocabulary", "model.vocab_size = 300"]);
+    with(&scratch, "stages.0.learning_rate.warmup_steps=99").fails(2, &["warmup_steps", "8 steps"]);
+    with(&scratch, "stages.0.mixture=[{dataset=\"prose\",weight=1}]").fails(2, &["`prose`"]);
+    with(&scratch, "run.store=somewhere").fails(2, &["run.store", "file://"]);
+    assert!(!scratch.path("store").exists(), "nothing was written");
+}
+
+#[test]
+fn a_vocabulary_larger_than_the_models() {
+    let scratch = Scratch::new();
+    scratch.train(&["--workers", "1"]).done();
+    let smaller = [
+        "--set",
+        "model.vocab_size=280",
+        "--set",
+        "datasets.0.source.tokenizer_vocabulary=280",
+        "--fresh",
+    ];
+    scratch.train(&smaller).fails(1, &["`sources`", "300", "model.vocab_size = 280"]);
+}
+
+#[test]
+fn a_sequence_longer_than_the_data() {
+    let scratch = Scratch::new();
+    with(&scratch, "stages.1.sequence_length=50000000")
+        .fails(1, &["stages.1.sequence_length", "`sources`"]);
+    assert!(!scratch.path("store/runs/small/record").exists(), "no run was begun");
+}
+
+#[test]
+fn text_that_is_not_there() {
+    let scratch = Scratch::new();
+    with(&scratch, "datasets.0.source.paths=[\"/no/such/text\"]")
+        .fails(1, &["`sources`", "/no/such/text"]);
+    assert!(!scratch.path("store/datasets/sources/manifest.json").exists());
+}
+
+#[test]
+fn a_damaged_shard() {
+    let scratch = Scratch::new();
+    scratch.train(&["--workers", "1"]).done();
+    let shard = scratch.path("store/datasets/sources/tokens-00000.arrow");
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    let end = scratch.train(&["--workers", "1", "--fresh"]);
+    end.fails(1, &["tokens-00000.arrow", "blake3:"]);
+}
+
+#[test]
+fn a_store_that_cannot_be_written() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("file"), "in the way").unwrap();
+    with(&scratch, "run.store=file://file/store").fails(1, &["file://file/store"]);
+    with(&scratch, "run.store=ftp://host/store").fails(1, &["ftp://host/store"]);
+}
+
+#[test]
+fn a_port_in_use() {
+    let scratch = Scratch::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let dashboard = scratch.train(&["--workers", "1", "--dashboard", &address]);
+    dashboard.fails(1, &[&address, "--dashboard"]);
+    let listen = scratch.run(&["coordinator", "spec.toml", "--listen", &address]);
+    listen.fails(1, &[&address, "--listen"]);
+}
+
+#[test]
+fn a_checkpoint_of_another_model() {
+    let scratch = Scratch::new();
+    scratch.train(&["--workers", "1"]).done();
+    let other = ["--workers", "1", "--set", "run.name=\"other\"", "--set", "model.hidden_size=32"];
+    scratch.train(&other).done();
+    let runs = scratch.path("store/runs");
+    fs::remove_dir_all(runs.join("small/checkpoints")).unwrap();
+    fs::remove_dir_all(runs.join("small/record")).unwrap();
+    fs::rename(runs.join("other/checkpoints"), runs.join("small/checkpoints")).unwrap();
+    scratch.train(&["--workers", "1"]).fails(1, &["checkpoint", "--fresh"]);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
+    let scratch = Scratch::new();
+    let whole = scratch.train(&["--workers", "1"]).done();
+    let newest = scratch.path("store/runs/small/checkpoints/step-0000000014");
+    let part = fs::read_dir(&newest)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+        .unwrap();
+    let mut bytes = fs::read(&part).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&part, bytes).unwrap();
+    // Without the record's word that the run is finished, it has to look at its checkpoints.
+    fs::remove_dir_all(scratch.path("store/runs/small/record")).unwrap();
+    let resumed = scratch.train(&["--workers", "1"]).done();
+    assert!(resumed.stderr.contains("checkpoint of step 14 passed over"), "{resumed:?}");
+    assert!(resumed.stderr.contains("going on from the checkpoint of step 10"), "{resumed:?}");
+    assert_eq!(resumed.field("weights"), whole.field("weights"));
+}
+
+#[test]
+fn a_worker_without_a_coordinator() {
+    let scratch = Scratch::new();
+    let nobody = "http://127.0.0.1:9";
+    scratch.run(&["worker", "--coordinator", "nonsense"]).fails(1, &["nonsense"]);
+    scratch.run(&["status", "--coordinator", nobody]).fails(1, &[nobody]);
+    scratch.run(&["status", "--store", "file://store", "--run", "none"]).fails(1, &["`none`"]);
+}

@@ -1,0 +1,8 @@
+//! The whole program with real processes: what a user does, and what must hold when he does it.
+
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod end_to_end;
+mod same_bits;
+mod support;

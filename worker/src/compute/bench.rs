@@ -1,0 +1,368 @@
+//! What the compute thread owns, and its jobs: plain blocking functions.
+//!
+//! Invariants: the engine's weights are those of the held state; the prepared update, if there is
+//! one, leads from the held step to the next; kept slot outputs belong to that next step and the
+//! held weights.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use looptrain_model::{
+    Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState, global_norm,
+};
+use looptrain_proto::v1::StepStatistics;
+use looptrain_proto::{Digest, Spec, Step, spec};
+use looptrain_storage::Tensor;
+
+use super::sums;
+use crate::reduce::exact::{FixedPoint, OutOfRange};
+use crate::state;
+
+/// Bytes of slot gradients that are kept for a retry of their step.
+const KEPT_BYTES: usize = 512 << 20;
+
+/// Why a job has no result.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ComputeError {
+    #[error("the computation was abandoned")]
+    Cancelled,
+    #[error("{what} is {value} at {place}: {remedy}")]
+    NotFinite { place: String, what: String, value: f64, remedy: String },
+    #[error("this worker holds {}, so it cannot {action} step {step}", describe(*held))]
+    WrongStep { held: Option<Step>, action: &'static str, step: Step },
+    #[error("the reduced buffer of step {step} has {found} elements instead of {expected}")]
+    Length { step: Step, found: usize, expected: usize },
+}
+
+fn describe(held: Option<Step>) -> String {
+    held.map_or_else(|| "no state".into(), |step| format!("the state of step {step}"))
+}
+
+/// This rank's share of a step.
+#[derive(Debug)]
+pub(crate) struct Contribution {
+    /// To be all-reduced.
+    pub(crate) sums: Vec<i64>,
+    /// Time it took.
+    pub(crate) seconds: f64,
+}
+
+/// What is reported of a reduced step.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) digest: Digest,
+    pub(crate) statistics: StepStatistics,
+    /// Time the update before this step took.
+    pub(crate) optimizer_seconds: f64,
+}
+
+/// A rank's part of a checkpoint, copied out of the state.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) tensors: Vec<Tensor>,
+    /// All weights, for their digest.
+    pub(crate) weights: Vec<f32>,
+    pub(crate) layout: Layout,
+}
+
+/// A reduced gradient that waits for its commit.
+struct Prepared {
+    step: Step,
+    gradient: Vec<f32>,
+}
+
+/// Slot outputs of one step, so that a retry with other slots computes only what is new.
+#[derive(Default)]
+struct Kept {
+    step: Step,
+    outputs: BTreeMap<u32, SlotOutput>,
+}
+
+/// Everything behind the compute thread.
+pub(crate) struct Bench {
+    spec: Arc<Spec>,
+    layout: Layout,
+    engine: Engine,
+    state: Option<TrainState>,
+    prepared: Option<Prepared>,
+    kept: Kept,
+    /// The buffer of the last step, to be used again.
+    spare: Vec<i64>,
+    optimizer_seconds: f64,
+}
+
+impl Bench {
+    pub(super) fn new(spec: Arc<Spec>, threads: usize) -> Self {
+        Self {
+            layout: Layout::new(&spec.model),
+            engine: Engine::new(&spec.model, threads),
+            state: None,
+            prepared: None,
+            kept: Kept::default(),
+            spare: Vec::new(),
+            optimizer_seconds: 0.0,
+            spec,
+        }
+    }
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The committed step whose state is here.
+    pub(crate) fn held(&self) -> Option<Step> {
+        self.state.as_ref().map(|state| state.step)
+    }
+
+    /// The held state, if it is what `action` on `step` needs.
+    fn state_of(
+        &self,
+        needed: Option<Step>,
+        action: &'static str,
+        step: Step,
+    ) -> Result<&TrainState, ComputeError> {
+        let wrong = ComputeError::WrongStep { held: self.held(), action, step };
+        self.state.as_ref().filter(|state| Some(state.step) == needed).ok_or(wrong)
+    }
+
+    /// Takes the initial state of the run's seed.
+    pub(crate) fn initialise(&mut self) {
+        self.adopt(TrainState::initial(&self.spec.model, self.spec.run.seed));
+    }
+
+    /// Takes a state from elsewhere; whatever was prepared on another one is forgotten.
+    pub(crate) fn adopt(&mut self, state: TrainState) {
+        self.engine.load(&state.weights);
+        self.state = Some(state);
+        self.prepared = None;
+        self.kept = Kept::default();
+    }
+
+    /// Digest of the held weights.
+    pub(crate) fn weights_digest(&self, step: Step) -> Result<Digest, ComputeError> {
+        let state = self.state_of(Some(step), "vouch for", step)?;
+        Ok(state::digest(&self.layout, &state.weights))
+    }
+
+    /// Whether the committed state of `step` is here; a prepared update that leads to it is
+    /// applied, for a new generation at that step means that it was committed.
+    pub(crate) fn reach(&mut self, step: Step) -> bool {
+        if self.prepared.as_ref().is_some_and(|prepared| prepared.step == step) {
+            tracing::info!(%step, "committing the prepared step that the new generation starts from");
+            return self.commit(step).is_ok();
+        }
+        self.held() == Some(step)
+    }
+
+    /// Sums the gradients and statistics of some slots of the step after the held one.
+    pub(crate) fn contribute(
+        &mut self,
+        step: Step,
+        first_slot: u32,
+        batches: Vec<SlotBatch>,
+        cancelled: &AtomicBool,
+    ) -> Result<Contribution, ComputeError> {
+        let start = Instant::now();
+        self.state_of(step.0.checked_sub(1).map(Step), "compute", step)?;
+        let stage = &self.spec.stages[self.spec.stage_of(step)];
+        let parameters = self.layout.parameters();
+        if self.kept.step != step {
+            self.kept = Kept { step, ..Kept::default() };
+        }
+        let room = KEPT_BYTES / (parameters * size_of::<f32>()).max(1);
+
+        let mut sum = std::mem::take(&mut self.spare);
+        sum.clear();
+        sum.resize(parameters + sums::statistics_len(stage.loops), 0);
+        let adding = Adding {
+            spec: &self.spec,
+            layout: &self.layout,
+            step,
+            stage,
+            fixed: FixedPoint::new(self.spec.cluster.fraction_bits),
+        };
+        let (mut slots, mut missing) = (Vec::new(), Vec::new());
+        for (slot, batch) in (first_slot..).zip(batches) {
+            match self.kept.outputs.get(&slot) {
+                Some(output) => adding.add(&mut sum, slot, output)?,
+                None => {
+                    slots.push(slot);
+                    missing.push(batch);
+                }
+            }
+        }
+        if !missing.is_empty() {
+            let shared = Mutex::new((&mut sum, &mut self.kept.outputs, Ok(()), 0));
+            self.engine.gradients(
+                &StageSettings::from(stage),
+                &missing,
+                cancelled,
+                &|index, output| {
+                    let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    let (sum, kept, result, done) = &mut *shared;
+                    if let Err(error) = adding.add(sum, slots[index], &output) {
+                        // The step is lost; the slots not yet begun need not be computed.
+                        *result = Err(error);
+                        cancelled.store(true, Ordering::Relaxed);
+                    }
+                    if kept.len() < room {
+                        kept.insert(slots[index], output);
+                    }
+                    *done += 1;
+                },
+            );
+            let (.., result, done) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
+            result?;
+            if done < missing.len() {
+                return Err(ComputeError::Cancelled);
+            }
+        }
+        Ok(Contribution { sums: sum, seconds: start.elapsed().as_secs_f64() })
+    }
+
+    /// Takes the reduced buffer of the step after the held one; the update waits for its commit.
+    pub(crate) fn prepare(
+        &mut self,
+        step: Step,
+        reduced: Vec<i64>,
+    ) -> Result<Report, ComputeError> {
+        self.state_of(step.0.checked_sub(1).map(Step), "prepare", step)?;
+        let stage = &self.spec.stages[self.spec.stage_of(step)];
+        let parameters = self.layout.parameters();
+        let (found, expected) = (reduced.len(), parameters + sums::statistics_len(stage.loops));
+        if found != expected {
+            return Err(ComputeError::Length { step, found, expected });
+        }
+        let digest = Digest::of(bytemuck::cast_slice(&reduced));
+        let mut gradient = match self.prepared.take() {
+            Some(old) => old.gradient,
+            None => vec![0.0; parameters],
+        };
+        let fixed = FixedPoint::new(self.spec.cluster.fraction_bits);
+        fixed.decode(&reduced[..parameters], f64::from(stage.slots), &mut gradient);
+        let norm = global_norm(&gradient);
+        let statistics = sums::step_statistics(&reduced[parameters..], stage, norm);
+        self.prepared = Some(Prepared { step, gradient });
+        self.spare = reduced;
+        Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
+    }
+
+    /// Applies the prepared update.
+    pub(crate) fn commit(&mut self, step: Step) -> Result<(), ComputeError> {
+        let start = Instant::now();
+        let wrong = ComputeError::WrongStep { held: self.held(), action: "commit", step };
+        let ready = self.prepared.take_if(|prepared| prepared.step == step);
+        let (Some(prepared), Some(state)) = (ready, self.state.as_mut()) else {
+            return Err(wrong);
+        };
+        let _span = tracing::info_span!("optimizer", %step).entered();
+        let rate = self.spec.learning_rate(step);
+        self.engine.update(state, &prepared.gradient, &self.spec.optimizer, rate);
+        self.engine.load(&state.weights);
+        self.kept = Kept::default();
+        self.optimizer_seconds = start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Sums over the tokens of validation batches, in fixed point, and the number of tokens.
+    pub(crate) fn evaluate(
+        &self,
+        step: Step,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+    ) -> Result<(Vec<i64>, u64), ComputeError> {
+        self.state_of(Some(step), "evaluate", step)?;
+        let stage = &self.spec.stages[self.spec.stage_of(step)];
+        let mut totals = vec![0; sums::statistics_len(stage.loops)];
+        let mut tokens = 0;
+        if batches.is_empty() {
+            return Ok((totals, tokens));
+        }
+        let all = self.engine.evaluate(&StageSettings::from(stage), batches, cancelled);
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(ComputeError::Cancelled);
+        }
+        for (index, (batch, statistics)) in batches.iter().zip(all).enumerate() {
+            let count = (batch.sequences * batch.sequence_length) as u64;
+            sums::add_evaluation(&mut totals, &statistics, count).map_err(|(what, value)| {
+                ComputeError::NotFinite {
+                    place: format!("validation batch {index} of the evaluation after step {step}"),
+                    what,
+                    value,
+                    remedy: "the weights diverged; lower the learning rate".into(),
+                }
+            })?;
+            tokens += count;
+        }
+        Ok((totals, tokens))
+    }
+
+    /// Copies this rank's part of the held state: the only moment for which a save stops the
+    /// training.
+    pub(crate) fn snapshot(
+        &self,
+        step: Step,
+        part: usize,
+        parts: usize,
+    ) -> Result<Part, ComputeError> {
+        let state = self.state_of(Some(step), "save", step)?;
+        Ok(Part {
+            tensors: state::part_tensors(&self.layout, state, part, parts),
+            weights: state.weights.clone(),
+            layout: self.layout.clone(),
+        })
+    }
+}
+
+/// Adding slots to the sums of a step, with the words for when it fails.
+struct Adding<'a> {
+    spec: &'a Spec,
+    layout: &'a Layout,
+    step: Step,
+    stage: &'a spec::Stage,
+    fixed: FixedPoint,
+}
+
+impl Adding<'_> {
+    fn add(&self, sum: &mut [i64], slot: u32, output: &SlotOutput) -> Result<(), ComputeError> {
+        let (gradient, statistics) = sum.split_at_mut(self.layout.parameters());
+        sums::add_statistics(statistics, &output.statistics)
+            .map_err(|(what, value)| self.not_finite(slot, what, value))?;
+        self.fixed.encode_add(gradient, &output.gradient).map_err(|OutOfRange { index, value }| {
+            let what = match self.layout.owner(index) {
+                Some((tensor, element)) => {
+                    format!("the gradient of {}, element {element}", tensor.name)
+                }
+                None => format!("the gradient's element {index}"),
+            };
+            self.not_finite(slot, what, f64::from(value))
+        })
+    }
+
+    fn not_finite(&self, slot: u32, what: String, value: f64) -> ComputeError {
+        let per_slot = self.stage.slot_sequences as u64;
+        let begin = self.spec.position(self.step).map_or(0, |at| at.first_sequence)
+            + u64::from(slot) * per_slot;
+        let place = format!(
+            "step {}, slot {slot}, sequences {begin} to {} of stage `{}`",
+            self.step,
+            begin + per_slot - 1,
+            self.stage.name
+        );
+        let remedy = if value.is_finite() {
+            format!(
+                "more than cluster.fraction_bits = {} leaves room for; lower that or the learning rate",
+                self.spec.cluster.fraction_bits
+            )
+        } else {
+            "the run diverged; lower the learning rate and resume from a checkpoint".into()
+        };
+        ComputeError::NotFinite { place, what, value, remedy }
+    }
+}
+
+#[cfg(test)]
+#[path = "bench_tests.rs"]
+mod tests;

@@ -1,0 +1,136 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::testing::tiny_spec;
+
+fn bench(threads: usize) -> Bench {
+    let mut bench = Bench::new(Arc::new(tiny_spec("memory://")), threads);
+    bench.initialise();
+    bench
+}
+
+fn batches(slots: std::ops::Range<u32>) -> Vec<SlotBatch> {
+    let batch = |slot: u32| SlotBatch {
+        tokens: (0..18).map(|place| (slot * 31 + place * 7) % 300).collect(),
+        sequences: 2,
+        sequence_length: 8,
+    };
+    slots.map(batch).collect()
+}
+
+fn share(bench: &mut Bench, step: u64, slots: std::ops::Range<u32>) -> Vec<i64> {
+    let on = AtomicBool::new(false);
+    let first = slots.start;
+    bench.contribute(Step(step), first, batches(slots), &on).unwrap().sums
+}
+
+fn added(a: &[i64], b: &[i64]) -> Vec<i64> {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
+#[test]
+fn the_shares_of_any_split_add_up_to_the_same_bits() {
+    let whole = share(&mut bench(2), 1, 0..4);
+    for cut in 0..=4 {
+        let (left, right) = (share(&mut bench(1), 1, 0..cut), share(&mut bench(2), 1, cut..4));
+        assert!(added(&left, &right) == whole, "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_retry_with_other_slots_reuses_what_is_there_and_gives_the_same_bits() {
+    let mut bench = bench(1);
+    let fresh = share(&mut bench, 1, 1..4);
+    share(&mut bench, 1, 0..2);
+    assert_eq!(bench.kept.outputs.len(), 4);
+    assert!(share(&mut bench, 1, 1..4) == fresh);
+}
+
+#[test]
+fn an_update_waits_for_its_commit_and_leads_to_the_next_step() {
+    let mut bench = bench(1);
+    let before = bench.weights_digest(Step(0)).unwrap();
+    let sums = share(&mut bench, 1, 0..4);
+    let expected = Digest::of(bytemuck::cast_slice(&sums));
+    let report = bench.prepare(Step(1), sums).unwrap();
+    assert_eq!(report.digest, expected);
+    assert!(report.statistics.loss > 1.0 && report.statistics.grad_norm > 0.0);
+    let exits: f64 = report.statistics.exit_pdf.iter().sum();
+    assert!((exits - 1.0).abs() < 1e-5, "{exits}");
+    assert_eq!(bench.weights_digest(Step(0)).unwrap(), before);
+
+    bench.commit(Step(1)).unwrap();
+    assert_eq!(bench.held(), Some(Step(1)));
+    assert_ne!(bench.weights_digest(Step(1)).unwrap(), before);
+    assert!(bench.kept.outputs.is_empty(), "old slots must not meet new weights");
+}
+
+#[test]
+fn training_on_the_same_slots_lowers_the_loss() {
+    let mut bench = bench(2);
+    let mut losses = Vec::new();
+    for step in 1..=4 {
+        let sums = share(&mut bench, step, 0..4);
+        losses.push(bench.prepare(Step(step), sums).unwrap().statistics.loss);
+        bench.commit(Step(step)).unwrap();
+    }
+    assert!(losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
+}
+
+#[test]
+fn a_generation_at_the_prepared_step_commits_it_and_one_before_it_does_not() {
+    let mut bench = bench(1);
+    let sums = share(&mut bench, 1, 0..4);
+    bench.prepare(Step(1), sums).unwrap();
+    assert!(bench.reach(Step(0)));
+    assert_eq!(bench.held(), Some(Step(0)));
+    assert!(bench.reach(Step(1)));
+    assert_eq!(bench.held(), Some(Step(1)));
+    assert!(!bench.reach(Step(3)), "a state further on has to come from elsewhere");
+}
+
+#[test]
+fn what_does_not_follow_the_held_step_is_refused() {
+    let mut bench = bench(1);
+    let on = AtomicBool::new(false);
+    let text = bench.contribute(Step(3), 0, batches(0..1), &on).unwrap_err().to_string();
+    assert_eq!(text, "this worker holds the state of step 0, so it cannot compute step 3");
+    assert!(bench.commit(Step(1)).is_err());
+    assert!(bench.snapshot(Step(2), 0, 1).is_err());
+    assert!(bench.contribute(Step(0), 0, batches(0..1), &on).is_err());
+    assert!(matches!(bench.prepare(Step(1), vec![0; 3]), Err(ComputeError::Length { .. })));
+}
+
+#[test]
+fn a_cancelled_share_is_given_up() {
+    let mut bench = bench(1);
+    let result = bench.contribute(Step(1), 0, batches(0..4), &AtomicBool::new(true));
+    assert!(matches!(result, Err(ComputeError::Cancelled)));
+}
+
+#[test]
+fn a_number_that_is_none_is_traced_to_its_slot() {
+    let mut bench = bench(1);
+    let mut state = TrainState::initial(&bench.spec.model, 7);
+    state.weights.fill(f32::NAN);
+    bench.adopt(state);
+    let on = AtomicBool::new(false);
+    let text = bench.contribute(Step(1), 2, batches(2..3), &on).unwrap_err().to_string();
+    assert!(
+        text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5 of stage"),
+        "{text}"
+    );
+}
+
+#[test]
+fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
+    let on = AtomicBool::new(false);
+    let all = batches(0..5);
+    let (whole, tokens) = bench(2).evaluate(Step(0), &all, &on).unwrap();
+    let (left, some) = bench(1).evaluate(Step(0), &all[..2], &on).unwrap();
+    let (right, others) = bench(1).evaluate(Step(0), &all[2..], &on).unwrap();
+    assert_eq!(added(&left, &right), whole);
+    assert_eq!((some + others, tokens), (80, 80));
+    let (nothing, none) = bench(1).evaluate(Step(0), &[], &on).unwrap();
+    assert!(nothing.iter().all(|sum| *sum == 0) && none == 0);
+}

@@ -1,0 +1,276 @@
+//! The token sequences of a run: which sequence stands where, read from the store.
+//!
+//! [`Data::open`] checks once that the datasets can serve every stage, so that a run does not find
+//! out at its thousandth step. After that a slot is a pure function of (spec, step, slot number).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use looptrain_model::SlotBatch;
+use looptrain_proto::{Spec, Step};
+use looptrain_storage::{Dataset, Order, Split, Store};
+
+use crate::reduce::exact::MAX_SLOTS;
+
+/// Data that is missing, does not fit the spec, or cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// There is no such dataset.
+    #[error(
+        "there is no dataset `{dataset}` in {store}; make it with `looptrain data prepare`, or give it a source in the spec and use `looptrain train`"
+    )]
+    Missing {
+        /// Name in the spec.
+        dataset: String,
+        /// URL of the store.
+        store: String,
+    },
+    /// The tokenizer has more entries than the model.
+    #[error(
+        "dataset `{dataset}` has a vocabulary of {vocabulary}, more than model.vocab_size = {model}; raise that to at least {vocabulary}"
+    )]
+    Vocabulary {
+        /// Name in the spec.
+        dataset: String,
+        /// Entries of its tokenizer.
+        vocabulary: usize,
+        /// Rows of the model's embedding.
+        model: usize,
+    },
+    /// A stage needs more than there is.
+    #[error(
+        "stage `{stage}` takes {needed} sequences of {length} tokens, but its datasets ({datasets}) have {available} {split} sequences of that length; lower stages.{index}.sequence_length or add text"
+    )]
+    TooSmall {
+        /// Name of the stage.
+        stage: String,
+        /// Index of the stage.
+        index: usize,
+        /// Sequences needed at least.
+        needed: u64,
+        /// Their length.
+        length: usize,
+        /// Names of the datasets.
+        datasets: String,
+        /// Sequences there are.
+        available: u64,
+        /// Which split.
+        split: &'static str,
+    },
+    /// More slots than the reduction can sum.
+    #[error(
+        "stages.{index}.slots is {slots}, more than exact reduction can sum ({MAX_SLOTS}); use fewer slots of more sequences"
+    )]
+    TooManySlots {
+        /// Index of the stage.
+        index: usize,
+        /// As the spec says.
+        slots: u32,
+    },
+    /// A token outside of the model's embedding.
+    #[error(
+        "dataset `{dataset}`, sequence {sequence} of length {length}: token {token} is outside of model.vocab_size = {vocabulary}; prepare the dataset again"
+    )]
+    Token {
+        /// Name in the spec.
+        dataset: String,
+        /// Index of the sequence.
+        sequence: u64,
+        /// Its length.
+        length: usize,
+        /// The token.
+        token: u32,
+        /// Rows of the model's embedding.
+        vocabulary: usize,
+    },
+    /// There is no such step in the spec.
+    #[error("the spec has no step {0}")]
+    NoSuchStep(Step),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] looptrain_storage::Error),
+}
+
+/// The datasets of a run and the order of their sequences.
+#[derive(Debug)]
+pub(crate) struct Data {
+    spec: Arc<Spec>,
+    /// As in the spec.
+    datasets: Vec<Dataset>,
+    /// One per stage.
+    orders: Vec<Order>,
+}
+
+impl Data {
+    pub(crate) async fn open(spec: Arc<Spec>, store: &Store) -> Result<Self, DataError> {
+        let mut datasets = Vec::new();
+        for dataset in &spec.datasets {
+            let name = dataset.name.clone();
+            let opened = Dataset::open(store, &name).await?.ok_or_else(|| DataError::Missing {
+                dataset: name.clone(),
+                store: store.url().to_owned(),
+            })?;
+            let (vocabulary, model) = (opened.manifest().vocabulary_size, spec.model.vocab_size);
+            if vocabulary > model {
+                return Err(DataError::Vocabulary { dataset: name, vocabulary, model });
+            }
+            datasets.push(opened);
+        }
+        let mut data = Self { spec, datasets, orders: Vec::new() };
+        data.orders =
+            (0..data.spec.stages.len()).map(|stage| data.order(stage)).collect::<Result<_, _>>()?;
+        Ok(data)
+    }
+
+    /// The order of a stage, if its datasets can serve it.
+    fn order(&self, index: usize) -> Result<Order, DataError> {
+        let stage = &self.spec.stages[index];
+        if stage.slots > MAX_SLOTS {
+            return Err(DataError::TooManySlots { index, slots: stage.slots });
+        }
+        let mixture = self.spec.mixture(index);
+        let sequences = |split| {
+            let count = |(dataset, _): &(usize, u32)| {
+                self.datasets[*dataset].sequences(split, stage.sequence_length)
+            };
+            mixture.iter().map(count).collect::<Vec<u64>>()
+        };
+        let too_small = |split, needed, available| DataError::TooSmall {
+            stage: stage.name.clone(),
+            index,
+            needed,
+            length: stage.sequence_length,
+            datasets: self.names(index),
+            available,
+            split,
+        };
+        let train = sequences(Split::Train);
+        let available = if train.contains(&0) { 0 } else { train.iter().sum() };
+        if available < stage.step_sequences() {
+            return Err(too_small("training", stage.step_sequences(), available));
+        }
+        if sequences(Split::Validation).iter().all(|count| *count == 0) {
+            return Err(too_small("validation", 1, 0));
+        }
+        let weights = mixture.iter().map(|(_, weight)| *weight);
+        let parts: Vec<_> = weights.zip(train).collect();
+        Ok(Order::new(self.spec.run.seed, index, &parts))
+    }
+
+    fn names(&self, stage: usize) -> String {
+        let mixture = self.spec.mixture(stage);
+        let names: Vec<_> =
+            mixture.iter().map(|(index, _)| self.spec.datasets[*index].name.as_str()).collect();
+        names.join(", ")
+    }
+
+    /// The batch of one slot of one step.
+    pub(crate) async fn slot(&self, step: Step, slot: u32) -> Result<SlotBatch, DataError> {
+        let at = self.spec.position(step).ok_or(DataError::NoSuchStep(step))?;
+        let stage = &self.spec.stages[at.stage];
+        let mixture = self.spec.mixture(at.stage);
+        let length = stage.sequence_length;
+        let first = at.first_sequence + u64::from(slot) * stage.slot_sequences as u64;
+        let mut tokens = Vec::with_capacity(stage.slot_sequences * (length + 1));
+        for index in first..first + stage.slot_sequences as u64 {
+            let place = self.orders[at.stage].at(index);
+            let dataset = mixture[place.part].0;
+            tokens.extend(self.sequence(dataset, Split::Train, length, place.sequence).await?);
+        }
+        Ok(SlotBatch { tokens, sequences: stage.slot_sequences, sequence_length: length })
+    }
+
+    /// Validation sequences of the stage of `step`, each a batch of its own, so that a sequence's
+    /// share of the loss does not depend on its neighbours. What is past the end is left out.
+    ///
+    /// Several datasets take turns: index `i` is sequence `i / n` of the `i % n`-th of `n`.
+    pub(crate) async fn validation(
+        &self,
+        step: Step,
+        range: Range<u64>,
+    ) -> Result<Vec<SlotBatch>, DataError> {
+        let index = self.spec.stage_of(step);
+        let length = self.spec.stages[index].sequence_length;
+        let mixture = self.spec.mixture(index);
+        let turns = mixture.len() as u64;
+        let longest = mixture
+            .iter()
+            .map(|(dataset, _)| self.datasets[*dataset].sequences(Split::Validation, length))
+            .max()
+            .unwrap_or(0);
+        let mut batches = Vec::new();
+        for index in range.start..range.end.min(longest.saturating_mul(turns)) {
+            let (dataset, sequence) = (mixture[(index % turns) as usize].0, index / turns);
+            if sequence < self.datasets[dataset].sequences(Split::Validation, length) {
+                let tokens = self.sequence(dataset, Split::Validation, length, sequence).await?;
+                batches.push(SlotBatch { tokens, sequences: 1, sequence_length: length });
+            }
+        }
+        Ok(batches)
+    }
+
+    async fn sequence(
+        &self,
+        dataset: usize,
+        split: Split,
+        length: usize,
+        sequence: u64,
+    ) -> Result<Vec<u32>, DataError> {
+        let tokens = self.datasets[dataset].read_sequence(split, length, sequence).await?;
+        let vocabulary = self.spec.model.vocab_size;
+        match tokens.iter().copied().max() {
+            Some(token) if token as usize >= vocabulary => Err(DataError::Token {
+                dataset: self.spec.datasets[dataset].name.clone(),
+                sequence,
+                length,
+                token,
+                vocabulary,
+            }),
+            _ => Ok(tokens),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::{tiny_spec, tiny_store};
+
+    async fn refusal(change: impl FnOnce(&mut Spec)) -> String {
+        let (spec, store) = tiny_store().await;
+        let mut spec = (*spec).clone();
+        change(&mut spec);
+        Data::open(Arc::new(spec), &store).await.unwrap_err().to_string()
+    }
+
+    #[tokio::test]
+    async fn a_dataset_that_is_not_there_is_named_with_its_store() {
+        let store = Store::open("memory://nothing-here").unwrap();
+        let spec = Arc::new(tiny_spec("memory://nothing-here"));
+        let text = Data::open(spec, &store).await.unwrap_err().to_string();
+        assert!(text.contains("no dataset `text` in memory://nothing-here"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn what_does_not_fit_the_spec_is_found_before_the_first_step() {
+        let text = refusal(|spec| spec.model.vocab_size = 270).await;
+        assert!(text.contains("more than model.vocab_size = 270"), "{text}");
+        let text = refusal(|spec| spec.stages[0].sequence_length = 100_000).await;
+        assert!(text.contains("training sequences") && text.contains("`only`"), "{text}");
+        let text = refusal(|spec| spec.stages[0].slots = 70_000).await;
+        assert!(text.contains("stages.0.slots is 70000"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn validation_stops_at_its_end_however_much_is_asked_for() {
+        let (spec, store) = tiny_store().await;
+        let data = Data::open(spec, &store).await.unwrap();
+        let all = data.datasets[0].sequences(Split::Validation, 8);
+        let some = data.validation(Step(1), 0..3).await.unwrap();
+        let rest = data.validation(Step(1), 3..u64::MAX).await.unwrap();
+        assert_eq!(some.len(), 3);
+        assert_eq!((some.len() + rest.len()) as u64, all);
+        assert!(rest.iter().all(|batch| batch.sequences == 1 && batch.tokens.len() == 9));
+    }
+}

@@ -1,0 +1,75 @@
+//! Why a worker ends without having finished.
+
+use looptrain_proto::SpecError;
+
+use crate::data::DataError;
+use crate::reduce::PeerError;
+
+/// Why [`crate::run`] ends early; one line that names the place and the remedy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The coordinator's address is no URL.
+    #[error("`{url}` is no coordinator's address: {reason}; write http://HOST:PORT")]
+    Url {
+        /// As given.
+        url: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Nobody answers there.
+    #[error("no coordinator answers at {url} after {seconds:.0} s: {reason}; is it running?")]
+    Connect {
+        /// As given.
+        url: String,
+        /// How long it was tried.
+        seconds: f64,
+        /// The last failure.
+        reason: String,
+    },
+    /// The coordinator does not want this worker.
+    #[error("the coordinator refused this worker: {reason}")]
+    Refused {
+        /// Its reason.
+        reason: String,
+    },
+    /// The session broke.
+    #[error("lost the coordinator at {url}: {reason}")]
+    Broken {
+        /// As given.
+        url: String,
+        /// What happened to the stream.
+        reason: String,
+    },
+    /// The coordinator sent what makes no sense.
+    #[error("the coordinator at {url} {what}; worker and coordinator must be of one build")]
+    Protocol {
+        /// As given.
+        url: String,
+        /// What it did.
+        what: String,
+    },
+    /// The coordinator's spec is not valid here.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The data the spec asks for is not there.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] looptrain_storage::Error),
+    /// The peer port cannot be had.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The compute thread is gone.
+    #[error("the compute thread ended unexpectedly; its panic message is above")]
+    Compute,
+    /// The coordinator ended this worker after a failure that the worker had reported.
+    #[error("{detail} (the coordinator then ended this worker: {reason})")]
+    Dropped {
+        /// What this worker reported.
+        detail: String,
+        /// What the coordinator answered.
+        reason: String,
+    },
+}

@@ -1,0 +1,46 @@
+//! Sums over ranks.
+//!
+//! [`exact`] turns floating-point gradients into integers whose sum does not depend on any order;
+//! a [`Collective`] sums those integers over the ranks of one generation. The session forms a
+//! collective per generation, uses it for every step and drops it, with whatever it is doing, when
+//! a newer generation arrives.
+
+pub mod exact;
+pub mod tcp;
+
+pub use tcp::PeerError;
+
+/// The all-reduce of one generation; each transport is a variant.
+#[derive(Debug)]
+pub enum Collective {
+    /// A world of one rank: its own sums are the result.
+    Alone,
+    /// A ring of TCP connections.
+    Tcp(tcp::Ring),
+}
+
+impl Collective {
+    /// Number of ranks that take part.
+    #[must_use]
+    pub fn world(&self) -> usize {
+        match self {
+            Self::Alone => 1,
+            Self::Tcp(ring) => ring.world(),
+        }
+    }
+
+    /// Replaces `sums` by its element-wise sum over all ranks.
+    ///
+    /// Every rank calls this with the same `tag` (the step, so that ranks that have lost each other
+    /// are told apart) and the same number of elements. Dropping the future abandons the operation
+    /// at once; the collective is then spent, and `sums` holds no meaning.
+    ///
+    /// # Errors
+    /// Names the neighbour that is gone or does something else; the collective is then spent.
+    pub async fn all_reduce(&mut self, tag: u64, sums: &mut [i64]) -> Result<(), PeerError> {
+        match self {
+            Self::Alone => Ok(()),
+            Self::Tcp(ring) => ring.all_reduce(tag, sums).await,
+        }
+    }
+}

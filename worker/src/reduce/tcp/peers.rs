@@ -1,0 +1,342 @@
+//! Finding one's neighbours: the listener of a worker, and connections to others.
+//!
+//! A [`PeerListener`] is bound before the worker joins, because its address is part of the join;
+//! it starts to serve as [`Peers`] once the run is known. Connections made in between wait in the
+//! system's backlog.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use looptrain_proto::{Digest, Rank};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use super::handshake::{Answer, Greeting, Hello};
+use super::{Peer, PeerError, RingId};
+
+/// A stranger who says nothing for this long is hung up on.
+const GREETING_TIME: Duration = Duration::from_secs(5);
+
+/// Connections that may be in their greeting at once, and those that may wait for their ring.
+const MAX_CONNECTIONS: usize = 64;
+
+/// Pause between two attempts to reach a peer.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+
+/// A bound address that does not serve yet.
+#[derive(Debug)]
+pub struct PeerListener {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl PeerListener {
+    /// Binds the address; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn bind(address: SocketAddr) -> Result<Self, PeerError> {
+        let bind = |error| PeerError::Bind { address, error };
+        let listener = TcpListener::bind(address).await.map_err(bind)?;
+        let address = listener.local_addr().map_err(bind)?;
+        Ok(Self { listener, address })
+    }
+
+    /// The address with the port that was given.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts the peers of one run from now on.
+    #[must_use]
+    pub fn serve(self, run: Digest) -> Peers {
+        let lobby = Arc::new(Lobby {
+            run,
+            state: Mutex::new(State { wanted: RingId::default(), parked: BTreeMap::new() }),
+            arrived: Notify::new(),
+        });
+        let mut serving = JoinSet::new();
+        serving.spawn(accept_all(self.listener, Arc::clone(&lobby)));
+        Peers { lobby, _serving: serving }
+    }
+}
+
+/// The accepted connections of a worker, and the way to others; serving ends when it is dropped.
+#[derive(Debug)]
+pub struct Peers {
+    lobby: Arc<Lobby>,
+    /// The accepting task; a set, because that ends its task when dropped.
+    _serving: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct Lobby {
+    run: Digest,
+    state: Mutex<State>,
+    arrived: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Connections of older rings are refused.
+    wanted: RingId,
+    /// Greeted and not yet taken.
+    parked: BTreeMap<(RingId, Rank), TcpStream>,
+}
+
+impl Lobby {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is one call that cannot panic half-way.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a connection may wait here.
+    fn judge(&self, greeting: Greeting) -> Result<Hello, Option<Answer>> {
+        let hello = match greeting {
+            Greeting::Stranger => return Err(None),
+            Greeting::OtherVersion => return Err(Some(Answer::OtherVersion)),
+            Greeting::Peer(hello) => hello,
+        };
+        let state = self.state();
+        if hello.run != self.run {
+            Err(Some(Answer::OtherRun))
+        } else if hello.ring < state.wanted {
+            Err(Some(Answer::Stale(state.wanted)))
+        } else if state.parked.len() >= MAX_CONNECTIONS {
+            Err(Some(Answer::Busy))
+        } else {
+            Ok(hello)
+        }
+    }
+
+    async fn greet(&self, mut stream: TcpStream, from: SocketAddr) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        match self.judge(Hello::receive(&mut stream).await?) {
+            Err(None) => {
+                tracing::warn!(%from, "a connection to the peer port is no peer's; closed");
+                Ok(())
+            }
+            Err(Some(answer)) => {
+                tracing::warn!(%from, ?answer, "refused a peer connection");
+                answer.send(&mut stream).await
+            }
+            Ok(hello) => {
+                Answer::Accepted.send(&mut stream).await?;
+                let mut state = self.state();
+                // The wanted ring may have moved on while the answer was sent.
+                if hello.ring >= state.wanted {
+                    state.parked.insert((hello.ring, hello.sender), stream);
+                    drop(state);
+                    self.arrived.notify_waiters();
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+async fn accept_all(listener: TcpListener, lobby: Arc<Lobby>) {
+    let mut greetings = JoinSet::new();
+    loop {
+        while greetings.len() >= MAX_CONNECTIONS {
+            greetings.join_next().await;
+        }
+        while greetings.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((stream, from)) => {
+                let lobby = Arc::clone(&lobby);
+                greetings.spawn(async move {
+                    match timeout(GREETING_TIME, lobby.greet(stream, from)).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => tracing::debug!(%from, %error, "a greeting broke off"),
+                        Err(_) => tracing::debug!(%from, "a connection said nothing; closed"),
+                    }
+                });
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: it may pass.
+                tracing::warn!(%error, "cannot accept a peer connection");
+                sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+impl Peers {
+    /// From now on connections of rings older than `ring` are refused; those that waited are closed.
+    pub fn advance(&self, ring: RingId) {
+        let mut state = self.lobby.state();
+        state.wanted = state.wanted.max(ring);
+        let wanted = state.wanted;
+        state.parked.retain(|(parked, _), _| *parked >= wanted);
+    }
+
+    /// Waits until `peer` has connected for `ring`.
+    pub(super) async fn accept(
+        &self,
+        ring: RingId,
+        peer: &Peer,
+        within: Duration,
+    ) -> Result<TcpStream, PeerError> {
+        let arrival = async {
+            loop {
+                let arrived = self.lobby.arrived.notified();
+                tokio::pin!(arrived);
+                // Enabled before the look, so that an arrival between look and wait is not missed.
+                arrived.as_mut().enable();
+                if let Some(stream) = self.lobby.state().parked.remove(&(ring, peer.rank)) {
+                    return stream;
+                }
+                arrived.await;
+            }
+        };
+        timeout(within, arrival)
+            .await
+            .map_err(|_| PeerError::Absent { peer: peer.clone(), seconds: within.as_secs_f64() })
+    }
+
+    /// Connects to `peer` for `ring`, again and again until it answers or the time is over.
+    pub(super) async fn connect(
+        &self,
+        ring: RingId,
+        own_rank: Rank,
+        peer: &Peer,
+        within: Duration,
+    ) -> Result<TcpStream, PeerError> {
+        let deadline = Instant::now() + within;
+        let hello = Hello { run: self.lobby.run, ring, sender: own_rank };
+        loop {
+            let attempt = timeout_at(deadline, call(&peer.address, hello)).await;
+            let error = match attempt {
+                Ok(Ok((stream, Answer::Accepted))) => return Ok(stream),
+                Ok(Ok((_, Answer::Busy))) => {
+                    io::Error::other("it has too many connections waiting")
+                }
+                Ok(Ok((_, answer))) => {
+                    return Err(PeerError::Refused { peer: peer.clone(), reason: reason(answer) });
+                }
+                Ok(Err(error)) => error,
+                Err(_) => io::Error::new(io::ErrorKind::TimedOut, "it does not answer"),
+            };
+            if Instant::now() + RETRY_PAUSE >= deadline {
+                let seconds = within.as_secs_f64();
+                return Err(PeerError::Connect { peer: peer.clone(), seconds, error });
+            }
+            sleep(RETRY_PAUSE).await;
+        }
+    }
+}
+
+async fn call(address: &str, hello: Hello) -> io::Result<(TcpStream, Answer)> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    hello.send(&mut stream).await?;
+    let answer = Answer::receive(&mut stream).await?;
+    Ok((stream, answer))
+}
+
+fn reason(answer: Answer) -> String {
+    match answer {
+        Answer::Stale(ring) => format!("it is already in {ring}"),
+        Answer::OtherRun => "it works for another run".into(),
+        Answer::OtherVersion => "it speaks another protocol version; use one build".into(),
+        Answer::Accepted | Answer::Busy => "it gave no reason".into(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use looptrain_proto::{Generation, Incarnation};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(300);
+
+    fn ring(generation: u64) -> RingId {
+        RingId { incarnation: Incarnation(1), generation: Generation(generation) }
+    }
+
+    async fn peers(run: &str) -> (Peers, SocketAddr) {
+        let listener = PeerListener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.address();
+        (listener.serve(Digest::of(run.as_bytes())), address)
+    }
+
+    fn peer(rank: u32, address: SocketAddr) -> Peer {
+        Peer { rank: Rank(rank), name: format!("w{rank}"), address: address.to_string() }
+    }
+
+    #[tokio::test]
+    async fn a_connection_of_an_older_generation_is_refused_and_told_why() {
+        let (there, address) = peers("run").await;
+        let (here, _) = peers("run").await;
+        there.advance(ring(5));
+        let error = here.connect(ring(4), Rank(0), &peer(1, address), SOON).await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, PeerError::Refused { .. }), "{text}");
+        assert!(text.contains("rank 1 (w1 at") && text.contains("generation 5"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_of_a_newer_generation_waits_until_it_is_wanted() {
+        let (there, address) = peers("run").await;
+        let (here, own) = peers("run").await;
+        there.advance(ring(1));
+        let mut out = here.connect(ring(3), Rank(0), &peer(1, address), SOON).await.unwrap();
+        let absent = there.accept(ring(2), &peer(0, own), SOON / 3).await.unwrap_err();
+        assert!(matches!(absent, PeerError::Absent { .. }), "{absent}");
+        there.advance(ring(3));
+        let mut taken = there.accept(ring(3), &peer(0, own), SOON).await.unwrap();
+        out.write_all(b"x").await.unwrap();
+        assert_eq!(taken.read_u8().await.unwrap(), b'x');
+    }
+
+    #[tokio::test]
+    async fn a_waiting_connection_is_closed_when_its_generation_is_passed_over() {
+        let (there, address) = peers("run").await;
+        let (here, _) = peers("run").await;
+        let mut out = here.connect(ring(1), Rank(0), &peer(1, address), SOON).await.unwrap();
+        // The answer may arrive a moment before the connection is parked.
+        while there.lobby.state().parked.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        there.advance(ring(2));
+        assert_eq!(timeout(SOON, out.read(&mut [0])).await.unwrap().unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_worker_of_another_run_is_refused() {
+        let (_there, address) = peers("one").await;
+        let (here, _) = peers("two").await;
+        let error = here.connect(ring(1), Rank(0), &peer(1, address), SOON).await.unwrap_err();
+        assert!(error.to_string().contains("another run"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_not_there_is_named_when_the_time_is_over() {
+        let (_, address) = peers("run").await;
+        let (here, _) = peers("run").await;
+        let error = here.connect(ring(1), Rank(0), &peer(3, address), SOON).await.unwrap_err();
+        assert!(matches!(error, PeerError::Connect { .. }), "{error}");
+        assert!(error.to_string().contains("rank 3 (w3"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn strangers_do_not_disturb_the_listener() {
+        let (there, address) = peers("run").await;
+        let (here, own) = peers("run").await;
+        let mut stranger = TcpStream::connect(address).await.unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let _silent = TcpStream::connect(address).await.unwrap();
+        let _out = here.connect(ring(1), Rank(0), &peer(1, address), SOON).await.unwrap();
+        assert!(there.accept(ring(1), &peer(0, own), SOON).await.is_ok());
+    }
+}

@@ -1,0 +1,306 @@
+//! A formed ring: a connection from the rank before, one to the rank after.
+
+use std::future::poll_fn;
+use std::time::Duration;
+
+use looptrain_proto::Rank;
+use tokio::net::TcpStream;
+
+use super::transfer::{Failure, Header, Transfer};
+use super::{Peer, PeerError, Peers, RingId};
+use crate::reduce::Collective;
+
+/// Elements received at a time: 256 KiB, small enough to stay in the second-level cache between
+/// the read and the addition.
+const SCRATCH: usize = 1 << 15;
+
+/// This worker's place in a ring of two or more.
+#[derive(Debug)]
+pub struct Ring {
+    rank: usize,
+    world: usize,
+    previous: Link,
+    next: Link,
+    scratch: Vec<i64>,
+    /// Set while an operation runs: one that fails or is dropped leaves bytes behind.
+    spent: bool,
+}
+
+#[derive(Debug)]
+struct Link {
+    peer: Peer,
+    stream: TcpStream,
+}
+
+impl Ring {
+    /// Forms the ring of one generation: connects to the rank after this one and waits for the
+    /// rank before it. Older rings are given up by this call.
+    ///
+    /// # Errors
+    /// Names the neighbour that could not be reached, refused, or did not come within the time.
+    pub async fn form(
+        peers: &Peers,
+        id: RingId,
+        rank: Rank,
+        members: &[Peer],
+        within: Duration,
+    ) -> Result<Collective, PeerError> {
+        let (own, world) = (rank.0 as usize, members.len());
+        if own >= world {
+            return Err(PeerError::NoSuchRank { rank, world });
+        }
+        peers.advance(id);
+        if world == 1 {
+            return Ok(Collective::Alone);
+        }
+        let (previous, next) = (&members[(own + world - 1) % world], &members[(own + 1) % world]);
+        let (incoming, outgoing) = tokio::try_join!(
+            peers.accept(id, previous, within),
+            peers.connect(id, rank, next, within),
+        )?;
+        Ok(Collective::Tcp(Self {
+            rank: own,
+            world,
+            previous: Link { peer: previous.clone(), stream: incoming },
+            next: Link { peer: next.clone(), stream: outgoing },
+            scratch: vec![0; SCRATCH],
+            spent: false,
+        }))
+    }
+
+    pub(crate) fn world(&self) -> usize {
+        self.world
+    }
+
+    /// See [`Collective::all_reduce`].
+    pub(crate) async fn all_reduce(&mut self, tag: u64, sums: &mut [i64]) -> Result<(), PeerError> {
+        if std::mem::replace(&mut self.spent, true) {
+            return Err(PeerError::Spent);
+        }
+        let ours = Header { tag, elements: sums.len() as u64 };
+        let Self { rank, world, previous, next, scratch, .. } = self;
+        let mut transfer = Transfer::new(*rank, *world, tag, sums, scratch);
+        poll_fn(|cx| transfer.poll(cx, &mut previous.stream, &mut next.stream)).await.map_err(
+            |failure| match failure {
+                Failure::Previous(error) => PeerError::Lost { peer: previous.peer.clone(), error },
+                Failure::Next(error) => PeerError::Lost { peer: next.peer.clone(), error },
+                Failure::Mismatch(theirs) => PeerError::Mismatch {
+                    peer: previous.peer.clone(),
+                    theirs: theirs.map_or_else(|| "something unknown".into(), describe),
+                    ours: describe(ours),
+                },
+            },
+        )?;
+        self.spent = false;
+        Ok(())
+    }
+}
+
+fn describe(header: Header) -> String {
+    format!("{} values of step {}", header.elements, header.tag)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::Instant;
+
+    use futures::future::{join_all, try_join_all};
+    use looptrain_proto::{Digest, Generation, Incarnation};
+    use proptest::prelude::*;
+
+    use super::super::PeerListener;
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    fn id(generation: u64) -> RingId {
+        RingId { incarnation: Incarnation(1), generation: Generation(generation) }
+    }
+
+    async fn listeners(world: usize) -> (Vec<Peers>, Vec<Peer>) {
+        let (mut all, mut members) = (Vec::new(), Vec::new());
+        for rank in 0..world {
+            let listener = PeerListener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+            members.push(Peer {
+                rank: Rank(rank as u32),
+                name: format!("w{rank}"),
+                address: listener.address().to_string(),
+            });
+            all.push(listener.serve(Digest::of(b"run")));
+        }
+        (all, members)
+    }
+
+    async fn form(peers: &[Peers], members: &[Peer], generation: u64) -> Vec<Collective> {
+        try_join_all(peers.iter().enumerate().map(|(rank, peers)| {
+            Ring::form(peers, id(generation), Rank(rank as u32), members, SOON)
+        }))
+        .await
+        .unwrap()
+    }
+
+    fn values(rank: usize, elements: usize) -> Vec<i64> {
+        (0..elements as i64).map(|i| (i * 31 + 7) * (rank as i64 * 1_000_003 - 2_000_000)).collect()
+    }
+
+    fn expected(world: usize, elements: usize) -> Vec<i64> {
+        let mut sums = vec![0; elements];
+        for rank in 0..world {
+            sums.iter_mut().zip(values(rank, elements)).for_each(|(sum, value)| *sum += value);
+        }
+        sums
+    }
+
+    async fn reduce(rings: &mut [Collective], tag: u64, elements: usize) -> Vec<Vec<i64>> {
+        try_join_all(rings.iter_mut().enumerate().map(|(rank, ring)| async move {
+            let mut sums = values(rank, elements);
+            ring.all_reduce(tag, &mut sums).await.map(|()| sums)
+        }))
+        .await
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn every_rank_gets_the_sum_over_all_ranks() {
+        for world in 1..=5 {
+            let (peers, members) = listeners(world).await;
+            let mut rings = form(&peers, &members, 1).await;
+            for (tag, elements) in [0, 1, 2, 3, 4, 7, 1000, 98_765].into_iter().enumerate() {
+                for sums in reduce(&mut rings, tag as u64, elements).await {
+                    assert!(sums == expected(world, elements), "{world} ranks, {elements} values");
+                }
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn buffers_larger_than_any_socket_pass() {
+        let (peers, members) = listeners(3).await;
+        let mut rings = form(&peers, &members, 1).await;
+        let elements = 3_000_001;
+        for sums in reduce(&mut rings, 1, elements).await {
+            assert!(sums == expected(3, elements));
+        }
+    }
+
+    #[tokio::test]
+    async fn when_a_rank_is_gone_its_neighbours_fail_at_once_and_name_it() {
+        let (peers, members) = listeners(4).await;
+        let mut rings = form(&peers, &members, 1).await;
+        drop(rings.remove(2));
+        let start = Instant::now();
+        let results = join_all(rings.into_iter().map(|mut ring| async move {
+            // Owned here, so that each failure closes the connections to the next neighbours.
+            ring.all_reduce(1, &mut values(0, 500_000)).await
+        }))
+        .await;
+        assert!(start.elapsed() < Duration::from_secs(1));
+        let errors: Vec<String> = results.into_iter().map(|r| r.unwrap_err().to_string()).collect();
+        assert!(errors[1].contains("lost rank 2 (w2"), "{}", errors[1]);
+        assert!(errors[2].contains("lost rank 2 (w2"), "{}", errors[2]);
+    }
+
+    #[tokio::test]
+    async fn a_rank_that_waits_notices_that_the_next_one_is_gone() {
+        let (peers, members) = listeners(3).await;
+        let mut rings = form(&peers, &members, 1).await;
+        // Rank 0 stays connected and idle; rank 2 leaves after rank 1 has sent what it had.
+        let mut waiting = rings.remove(1);
+        let task = tokio::spawn(async move { waiting.all_reduce(1, &mut [1, 2, 3]).await });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(rings.remove(1));
+        let error = tokio::time::timeout(SOON, task).await.unwrap().unwrap().unwrap_err();
+        assert!(error.to_string().contains("lost rank 2"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_abandoned_operation_frees_the_others_and_a_new_ring_forms() {
+        let (peers, members) = listeners(3).await;
+        let mut rings = form(&peers, &members, 1).await;
+        let last = rings.pop().unwrap();
+        let running: Vec<_> = rings
+            .into_iter()
+            .map(|mut ring| {
+                tokio::spawn(async move { ring.all_reduce(1, &mut values(0, 1_000_000)).await })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        running[0].abort();
+        drop(last);
+        let survivor = running.into_iter().nth(1).unwrap();
+        assert!(tokio::time::timeout(SOON, survivor).await.unwrap().unwrap().is_err());
+        let mut rings = form(&peers, &members, 2).await;
+        assert!(reduce(&mut rings, 1, 10_001).await.iter().all(|s| *s == expected(3, 10_001)));
+    }
+
+    #[tokio::test]
+    async fn a_spent_ring_is_not_used_again() {
+        let (peers, members) = listeners(2).await;
+        let mut rings = form(&peers, &members, 1).await;
+        {
+            let mut sums = [1, 2];
+            let stuck = rings[0].all_reduce(1, &mut sums);
+            assert!(tokio::time::timeout(Duration::from_millis(20), stuck).await.is_err());
+        }
+        assert!(matches!(rings[0].all_reduce(1, &mut [1, 2]).await, Err(PeerError::Spent)));
+    }
+
+    #[tokio::test]
+    async fn ranks_at_different_steps_are_told_so() {
+        let (peers, members) = listeners(2).await;
+        let mut rings = form(&peers, &members, 1).await;
+        let [first, second] = rings.as_mut_slice() else { panic!() };
+        let (mut one, mut two) = ([1, 2], [1, 2]);
+        let results = tokio::join!(first.all_reduce(1, &mut one), second.all_reduce(2, &mut two));
+        let text = results.0.unwrap_err().to_string();
+        assert!(
+            text.contains("2 values of step 2") && text.contains("2 values of step 1"),
+            "{text}"
+        );
+        assert!(results.1.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_rank_that_is_no_member_forms_nothing() {
+        let (peers, members) = listeners(2).await;
+        let error = Ring::form(&peers[0], id(1), Rank(2), &members, SOON).await.unwrap_err();
+        assert!(matches!(error, PeerError::NoSuchRank { .. }));
+        assert!(Ring::form(&peers[0], id(1), Rank(0), &[], SOON).await.is_err());
+    }
+
+    /// Sockets that pass a few bytes at a time, so that words are torn at every place.
+    fn torn(world: usize, elements: usize, grain: usize) -> Vec<Vec<i64>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async move {
+            let (mut outs, mut ins) = (Vec::new(), Vec::new());
+            for _ in 0..world {
+                let (out, into) = tokio::io::duplex(grain);
+                outs.push(out);
+                ins.push(into);
+            }
+            ins.rotate_right(1);
+            join_all(outs.into_iter().zip(ins).enumerate().map(
+                |(rank, (mut next, mut previous))| async move {
+                    let (mut sums, mut scratch) = (values(rank, elements), vec![0; 3]);
+                    let mut transfer = Transfer::new(rank, world, 1, &mut sums, &mut scratch);
+                    poll_fn(|cx| transfer.poll(cx, &mut previous, &mut next)).await.unwrap();
+                    sums
+                },
+            ))
+            .await
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn torn_words_are_put_together(
+            world in 2usize..6, elements in 0usize..60, grain in 1usize..40,
+        ) {
+            for sums in torn(world, elements, grain) {
+                prop_assert_eq!(&sums, &expected(world, elements));
+            }
+        }
+    }
+}

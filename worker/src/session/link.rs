@@ -1,0 +1,168 @@
+//! The connection to the coordinator: dialling, the join, and the outgoing half of the stream.
+
+use std::time::Duration;
+
+use looptrain_proto::v1::coordinator_client::CoordinatorClient;
+use looptrain_proto::v1::worker_message::Kind;
+use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Welcome, WorkerMessage};
+use looptrain_proto::v1::{Failed, coordinator_message};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::WorkerError;
+
+/// Messages that may wait for the coordinator to read them: hours of heartbeats' worth is no use,
+/// but a coordinator that is stopped for some minutes shall find its worker still there.
+const OUTGOING: usize = 512;
+
+/// An unanswered HTTP/2 ping every this long, for this long, means that the coordinator is gone.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The first and the longest pause between attempts to reach the coordinator.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Both halves of a session that the coordinator has welcomed.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) url: String,
+    pub(crate) incoming: Streaming<CoordinatorMessage>,
+    outgoing: mpsc::Sender<WorkerMessage>,
+    /// Beats; ends with the link.
+    beats: JoinSet<()>,
+}
+
+/// Reaches the coordinator, trying again until the time is over.
+async fn dial(url: &str, within: Duration) -> Result<Channel, WorkerError> {
+    let wrong = |reason: String| WorkerError::Url { url: url.to_owned(), reason };
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| wrong(e.to_string()))?;
+    let endpoint = match endpoint.uri().scheme_str() {
+        Some("http") => endpoint
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+            .keep_alive_while_idle(true),
+        scheme => {
+            return Err(wrong(format!("the scheme is {}", scheme.unwrap_or("missing"))));
+        }
+    };
+    let deadline = Instant::now() + within;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let reason = match timeout_at(deadline, endpoint.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(error)) => innermost(&error),
+            Err(_) => "it does not answer".into(),
+        };
+        if Instant::now() + pause >= deadline {
+            let seconds = within.as_secs_f64();
+            return Err(WorkerError::Connect { url: url.to_owned(), seconds, reason });
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// The cause at the bottom: "connection refused" says more than "transport error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), innermost)
+}
+
+impl Link {
+    /// Joins the run of the coordinator at `url`.
+    pub(crate) async fn join(
+        url: &str,
+        join: Join,
+        within: Duration,
+    ) -> Result<(Self, Welcome), WorkerError> {
+        let broken = |reason| WorkerError::Broken { url: url.to_owned(), reason };
+        let deadline = Instant::now() + within;
+        let channel = dial(url, within).await?;
+        let (outgoing, messages) = mpsc::channel(OUTGOING);
+        let mut link = {
+            // The first message is there before the call, for the call may wait for it.
+            let join = WorkerMessage { kind: Some(Kind::Join(join)) };
+            let sent = outgoing.try_send(join);
+            sent.map_err(|_| broken("the session's queue is closed".into()))?;
+            let mut client = CoordinatorClient::new(channel);
+            let call = client.session(ReceiverStream::new(messages));
+            let response = timeout_at(deadline, call).await;
+            let status = response.map_err(|_| broken("it does not answer the join".into()))?;
+            let incoming = status.map_err(|status| broken(status.message().to_owned()))?;
+            let (url, incoming) = (url.to_owned(), incoming.into_inner());
+            Self { url, incoming, outgoing, beats: JoinSet::new() }
+        };
+        let first = timeout_at(deadline, link.receive()).await;
+        match first.map_err(|_| broken("it does not answer the join".into()))?? {
+            Some(coordinator_message::Kind::Welcome(welcome)) => Ok((link, welcome)),
+            Some(coordinator_message::Kind::Refused(refused)) => {
+                Err(WorkerError::Refused { reason: refused.reason })
+            }
+            _ => Err(link.protocol("answered the join with neither a welcome nor a refusal")),
+        }
+    }
+
+    /// The next message; `None` inside for a kind that this build does not know.
+    pub(crate) async fn receive(
+        &mut self,
+    ) -> Result<Option<coordinator_message::Kind>, WorkerError> {
+        let broken =
+            |reason: &str| WorkerError::Broken { url: self.url.clone(), reason: reason.to_owned() };
+        match self.incoming.message().await {
+            Ok(Some(message)) => Ok(message.kind),
+            Ok(None) => Err(broken("it closed the session")),
+            Err(status) => Err(broken(status.message())),
+        }
+    }
+
+    /// Queues a message. The queue is long enough for any coordinator that reads at all.
+    pub(crate) fn send(&self, kind: Kind) -> Result<(), WorkerError> {
+        self.outgoing.try_send(WorkerMessage { kind: Some(kind) }).map_err(|error| {
+            let reason = match error {
+                mpsc::error::TrySendError::Full(_) => "it has not read for a long time",
+                mpsc::error::TrySendError::Closed(_) => "the session is closed",
+            };
+            WorkerError::Broken { url: self.url.clone(), reason: reason.into() }
+        })
+    }
+
+    /// Says why a directive could not be carried out.
+    pub(crate) fn report(&self, failed: Failed) -> Result<(), WorkerError> {
+        self.send(Kind::Failed(failed))
+    }
+
+    /// Beats from now on, also while the session is busy.
+    pub(crate) fn beat_every(&mut self, period: Duration) {
+        let outgoing = self.outgoing.clone();
+        self.beats.spawn(async move {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                let beat = WorkerMessage { kind: Some(Kind::Heartbeat(Heartbeat {})) };
+                if let Err(mpsc::error::TrySendError::Closed(_)) = outgoing.try_send(beat) {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Ends the outgoing half and waits, for a moment, until the coordinator has read it all.
+    pub(crate) async fn close(self, patience: Duration) {
+        let Self { mut incoming, outgoing, beats, .. } = self;
+        drop((outgoing, beats));
+        let drained = async { while let Ok(Some(_)) = incoming.message().await {} };
+        // The coordinator that does not end the session in time has at least had the time to read.
+        let _ = tokio::time::timeout(patience, drained).await;
+    }
+
+    /// The error for a coordinator that does not keep to the protocol.
+    pub(crate) fn protocol(&self, what: &str) -> WorkerError {
+        WorkerError::Protocol { url: self.url.clone(), what: what.to_owned() }
+    }
+}

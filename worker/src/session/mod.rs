@@ -1,0 +1,353 @@
+//! The session: directives in, votes out.
+//!
+//! One task runs the loop. At most one [`Activity`] (forming, a step, an evaluation) is under way;
+//! commits are queued on the compute thread and not waited for; saves upload beside everything.
+//! A `Form` abandons the activity at once: its future is dropped, and with it the ring, so that the
+//! neighbours notice too; its computation is told to stop at the next slot. The committed state and
+//! a prepared update survive that, on the compute thread.
+
+mod failure;
+mod link;
+mod work;
+
+#[cfg(test)]
+mod tests;
+
+use std::future::{Future, pending};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use looptrain_proto::v1::coordinator_message::Kind as Directive;
+use looptrain_proto::v1::worker_message::Kind as Vote;
+use looptrain_proto::v1::{self, PartSaved, failed::Cause};
+use looptrain_proto::{Generation, Incarnation, Rank, Step};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use self::failure::{Failure, failed};
+pub(crate) use self::link::Link;
+use self::work::Membership;
+pub(crate) use self::work::Work;
+use crate::compute::ComputeError;
+use crate::reduce::Collective;
+use crate::reduce::tcp::{Peer, RingId};
+use crate::{Finished, WorkerError};
+
+/// How long a leaving worker waits for the coordinator to take notice.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What an activity gives back: the collective, if it still works, and the answer.
+type Outcome = (Option<Collective>, Result<Vote, Failure>);
+
+/// The directive that is being carried out.
+struct Activity {
+    future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
+    cancelled: Arc<AtomicBool>,
+    step: Step,
+    /// Others wait for the result of this one: do not leave in the middle.
+    is_step: bool,
+}
+
+impl Drop for Activity {
+    fn drop(&mut self) {
+        // The compute thread cannot be dropped; it looks at this between slots.
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+type CommitResult = Result<Result<(), ComputeError>, WorkerError>;
+
+/// One worker's membership in a run, from the welcome to the end.
+pub(crate) struct Session {
+    link: Link,
+    work: Arc<Work>,
+    incarnation: Incarnation,
+    generation: Generation,
+    collective: Option<Collective>,
+    activity: Option<Activity>,
+    /// A step was prepared and nothing has been heard of it since.
+    owes_commit: bool,
+    commits: FuturesUnordered<Pin<Box<dyn Future<Output = (Step, CommitResult)> + Send>>>,
+    saves: JoinSet<PartSaved>,
+    /// What this worker last reported in the generation, unless it was a neighbour's fault.
+    reported: Option<String>,
+}
+
+impl Session {
+    pub(crate) fn new(link: Link, work: Arc<Work>, incarnation: Incarnation) -> Self {
+        Self {
+            link,
+            work,
+            incarnation,
+            generation: Generation(0),
+            collective: None,
+            activity: None,
+            owes_commit: false,
+            commits: FuturesUnordered::new(),
+            saves: JoinSet::new(),
+            reported: None,
+        }
+    }
+
+    /// Carries out directives until the run is over or `stop` says to leave.
+    pub(crate) async fn run(mut self, stop: &CancellationToken) -> Result<Finished, WorkerError> {
+        let mut leaving = false;
+        loop {
+            if leaving && self.may_leave() {
+                let reason = "told to stop".to_owned();
+                self.link.send(Vote::Leave(v1::Leave { reason: reason.clone() }))?;
+                self.link.close(FAREWELL).await;
+                return Ok(Finished { reason });
+            }
+            tokio::select! {
+                // A new generation comes before what it makes pointless.
+                biased;
+                directive = self.link.receive() => match directive? {
+                    Some(Directive::Finish(finish)) => return self.finish(finish.reason),
+                    Some(directive) => self.obey(directive)?,
+                    None => tracing::warn!("ignored a message of an unknown kind"),
+                },
+                outcome = ended(&mut self.activity) => self.ended(outcome)?,
+                Some((step, result)) = self.commits.next() => {
+                    if let Err(failure) = result.map_err(Failure::from)
+                        .and_then(|result| result.map_err(Failure::from)) {
+                        self.fail(step, failure)?;
+                    }
+                }
+                Some(saved) = self.saves.join_next() => match saved {
+                    Ok(saved) => self.link.send(Vote::PartSaved(saved))?,
+                    Err(error) => tracing::error!(%error, "a save ended unexpectedly"),
+                },
+                () = stop.cancelled(), if !leaving => {
+                    tracing::info!("told to stop; leaving at the next safe moment");
+                    leaving = true;
+                }
+            }
+        }
+    }
+
+    /// Nobody waits for anything of this worker but its next step.
+    fn may_leave(&self) -> bool {
+        let in_step = self.activity.as_ref().is_some_and(|activity| activity.is_step);
+        !in_step && !self.owes_commit && self.saves.is_empty()
+    }
+
+    fn finish(self, reason: String) -> Result<Finished, WorkerError> {
+        match self.reported {
+            Some(detail) => Err(WorkerError::Dropped { reason, detail }),
+            None => Ok(Finished { reason }),
+        }
+    }
+
+    fn obey(&mut self, directive: Directive) -> Result<(), WorkerError> {
+        match directive {
+            Directive::Form(form) => self.form(form),
+            Directive::Plan(plan) => {
+                let (generation, step) = (plan.generation, Step(plan.step));
+                self.if_current(generation, step, |session| session.plan(plan))
+            }
+            Directive::Commit(commit) => {
+                let (generation, step) = (commit.generation, Step(commit.step));
+                self.if_current(generation, step, |session| {
+                    session.commit(step);
+                    Ok(())
+                })
+            }
+            Directive::Evaluate(order) => {
+                let (generation, step) = (order.generation, Step(order.step));
+                self.if_current(generation, step, |session| session.evaluate(order))
+            }
+            Directive::Save(order) => {
+                self.saves.spawn(self.work.save(order));
+                Ok(())
+            }
+            Directive::Welcome(_) | Directive::Refused(_) | Directive::Finish(_) => {
+                tracing::warn!("ignored a message that has no place in the middle of a session");
+                Ok(())
+            }
+        }
+    }
+
+    /// Carries out a directive of this generation; one of another is of no interest any more.
+    fn if_current(
+        &mut self,
+        generation: u64,
+        step: Step,
+        directive: impl FnOnce(&mut Self) -> Result<(), Failure>,
+    ) -> Result<(), WorkerError> {
+        if generation != self.generation.0 {
+            tracing::debug!(generation, current = %self.generation, "ignored an old directive");
+            return Ok(());
+        }
+        directive(self).or_else(|failure| self.fail(step, failure))
+    }
+
+    fn form(&mut self, form: v1::Form) -> Result<(), WorkerError> {
+        let (generation, step) = (Generation(form.generation), Step(form.step));
+        if generation <= self.generation {
+            tracing::warn!(%generation, current = %self.generation, "ignored an old generation");
+            return Ok(());
+        }
+        self.abandon();
+        self.generation = generation;
+        self.reported = None;
+        let rank = Rank(form.rank);
+        if form.rank as usize >= form.members.len() {
+            let world = form.members.len();
+            let detail = format!("rank {rank} is no rank of generation {generation} of {world}");
+            return self.fail(step, Failure::senseless(detail));
+        }
+        let members = (0..).zip(form.members).map(|(rank, member)| Peer {
+            rank: Rank(rank),
+            name: member.name,
+            address: member.peer_address,
+        });
+        let ring = RingId { incarnation: self.incarnation, generation };
+        let membership = Membership { ring, rank, members: members.collect(), step };
+        tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
+        let work = Arc::clone(&self.work);
+        let span = tracing::info_span!("form", %generation, %step);
+        self.begin(step, false, move |_| {
+            async move {
+                match work.form(&membership).await {
+                    Ok((collective, ready)) => (Some(collective), Ok(Vote::Ready(ready))),
+                    Err(failure) => (None, Err(failure)),
+                }
+            }
+            .instrument(span)
+        });
+        Ok(())
+    }
+
+    fn plan(&mut self, plan: v1::Plan) -> Result<(), Failure> {
+        let step = Step(plan.step);
+        let at = self
+            .work
+            .spec
+            .position(step)
+            .ok_or_else(|| Failure::senseless(format!("step {step} is no step of the spec")))?;
+        let slots = self.work.spec.stages[at.stage].slots;
+        if plan.slot_begin > plan.slot_end || plan.slot_end > slots {
+            let (begin, end) = (plan.slot_begin, plan.slot_end);
+            let detail = format!("slots {begin}..{end} of step {step} are not among its {slots}");
+            return Err(Failure::senseless(detail));
+        }
+        let mut collective = self.idle_collective("a plan")?;
+        // A retry of a prepared step supersedes it.
+        self.owes_commit = false;
+        let work = Arc::clone(&self.work);
+        let span = tracing::info_span!("step", %step, generation = plan.generation);
+        self.begin(step, true, move |cancelled| {
+            async move {
+                match work.step(plan, &mut collective, cancelled).await {
+                    Ok(prepared) => (Some(collective), Ok(Vote::Prepared(prepared))),
+                    // Dropped, so that the neighbours do not wait for this rank.
+                    Err(failure) => (None, Err(failure)),
+                }
+            }
+            .instrument(span)
+        });
+        Ok(())
+    }
+
+    fn commit(&mut self, step: Step) {
+        self.owes_commit = false;
+        let committed = self.work.compute.submit(move |bench| bench.commit(step));
+        self.commits.push(Box::pin(async move { (step, committed.await) }));
+    }
+
+    fn evaluate(&mut self, order: v1::Evaluate) -> Result<(), Failure> {
+        let collective = self.idle_collective("an evaluation")?;
+        let step = Step(order.step);
+        let work = Arc::clone(&self.work);
+        let span = tracing::info_span!("evaluate", %step);
+        self.begin(step, false, move |cancelled| {
+            async move {
+                let result = work.evaluate(order, cancelled).await;
+                (Some(collective), result.map(Vote::Evaluated))
+            }
+            .instrument(span)
+        });
+        Ok(())
+    }
+
+    /// The collective of a formed generation in which nothing else is going on.
+    fn idle_collective(&mut self, what: &str) -> Result<Collective, Failure> {
+        self.collective.take().ok_or_else(|| {
+            let state = match &self.activity {
+                Some(activity) => format!("is still busy with step {}", activity.step),
+                None => "has no ring".to_owned(),
+            };
+            Failure::senseless(format!("{what} came while this worker {state}"))
+        })
+    }
+
+    fn begin<F>(&mut self, step: Step, is_step: bool, start: impl FnOnce(Arc<AtomicBool>) -> F)
+    where
+        F: Future<Output = Outcome> + Send + 'static,
+    {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let future = Box::pin(start(Arc::clone(&cancelled)));
+        self.activity = Some(Activity { future, cancelled, step, is_step });
+    }
+
+    fn abandon(&mut self) {
+        if let Some(activity) = self.activity.take() {
+            tracing::debug!(step = %activity.step, "abandoned what was under way");
+        }
+        self.collective = None;
+        self.owes_commit = false;
+    }
+
+    fn ended(&mut self, (step, (collective, result)): (Step, Outcome)) -> Result<(), WorkerError> {
+        self.activity = None;
+        self.collective = collective;
+        match result {
+            Ok(vote) => {
+                self.owes_commit = matches!(vote, Vote::Prepared(_));
+                self.link.send(vote)
+            }
+            Err(failure) => self.fail(step, failure),
+        }
+    }
+
+    /// Tells the coordinator what went wrong, unless this worker cannot go on at all.
+    fn fail(&mut self, step: Step, failure: Failure) -> Result<(), WorkerError> {
+        let (cause, detail) = match failure {
+            Failure::Abandoned => return Ok(()),
+            Failure::Told(cause, detail) => (cause, detail),
+            Failure::Fatal(error) => {
+                let detail = error.to_string();
+                // Best effort: the session may be what broke.
+                let _ = self.link.report(failed(self.generation, step, Cause::Internal, detail));
+                return Err(error);
+            }
+        };
+        tracing::warn!(generation = %self.generation, %step, ?cause, "{detail}");
+        if cause != Cause::Peer {
+            self.reported = Some(detail.clone());
+        }
+        self.link.report(failed(self.generation, step, cause, detail))
+    }
+}
+
+/// Waits for the activity; for ever when there is none.
+async fn ended(activity: &mut Option<Activity>) -> (Step, Outcome) {
+    match activity {
+        Some(activity) => (activity.step, (&mut activity.future).await),
+        None => pending().await,
+    }
+}
+
+/// Answers a welcome that this worker cannot follow.
+pub(crate) async fn decline(link: Link, error: &WorkerError) {
+    let failed = failed(Generation(0), Step(0), Cause::Store, error.to_string());
+    if link.report(failed).is_ok() {
+        link.close(FAREWELL).await;
+    }
+}

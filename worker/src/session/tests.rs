@@ -1,0 +1,301 @@
+//! Whole workers against a coordinator that is played by the test.
+#![allow(clippy::unwrap_used)]
+
+mod rig;
+
+use std::time::Duration;
+
+use looptrain_proto::v1::{self, failed::Cause, worker_message::Kind as Vote};
+use looptrain_proto::{Cursor, Digest, Step};
+use looptrain_storage::{CheckpointManifest, Checkpoints, PartEntry, Store};
+
+use self::rig::{Guest, Rig, steps};
+use crate::WorkerError;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_worker_trains_saves_evaluates_and_finishes() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.welcome().await;
+    assert_eq!(guest.join.name, "w0");
+    guest.form(1, 0, &[&guest.join.clone()], 0);
+    let first = guest.ready().await;
+    assert_eq!((first.generation, first.step), (1, 0));
+    for step in 1..=2 {
+        guest.plan(1, step, 0..4);
+        let prepared = guest.prepared().await;
+        assert_eq!((prepared.generation, prepared.step), (1, step));
+        assert!(prepared.sections.unwrap().compute > 0.0);
+        guest.commit(1, step);
+    }
+    guest.save(2, 0, 1);
+    let saved = guest.saved().await;
+    assert_eq!((saved.error.as_str(), saved.step, saved.parts), ("", 2, 1));
+    assert!(saved.bytes > 0 && saved.tensors > 0 && saved.weights_digest.len() == 32);
+    guest.evaluate(1, 2, 0..3);
+    let evaluated = guest.evaluated().await;
+    assert_eq!((evaluated.tokens, evaluated.sums.len()), (24, 6));
+    guest.finish("all done");
+    assert_eq!(worker.await.unwrap().unwrap().reason, "all done");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_number_of_workers_ends_at_the_same_weights() {
+    let mut digests = Vec::new();
+    for world in 1..=3 {
+        let mut rig = Rig::start().await;
+        let (_workers, mut guests) = rig.cluster(world).await;
+        let seen = steps(&mut guests, 1, 1..=3).await;
+        let ready = rig::reform(&mut guests, 2, 3).await;
+        digests.push((seen, ready));
+    }
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(digests[0], digests[2]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_generation_interrupts_a_reduction_that_would_never_end() {
+    let mut rig = Rig::start().await;
+    let (_workers, mut guests) = rig.cluster(2).await;
+    let undisturbed = {
+        let mut other = Rig::start().await;
+        let (_workers, mut guests) = other.cluster(1).await;
+        steps(&mut guests, 1, 1..=1).await
+    };
+    // Only one of the two is told to compute, so the ring waits.
+    guests[0].plan(1, 1, 0..2);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let alone = guests[0].join.clone();
+    guests[0].form(2, 0, &[&alone], 0);
+    assert_eq!(guests[0].ready().await.generation, 2);
+    let mut survivor = vec![guests.remove(0)];
+    assert_eq!(steps(&mut survivor, 2, 1..=1).await, undisturbed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_neighbour_that_dies_is_reported_by_name() {
+    let mut rig = Rig::start().await;
+    let (mut workers, mut guests) = rig.cluster(2).await;
+    guests[0].plan(1, 1, 0..2);
+    workers.remove(1).abort();
+    let failed = guests[0].failed().await;
+    assert_eq!(failed.cause(), Cause::Peer);
+    assert!(failed.detail.contains("lost rank 1 (w1"), "{}", failed.detail);
+    guests[0].finish("enough");
+    assert!(workers.remove(0).await.unwrap().is_ok(), "a neighbour's fault is no failure");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepared_step_is_committed_by_a_generation_that_starts_from_it() {
+    let mut rig = Rig::start().await;
+    let (_workers, mut guests) = rig.cluster(1).await;
+    guests[0].plan(1, 1, 0..4);
+    guests[0].prepared().await;
+    let committed = rig::reform(&mut guests, 2, 1).await;
+
+    let mut other = Rig::start().await;
+    let (_workers, mut guests) = other.cluster(1).await;
+    steps(&mut guests, 1, 1..=1).await;
+    assert_eq!(rig::reform(&mut guests, 2, 1).await, committed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepared_step_is_redone_by_a_generation_that_starts_before_it() {
+    let mut rig = Rig::start().await;
+    let (_workers, mut guests) = rig.cluster(1).await;
+    guests[0].plan(1, 1, 0..4);
+    let first = guests[0].prepared().await.digest;
+    rig::reform(&mut guests, 2, 0).await;
+    assert_eq!(steps(&mut guests, 2, 1..=1).await, [first]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fresh_worker_goes_on_from_a_checkpoint_with_the_same_bits() {
+    let mut rig = Rig::start().await;
+    let (_workers, mut guests) = rig.cluster(2).await;
+    steps(&mut guests, 1, 1..=2).await;
+    for (part, guest) in guests.iter_mut().enumerate() {
+        guest.save(2, part as u32, 2);
+    }
+    // The next step goes on while the parts are uploaded.
+    let undisturbed = steps(&mut guests, 1, 3..=3).await;
+    let mut parts = Vec::new();
+    for guest in &mut guests {
+        parts.push(guest.saved().await);
+    }
+    rig.commit_checkpoint(2, &parts).await;
+    drop(guests);
+
+    let _fresh = rig.worker("fresh");
+    let mut guests = vec![rig.welcome().await];
+    let ready = rig::reform(&mut guests, 1, 2).await;
+    assert_eq!(ready, parts[0].weights_digest);
+    assert_eq!(steps(&mut guests, 1, 3..=3).await, undisturbed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_that_is_not_there_is_reported_and_ends_the_worker_in_an_error() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.welcome().await;
+    guest.form(1, 0, &[&guest.join.clone()], 3);
+    let failed = guest.failed().await;
+    assert_eq!((failed.cause(), failed.step), (Cause::Store, 3));
+    guest.finish("you are of no use");
+    let error = worker.await.unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Dropped { .. }), "{error}");
+    assert!(error.to_string().contains("you are of no use"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn senseless_directives_are_answered_and_survived() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.welcome().await;
+    let complains = async |guest: &mut Guest, what: &str| {
+        let failed = guest.failed().await;
+        assert_eq!(failed.cause(), Cause::Internal);
+        assert!(failed.detail.contains(what), "{}", failed.detail);
+    };
+    guest.plan(0, 1, 0..4);
+    complains(&mut guest, "has no ring").await;
+    guest.form(1, 5, &[&guest.join.clone()], 0);
+    complains(&mut guest, "rank 5 is no rank").await;
+    guest.form(2, 0, &[&guest.join.clone()], 0);
+    guest.ready().await;
+    guest.plan(2, 1, 3..9);
+    complains(&mut guest, "slots 3..9 of step 1 are not among its 4").await;
+    guest.plan(2, 99, 0..1);
+    complains(&mut guest, "step 99 is no step").await;
+    guest.commit(2, 1);
+    complains(&mut guest, "cannot commit step 1").await;
+    guest.plan(1, 1, 0..4); // of an old generation: silently ignored
+    guest.form(2, 0, &[], 0); // not a new one: ignored
+    guest.say_nothing();
+    guest.save(0, 4, 2);
+    assert!(!guest.saved().await.error.is_empty());
+    // And it still works.
+    guest.form(3, 0, &[&guest.join.clone()], 0);
+    guest.ready().await;
+    guest.plan(3, 1, 0..4);
+    guest.prepared().await;
+    guest.finish("done");
+    assert!(worker.await.unwrap().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_told_to_stop_leaves_after_the_commit_it_owes() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.welcome().await;
+    guest.form(1, 0, &[&guest.join.clone()], 0);
+    guest.ready().await;
+    guest.plan(1, 1, 0..4);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    rig.stop.cancel();
+    guest.prepared().await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!worker.is_finished(), "others may need this worker to commit");
+    guest.commit(1, 1);
+    assert!(matches!(guest.hear().await, Some(Vote::Leave(_))));
+    drop(guest);
+    assert_eq!(worker.await.unwrap().unwrap().reason, "told to stop");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiting_worker_told_to_stop_leaves_at_once() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.welcome().await;
+    guest.beat().await;
+    rig.stop.cancel();
+    assert!(matches!(guest.hear().await, Some(Vote::Leave(_))));
+    assert!(guest.hear().await.is_none(), "the stream ends after the farewell");
+    drop(guest);
+    assert!(worker.await.unwrap().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_session_ends_the_worker() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let guest = rig.welcome().await;
+    drop(guest);
+    let error = worker.await.unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Broken { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_worker_says_why() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let guest = rig.guest().await;
+    guest.say(v1::coordinator_message::Kind::Refused(v1::Refused { reason: "too late".into() }));
+    let error = worker.await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "the coordinator refused this worker: too late");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn missing_data_is_told_to_the_coordinator_before_the_worker_ends() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.guest().await;
+    let mut spec = (*rig.spec).clone();
+    spec.run.store = "memory://an-empty-store".into();
+    guest.welcome(&spec);
+    let failed = guest.failed().await;
+    assert_eq!(failed.cause(), Cause::Store);
+    assert!(failed.detail.contains("no dataset `text`"), "{}", failed.detail);
+    drop(guest);
+    assert!(matches!(worker.await.unwrap(), Err(WorkerError::Data(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_busy_worker_still_beats() {
+    let mut rig = Rig::start().await;
+    let (_workers, mut guests) = rig.cluster(2).await;
+    guests[0].plan(1, 1, 0..4); // waits in the ring for ever
+    for _ in 0..3 {
+        guests[0].beat().await;
+    }
+}
+
+#[tokio::test]
+async fn nobody_at_the_address_is_said_after_the_time_given() {
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", free.local_addr().unwrap());
+    drop(free);
+    let mut settings = crate::WorkerSettings::new(url.clone(), "w0");
+    settings.connect_timeout = Duration::from_millis(300);
+    let error = crate::run(settings).await.unwrap_err();
+    assert!(matches!(error, WorkerError::Connect { .. }), "{error}");
+    assert!(error.to_string().contains(&url), "{error}");
+    for url in ["no url at all", "https://example.invalid:1", "localhost:80"] {
+        let error = crate::run(crate::WorkerSettings::new(url, "w0")).await.unwrap_err();
+        assert!(matches!(error, WorkerError::Url { .. }), "{url}: {error}");
+    }
+}
+
+impl Rig {
+    /// What a coordinator does once all parts are there.
+    async fn commit_checkpoint(&self, step: u64, parts: &[v1::PartSaved]) {
+        let entry = |part: &v1::PartSaved| PartEntry {
+            file: part.file.clone(),
+            bytes: part.bytes,
+            digest: Digest::from_bytes(&part.digest).unwrap(),
+            tensors: part.tensors,
+        };
+        let manifest = CheckpointManifest {
+            version: CheckpointManifest::VERSION,
+            run: self.spec.run.name.clone(),
+            step: Step(step),
+            cursor: Cursor::default(),
+            trajectory: self.spec.trajectory_digest(),
+            generation: looptrain_proto::Generation(1),
+            weights_digest: Digest::from_bytes(&parts[0].weights_digest).unwrap(),
+            parts: parts.iter().map(entry).collect(),
+        };
+        let store = Store::open(&self.spec.run.store).unwrap();
+        Checkpoints::new(&store, &self.spec.run.name).commit(&manifest).await.unwrap();
+    }
+}

@@ -1,0 +1,260 @@
+//! A coordinator without a mind: the test says every word of it.
+
+use std::collections::VecDeque;
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use looptrain_proto::Spec;
+use looptrain_proto::v1::coordinator_message::Kind as Directive;
+use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use looptrain_proto::v1::worker_message::Kind as Vote;
+use looptrain_proto::v1::{self, CoordinatorMessage, WorkerMessage};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::testing::tiny_store;
+use crate::{Finished, WorkerError, WorkerSettings};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+type Line = mpsc::Sender<Result<CoordinatorMessage, Status>>;
+type Worker = JoinHandle<Result<Finished, WorkerError>>;
+
+struct Door(mpsc::Sender<(Streaming<WorkerMessage>, Line)>);
+
+#[tonic::async_trait]
+impl Coordinator for Door {
+    type SessionStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (line, messages) = mpsc::channel(64);
+        let guest = (request.into_inner(), line);
+        self.0.send(guest).await.map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+
+    async fn status(
+        &self,
+        _: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusReply>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn stop(&self, _: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+}
+
+pub(super) struct Rig {
+    pub(super) spec: Arc<Spec>,
+    pub(super) stop: CancellationToken,
+    url: String,
+    guests: mpsc::Receiver<(Streaming<WorkerMessage>, Line)>,
+    _server: JoinSet<()>,
+}
+
+impl Rig {
+    pub(super) async fn start() -> Self {
+        let (spec, _) = tiny_store().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (door, guests) = mpsc::channel(8);
+        let mut server = JoinSet::new();
+        server.spawn(async move {
+            tonic::transport::Server::builder()
+                .add_service(CoordinatorServer::new(Door(door)))
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await
+                .unwrap();
+        });
+        Self { spec, stop: CancellationToken::new(), url, guests, _server: server }
+    }
+
+    /// A worker on its way to this coordinator.
+    pub(super) fn worker(&self, name: &str) -> Worker {
+        let mut settings = WorkerSettings::new(&self.url, name);
+        settings.stop = self.stop.clone();
+        tokio::spawn(crate::run(settings))
+    }
+
+    /// The next worker's session, its join heard.
+    pub(super) async fn guest(&mut self) -> Guest {
+        let (votes, line) = self.guests.recv().await.unwrap();
+        let mut guest = Guest { votes, line, join: v1::Join::default(), parts: VecDeque::new() };
+        match guest.hear().await {
+            Some(Vote::Join(join)) => guest.join = join,
+            other => panic!("the first message is {other:?}"),
+        }
+        guest
+    }
+
+    pub(super) async fn welcome(&mut self) -> Guest {
+        let guest = self.guest().await;
+        guest.welcome(&self.spec);
+        guest
+    }
+
+    /// Workers w0, w1, ... in a formed generation 1 at step 0, in the order of their ranks.
+    pub(super) async fn cluster(&mut self, world: usize) -> (Vec<Worker>, Vec<Guest>) {
+        let workers = (0..world).map(|rank| self.worker(&format!("w{rank}"))).collect();
+        let mut guests = Vec::new();
+        for _ in 0..world {
+            guests.push(self.welcome().await);
+        }
+        guests.sort_by(|a, b| a.join.name.cmp(&b.join.name));
+        reform(&mut guests, 1, 0).await;
+        (workers, guests)
+    }
+}
+
+/// Forms a generation of all guests; the digest on which they agree.
+pub(super) async fn reform(guests: &mut [Guest], generation: u64, step: u64) -> Vec<u8> {
+    let joins: Vec<v1::Join> = guests.iter().map(|guest| guest.join.clone()).collect();
+    for (rank, guest) in guests.iter().enumerate() {
+        guest.form(generation, rank as u32, &joins.iter().collect::<Vec<_>>(), step);
+    }
+    let all = join_all(guests.iter_mut().map(Guest::ready)).await;
+    assert!(all.iter().all(|ready| *ready == all[0] && ready.step == step), "{all:?}");
+    all[0].weights_digest.clone()
+}
+
+/// Commits steps with the slots shared out; the digests of the reduced buffers.
+pub(super) async fn steps(
+    guests: &mut [Guest],
+    generation: u64,
+    range: RangeInclusive<u64>,
+) -> Vec<Vec<u8>> {
+    let world = guests.len() as u32;
+    let mut digests = Vec::new();
+    for step in range {
+        for (rank, guest) in (0..).zip(guests.iter()) {
+            guest.plan(generation, step, 4 * rank / world..4 * (rank + 1) / world);
+        }
+        let all = join_all(guests.iter_mut().map(Guest::prepared)).await;
+        for (guest, prepared) in guests.iter().zip(&all) {
+            assert_eq!(prepared.digest, all[0].digest);
+            assert_eq!(prepared.statistics, all[0].statistics);
+            guest.commit(generation, step);
+        }
+        digests.push(all[0].digest.clone());
+    }
+    digests
+}
+
+/// The coordinator's end of one session.
+pub(super) struct Guest {
+    votes: Streaming<WorkerMessage>,
+    line: Line,
+    pub(super) join: v1::Join,
+    /// Parts that were saved while the test waited for something else.
+    parts: VecDeque<v1::PartSaved>,
+}
+
+macro_rules! hears {
+    ($($name:ident: $kind:ident),*) => {
+        $(pub(super) async fn $name(&mut self) -> v1::$kind {
+            match self.hear().await {
+                Some(Vote::$kind(vote)) => vote,
+                other => panic!("heard {other:?}"),
+            }
+        })*
+    };
+}
+
+impl Guest {
+    async fn next(&mut self) -> Option<Vote> {
+        let message = tokio::time::timeout(PATIENCE, self.votes.message()).await;
+        message.expect("the worker says something").ok().flatten().and_then(|m| m.kind)
+    }
+
+    async fn next_but_beats(&mut self) -> Option<Vote> {
+        loop {
+            match self.next().await {
+                Some(Vote::Heartbeat(_)) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// The next message that is neither a heartbeat nor a saved part, which comes at any time;
+    /// `None` at the end of the stream.
+    pub(super) async fn hear(&mut self) -> Option<Vote> {
+        loop {
+            match self.next_but_beats().await {
+                Some(Vote::PartSaved(part)) => self.parts.push_back(part),
+                other => return other,
+            }
+        }
+    }
+
+    pub(super) async fn beat(&mut self) {
+        while !matches!(self.next().await, Some(Vote::Heartbeat(_))) {}
+    }
+
+    hears!(ready: Ready, prepared: Prepared, evaluated: Evaluated, failed: Failed);
+
+    pub(super) async fn saved(&mut self) -> v1::PartSaved {
+        match self.parts.pop_front() {
+            Some(part) => part,
+            None => match self.next_but_beats().await {
+                Some(Vote::PartSaved(part)) => part,
+                other => panic!("heard {other:?}"),
+            },
+        }
+    }
+
+    pub(super) fn say(&self, kind: Directive) {
+        self.line.try_send(Ok(CoordinatorMessage { kind: Some(kind) })).unwrap();
+    }
+
+    pub(super) fn say_nothing(&self) {
+        self.line.try_send(Ok(CoordinatorMessage { kind: None })).unwrap();
+    }
+
+    pub(super) fn welcome(&self, spec: &Spec) {
+        let spec = spec.to_toml();
+        self.say(Directive::Welcome(v1::Welcome { worker_id: 1, incarnation: 1, spec }));
+    }
+
+    pub(super) fn form(&self, generation: u64, rank: u32, joins: &[&v1::Join], step: u64) {
+        let member = |(id, join): (u64, &&v1::Join)| v1::Member {
+            worker_id: id,
+            name: join.name.clone(),
+            peer_address: join.peer_address.clone(),
+        };
+        let members = (1..).zip(joins).map(member).collect();
+        let from_checkpoint = step > 0;
+        self.say(Directive::Form(v1::Form { generation, members, rank, step, from_checkpoint }));
+    }
+
+    pub(super) fn plan(&self, generation: u64, step: u64, slots: Range<u32>) {
+        let (slot_begin, slot_end) = (slots.start, slots.end);
+        self.say(Directive::Plan(v1::Plan { generation, step, slot_begin, slot_end }));
+    }
+
+    pub(super) fn commit(&self, generation: u64, step: u64) {
+        self.say(Directive::Commit(v1::Commit { generation, step }));
+    }
+
+    pub(super) fn evaluate(&self, generation: u64, step: u64, range: Range<u64>) {
+        let (begin, end) = (range.start, range.end);
+        self.say(Directive::Evaluate(v1::Evaluate { generation, step, begin, end }));
+    }
+
+    pub(super) fn save(&self, step: u64, part: u32, parts: u32) {
+        self.say(Directive::Save(v1::Save { generation: 1, step, part, parts }));
+    }
+
+    pub(super) fn finish(&self, reason: &str) {
+        self.say(Directive::Finish(v1::Finish { reason: reason.into() }));
+    }
+}
