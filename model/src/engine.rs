@@ -14,7 +14,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::exit::stage_one;
 use crate::loop_lm::floats;
-use crate::{Layout, LoopLm, Rotary, SlotStatistics, TrainState, numerics, optimizer};
+use crate::{Layout, LoopLm, Rotary, SlotStatistics, TrainState, optimizer};
 
 /// The settings of a stage that shape the computation of a slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -151,10 +151,10 @@ impl Engine {
             .install(|| optimizer::update(&self.layout, state, gradient, settings, learning_rate))
     }
 
-    /// Everything that decides the bits of this engine's results; see [`numerics`].
+    /// Euclidean norm of a flat gradient, as [`Engine::update`] takes it.
     #[must_use]
-    pub fn numerics(&self) -> String {
-        numerics::describe(&numerics::probe())
+    pub fn norm(&self, gradient: &[f32]) -> f64 {
+        self.pools(1)[0].install(|| optimizer::global_norm(gradient))
     }
 
     /// The loaded model.

@@ -19,5 +19,5 @@ pub use exit::{SlotStatistics, StageOne, log_exit_pdf, stage_one};
 pub use generate::{Sampling, generate};
 pub use layout::{Layout, TensorEntry};
 pub use loop_lm::{Layer, LoopLm, LoopOutput, Rotary};
-pub use optimizer::{global_norm, update};
+pub use numerics::numerics;
 pub use state::TrainState;

@@ -12,9 +12,16 @@ use looptrain_proto::{Digest, spec};
 use crate::ops::KernelLevel;
 use crate::{Engine, SlotBatch, StageSettings, TrainState};
 
+/// Kernel level and probe of this machine, such as `avx512-1f2e3d4c5b6a7980`.
+#[must_use]
+pub fn numerics() -> String {
+    let hex: String = probe().0[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{hex}", KernelLevel::detect().name())
+}
+
 /// Digest of the gradient of one slot of a small model whose products are long enough to be
 /// blocked and whose sequences are long enough to be tiled.
-pub(crate) fn probe() -> Digest {
+fn probe() -> Digest {
     static PROBE: OnceLock<Digest> = OnceLock::new();
     *PROBE.get_or_init(|| {
         let model = spec::Model {
@@ -44,10 +51,4 @@ pub(crate) fn probe() -> Digest {
         );
         *digest.get().expect("the engine computes every slot")
     })
-}
-
-/// Kernel level and probe, such as `avx512-1f2e3d4c5b6a7980`.
-pub(crate) fn describe(probe: &Digest) -> String {
-    let hex: String = probe.0[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{}-{hex}", KernelLevel::detect().name())
 }

@@ -10,7 +10,7 @@ const CHUNK: usize = 1 << 14;
 
 /// Euclidean norm in double precision, summed chunk by chunk.
 #[must_use]
-pub fn global_norm(gradient: &[f32]) -> f64 {
+pub(crate) fn global_norm(gradient: &[f32]) -> f64 {
     let partial: Vec<f64> = gradient
         .par_chunks(CHUNK)
         .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
@@ -34,7 +34,7 @@ struct Update {
 ///
 /// # Panics
 /// If the buffers and the layout differ in length.
-pub fn update(
+pub(crate) fn update(
     layout: &Layout,
     state: &mut TrainState,
     gradient: &[f32],

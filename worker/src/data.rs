@@ -10,8 +10,6 @@ use looptrain_model::SlotBatch;
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{Dataset, Order, Split, Store};
 
-use crate::reduce::exact::MAX_SLOTS;
-
 /// Data that is missing, does not fit the spec, or cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -56,16 +54,6 @@ pub enum DataError {
         available: u64,
         /// Which split.
         split: &'static str,
-    },
-    /// More slots than the reduction can sum.
-    #[error(
-        "stages.{index}.slots is {slots}, more than exact reduction can sum ({MAX_SLOTS}); use fewer slots of more sequences"
-    )]
-    TooManySlots {
-        /// Index of the stage.
-        index: usize,
-        /// As the spec says.
-        slots: u32,
     },
     /// A token outside of the model's embedding.
     #[error(
@@ -125,9 +113,6 @@ impl Data {
     /// The order of a stage, if its datasets can serve it.
     fn order(&self, index: usize) -> Result<Order, DataError> {
         let stage = &self.spec.stages[index];
-        if stage.slots > MAX_SLOTS {
-            return Err(DataError::TooManySlots { index, slots: stage.slots });
-        }
         let mixture = self.spec.mixture(index);
         let sequences = |split| {
             let count = |(dataset, _): &(usize, u32)| {
@@ -180,10 +165,12 @@ impl Data {
         Ok(SlotBatch { tokens, sequences: stage.slot_sequences, sequence_length: length })
     }
 
-    /// Validation sequences of the stage of `step`, each a batch of its own, so that a sequence's
-    /// share of the loss does not depend on its neighbours. What is past the end is left out.
+    /// The evaluation sequences `range` of the stage of `step`, each a batch of its own, so that a
+    /// sequence's share of the loss does not depend on its neighbours.
     ///
-    /// Several datasets take turns: index `i` is sequence `i / n` of the `i % n`-th of `n`.
+    /// The evaluation's sequences are spread evenly over each validation split, so that a few long
+    /// documents do not stand for all; several datasets take turns: index `i` belongs to the
+    /// `i % n`-th of `n`. What a split does not hold is left out.
     pub(crate) async fn validation(
         &self,
         step: Step,
@@ -193,15 +180,13 @@ impl Data {
         let length = self.spec.stages[index].sequence_length;
         let mixture = self.spec.mixture(index);
         let turns = mixture.len() as u64;
-        let longest = mixture
-            .iter()
-            .map(|(dataset, _)| self.datasets[*dataset].sequences(Split::Validation, length))
-            .max()
-            .unwrap_or(0);
+        let wanted = self.spec.evaluation.sequences.div_ceil(turns);
         let mut batches = Vec::new();
-        for index in range.start..range.end.min(longest.saturating_mul(turns)) {
-            let (dataset, sequence) = (mixture[(index % turns) as usize].0, index / turns);
-            if sequence < self.datasets[dataset].sequences(Split::Validation, length) {
+        for index in range.start..range.end.min(self.spec.evaluation.sequences) {
+            let (dataset, turn) = (mixture[(index % turns) as usize].0, index / turns);
+            let held = self.datasets[dataset].sequences(Split::Validation, length);
+            let sequence = if wanted <= held { spread(turn, wanted, held) } else { turn };
+            if sequence < held {
                 let tokens = self.sequence(dataset, Split::Validation, length, sequence).await?;
                 batches.push(SlotBatch { tokens, sequences: 1, sequence_length: length });
             }
@@ -231,6 +216,11 @@ impl Data {
     }
 }
 
+/// The `index`-th of `count` places spread evenly over `length`.
+fn spread(index: u64, count: u64, length: u64) -> u64 {
+    (u128::from(index) * u128::from(length) / u128::from(count)) as u64
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -258,17 +248,32 @@ mod tests {
         assert!(text.contains("more than model.vocab_size = 270"), "{text}");
         let text = refusal(|spec| spec.stages[0].sequence_length = 100_000).await;
         assert!(text.contains("training sequences") && text.contains("`only`"), "{text}");
-        let text = refusal(|spec| spec.stages[0].slots = 70_000).await;
-        assert!(text.contains("stages.0.slots is 70000"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn an_evaluation_is_spread_over_the_split() {
+        let (mut spec, store) = tiny_store().await;
+        Arc::make_mut(&mut spec).evaluation.sequences = 4;
+        let data = Data::open(spec, &store).await.unwrap();
+        let held = data.datasets[0].sequences(Split::Validation, 8);
+        assert!(held >= 8, "the split has {held} sequences");
+        let found = data.validation(Step(1), 0..u64::MAX).await.unwrap();
+        assert_eq!(found.len(), 4);
+        for (turn, batch) in found.iter().enumerate() {
+            let place = turn as u64 * held / 4;
+            let expected = data.sequence(0, Split::Validation, 8, place).await.unwrap();
+            assert_eq!(batch.tokens, expected);
+        }
     }
 
     #[tokio::test]
     async fn validation_stops_at_its_end_however_much_is_asked_for() {
-        let (spec, store) = tiny_store().await;
+        let (mut spec, store) = tiny_store().await;
+        Arc::make_mut(&mut spec).evaluation.sequences = 1 << 40;
         let data = Data::open(spec, &store).await.unwrap();
         let all = data.datasets[0].sequences(Split::Validation, 8);
         let some = data.validation(Step(1), 0..3).await.unwrap();
-        let rest = data.validation(Step(1), 3..u64::MAX).await.unwrap();
+        let rest = data.validation(Step(1), 3..all + 9).await.unwrap();
         assert_eq!(some.len(), 3);
         assert_eq!((some.len() + rest.len()) as u64, all);
         assert!(rest.iter().all(|batch| batch.sequences == 1 && batch.tokens.len() == 9));

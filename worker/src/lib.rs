@@ -76,7 +76,7 @@ pub async fn run(settings: WorkerSettings) -> Result<Finished, WorkerError> {
 
 async fn join(settings: &WorkerSettings) -> Result<(Link, Welcome, PeerListener), WorkerError> {
     let listener = PeerListener::bind(settings.peer_listen).await?;
-    let numerics = tokio::task::spawn_blocking(settings::numerics);
+    let numerics = tokio::task::spawn_blocking(looptrain_model::numerics);
     let join = Join {
         protocol_version: PROTOCOL_VERSION,
         name: settings.name.clone(),

@@ -3,8 +3,6 @@
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::time::Duration;
 
-use looptrain_model::Engine;
-use looptrain_proto::spec;
 use tokio_util::sync::CancellationToken;
 
 /// How to run a worker.
@@ -39,21 +37,6 @@ impl WorkerSettings {
             connect_timeout: Duration::from_secs(30),
         }
     }
-}
-
-/// What decides the bits of this worker's arithmetic. It belongs to the join, before the spec is
-/// known, and is the same for every model; so any model will do.
-pub(crate) fn numerics() -> String {
-    let model = spec::Model {
-        hidden_size: 2,
-        num_hidden_layers: 1,
-        num_attention_heads: 1,
-        intermediate_size: 1,
-        vocab_size: 1,
-        rms_norm_eps: 1e-6,
-        initializer_range: 0.02,
-    };
-    Engine::new(&model, 1).numerics()
 }
 
 /// The machine's name, for people.

@@ -33,7 +33,7 @@ impl Core {
     pub(super) fn evaluation_is_due(&self) -> bool {
         let (step, every) = (self.committed, self.spec.evaluation.every_steps);
         let last = step >= self.total;
-        let regular = every > 0 && step.0 % every == 0 && self.stop.is_none();
+        let regular = every > 0 && step.0.is_multiple_of(every) && self.stop.is_none();
         let done = self.evaluation.as_ref().is_some_and(|record| record.step == step);
         step.0 > 0 && (last || regular) && !done
     }

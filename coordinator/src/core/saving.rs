@@ -61,7 +61,7 @@ impl Core {
         if self.state_is_in_reach() || being_saved {
             return;
         }
-        let regular = step.0 % self.spec.checkpoint.every_steps == 0;
+        let regular = step.0.is_multiple_of(self.spec.checkpoint.every_steps);
         if !(regular || self.save_overdue || self.ending()) {
             return;
         }

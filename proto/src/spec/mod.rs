@@ -285,7 +285,7 @@ impl Default for Checkpoint {
 pub struct Evaluation {
     /// An evaluation after every this many steps, and always after the last; 0 for the last alone.
     pub every_steps: u64,
-    /// Validation sequences per evaluation, from the start of the validation split.
+    /// Validation sequences per evaluation, spread evenly over the validation split.
     pub sequences: u64,
 }
 

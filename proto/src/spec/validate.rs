@@ -6,6 +6,11 @@ use super::{Dataset, Model, Spec, Stage};
 
 type Complaint = (String, String);
 
+/// Slots per step whose fixed-point gradients add up without overflow.
+const MAX_SLOTS: u32 = 1 << 16;
+/// Sum of a mixture's weights up to which its shares are exact.
+const MAX_WEIGHTS: u64 = 1 << 20;
+
 macro_rules! require {
     ($condition:expr, $key:expr, $($message:tt)+) => {
         if !$condition {
@@ -83,12 +88,12 @@ fn model(model: &Model) -> Result<(), Complaint> {
     }
     let (hidden, heads) = (model.hidden_size, model.num_attention_heads);
     require!(
-        hidden % heads == 0,
+        hidden.is_multiple_of(heads),
         "model.num_attention_heads",
         "{heads} heads do not divide model.hidden_size = {hidden}; choose a divisor"
     );
     require!(
-        model.head_dim() % 2 == 0,
+        model.head_dim().is_multiple_of(2),
         "model.num_attention_heads",
         "{heads} heads of model.hidden_size = {hidden} have the odd dimension {}; rotary embedding needs an even one",
         model.head_dim()
@@ -182,6 +187,12 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
     ] {
         require!(value > 0, key(name), "must be at least 1");
     }
+    require!(
+        stage.slots <= MAX_SLOTS,
+        key("slots"),
+        "{} slots are more than the {MAX_SLOTS} that fixed point can add up; make slots larger",
+        stage.slots
+    );
     let weight = stage.entropy_weight;
     require!(
         weight.is_finite() && weight >= 0.0,
@@ -222,5 +233,11 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
         );
         require!(part.weight > 0, key, "the weight must be at least 1");
     }
+    let weights: u64 = stage.mixture.iter().map(|part| u64::from(part.weight)).sum();
+    require!(
+        weights <= MAX_WEIGHTS,
+        key("mixture"),
+        "the weights add up to {weights}, more than {MAX_WEIGHTS}; use smaller numbers"
+    );
     Ok(())
 }

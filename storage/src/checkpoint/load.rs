@@ -104,11 +104,9 @@ impl Checkpoints {
         manifest: &CheckpointManifest,
         read: impl Fn(Bytes) -> std::result::Result<Vec<T>, String> + Copy + Send + 'static,
     ) -> Result<Vec<Vec<T>>> {
-        futures::stream::iter(&manifest.parts)
-            .map(|part| self.part(manifest.step, part, read))
-            .buffered(CONCURRENT_PARTS)
-            .try_collect()
-            .await
+        let reads: Vec<_> =
+            manifest.parts.iter().map(|part| self.part(manifest.step, part, read)).collect();
+        futures::stream::iter(reads).buffered(CONCURRENT_PARTS).try_collect().await
     }
 
     async fn part<T: Send + 'static>(

@@ -100,9 +100,9 @@ fn a_port_in_use() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let dashboard = scratch.train(&["--workers", "1", "--dashboard", &address]);
-    dashboard.fails(1, &[&address, "--dashboard"]);
+    dashboard.fails(1, &["dashboard", &address, "choose another port"]);
     let listen = scratch.run(&["coordinator", "spec.toml", "--listen", &address]);
-    listen.fails(1, &[&address, "--listen"]);
+    listen.fails(1, &["workers", &address, "choose another port"]);
 }
 
 #[test]

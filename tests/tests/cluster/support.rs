@@ -188,8 +188,8 @@ impl Drop for Running {
 
 /// Sends a signal to a process.
 pub(crate) fn signal(process: u32, name: &str) {
-    let status =
-        Command::new("kill").args([&format!("-{name}"), &process.to_string()]).status().unwrap();
+    let kill = format!("kill -{name} {process}");
+    let status = Command::new("sh").args(["-c", &kill]).status().unwrap();
     assert!(status.success(), "cannot send {name} to {process}");
 }
 

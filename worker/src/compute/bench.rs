@@ -9,9 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use looptrain_model::{
-    Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState, global_norm,
-};
+use looptrain_model::{Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState};
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::Tensor;
@@ -181,7 +179,7 @@ impl Bench {
             layout: &self.layout,
             step,
             stage,
-            fixed: FixedPoint::new(self.spec.cluster.fraction_bits),
+            fixed: FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots),
         };
         let (mut slots, mut missing) = (Vec::new(), Vec::new());
         for (slot, batch) in (first_slot..).zip(batches) {
@@ -240,9 +238,9 @@ impl Bench {
             Some(old) => old.gradient,
             None => vec![0.0; parameters],
         };
-        let fixed = FixedPoint::new(self.spec.cluster.fraction_bits);
+        let fixed = FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots);
         fixed.decode(&reduced[..parameters], f64::from(stage.slots), &mut gradient);
-        let norm = global_norm(&gradient);
+        let norm = self.engine.norm(&gradient);
         let statistics = sums::step_statistics(&reduced[parameters..], stage, norm);
         self.prepared = Some(Prepared { step, gradient });
         self.spare = reduced;

@@ -8,7 +8,7 @@ use looptrain_model::SlotStatistics;
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{EVALUATION_FRACTION_BITS, spec};
 
-use crate::reduce::exact::FixedPoint;
+use crate::reduce::exact::{FixedPoint, MAX_SLOTS};
 
 /// Statistics are means of a few nats at most, so they need range more than fraction bits.
 const STATISTICS_FRACTION_BITS: u32 = 32;
@@ -19,7 +19,7 @@ pub(super) fn statistics_len(loops: usize) -> usize {
 }
 
 pub(super) fn statistics_fixed_point() -> FixedPoint {
-    FixedPoint::new(STATISTICS_FRACTION_BITS)
+    FixedPoint::new(STATISTICS_FRACTION_BITS, MAX_SLOTS)
 }
 
 /// The statistics in the order of the buffer, each with its name for messages.

@@ -1,15 +1,18 @@
 //! Fixed point: gradients as 64-bit integers, whose sum is the same in any order.
 //!
 //! A value `x` enters the sum as `round(x * 2^bits)`, rounded to the nearest even integer. What
-//! could make a sum of [`MAX_SLOTS`] such integers wrap is refused, together with NaN and infinity:
-//! an error names the element, and nothing ever wraps. So any number of slots may be added by any
+//! could make the sum over all slots of a step wrap is refused, together with NaN and infinity: an
+//! error names the element, and nothing ever wraps. So any number of slots may be added by any
 //! number of ranks in any grouping, and every bit of the sum is the same.
 
 /// Slots that may be summed, over all ranks, without a wrap.
 pub const MAX_SLOTS: u32 = 1 << 16;
 
-/// An encoded value is at most 2^LIMIT_BITS in magnitude; times [`MAX_SLOTS`] that is 2^62.
-const LIMIT_BITS: i32 = 46;
+/// An encoded value is at most 2^50 in magnitude, where [`ROUNDER`] still rounds exactly, and at
+/// most so large that all slots together stay within 2^62.
+fn limit_bits(slots: u32) -> i32 {
+    50.min(62 - slots.max(1).next_power_of_two().trailing_zeros() as i32)
+}
 
 /// 1.5 * 2^52. Between 2^52 and 2^53 neighbouring doubles are one apart, so adding this constant
 /// rounds (to nearest even) to an integer, which then stands in the low bits: the conversion is one
@@ -29,7 +32,8 @@ pub struct OutOfRange {
     pub value: f32,
 }
 
-/// The conversion between floating point and fixed point of a number of fraction bits.
+/// The conversion between floating point and fixed point of a number of fraction bits, for sums
+/// over a number of slots.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FixedPoint {
     scale: f64,
@@ -38,12 +42,16 @@ pub struct FixedPoint {
 
 impl FixedPoint {
     /// Values are rounded to multiples of 2^-`fraction_bits` (the spec allows 16 to 52) and may
-    /// reach 2^(46 - `fraction_bits`).
+    /// reach 2^(50 - `fraction_bits`), less when `slots` is above 2^12.
+    ///
+    /// # Panics
+    /// When there are more than [`MAX_SLOTS`] slots, which no valid spec has.
     #[must_use]
-    pub fn new(fraction_bits: u32) -> Self {
+    pub fn new(fraction_bits: u32, slots: u32) -> Self {
         debug_assert!(fraction_bits <= 64, "the scale and the limit must be exact in f32");
+        assert!(slots <= MAX_SLOTS, "{slots} slots are too many for a sum");
         let bits = fraction_bits.min(64) as i32;
-        Self { scale: 2f64.powi(bits), limit: 2f32.powi(LIMIT_BITS - bits) }
+        Self { scale: 2f64.powi(bits), limit: 2f32.powi(limit_bits(slots) - bits) }
     }
 
     /// The largest magnitude that can be encoded.
@@ -129,7 +137,7 @@ mod tests {
 
     fn encoded(bits: u32, values: &[f32]) -> Vec<i64> {
         let mut acc = vec![0; values.len()];
-        FixedPoint::new(bits).encode_add(&mut acc, values).unwrap();
+        FixedPoint::new(bits, 24).encode_add(&mut acc, values).unwrap();
         acc
     }
 
@@ -142,17 +150,20 @@ mod tests {
     #[test]
     fn the_largest_value_fits_as_often_as_there_may_be_slots() {
         for bits in [0, 16, 40, 52] {
-            let limit = FixedPoint::new(bits).limit();
-            let sum = encoded(bits, &[limit, -limit]);
-            assert_eq!(sum, [1 << 46, -(1 << 46)]);
-            assert!(sum[0].checked_mul(i64::from(MAX_SLOTS)).is_some());
+            for slots in [1, 3, 1 << 12, 5000, MAX_SLOTS] {
+                let fixed = FixedPoint::new(bits, slots);
+                let mut sum = [0, 0];
+                fixed.encode_add(&mut sum, &[fixed.limit(), -fixed.limit()]).unwrap();
+                assert!(sum[0] >= 1 << 46 && sum[1] == -sum[0], "{sum:?}");
+                assert!(sum[0].checked_mul(i64::from(slots)).is_some());
+            }
         }
     }
 
     #[test]
     fn what_is_too_large_or_no_number_is_named() {
-        let fixed = FixedPoint::new(40);
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 64.1, -64.1, f32::MAX] {
+        let fixed = FixedPoint::new(40, 24);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1024.1, -1024.1, f32::MAX] {
             for index in [0, 1023, 1024, 2999] {
                 let mut values = vec![1.0; 3000];
                 values[index] = bad;
@@ -165,10 +176,10 @@ mod tests {
 
     #[test]
     fn a_statistic_that_is_no_number_has_no_encoding() {
-        let fixed = FixedPoint::new(32);
+        let fixed = FixedPoint::new(32, 24);
         assert_eq!(fixed.encode(f64::NAN), None);
         assert_eq!(fixed.encode(f64::INFINITY), None);
-        assert_eq!(fixed.encode(16_385.0), None);
+        assert_eq!(fixed.encode(262_145.0), None);
         assert_eq!(fixed.encode(-1.5), Some(-3 << 31));
     }
 
@@ -185,7 +196,7 @@ mod tests {
             ranks in 1usize..6,
             seed in any::<u64>(),
         ) {
-            let fixed = FixedPoint::new(40);
+            let fixed = FixedPoint::new(40, 24);
             let mut straight = vec![0i64; 5];
             for slot in &slots {
                 fixed.encode_add(&mut straight, slot).unwrap();
@@ -207,7 +218,7 @@ mod tests {
 
         #[test]
         fn a_value_comes_back_within_half_a_unit(value in -60f32..60.0) {
-            let fixed = FixedPoint::new(40);
+            let fixed = FixedPoint::new(40, 24);
             let sum = encoded(40, &[value])[0];
             let back = fixed.decode_one(sum, 1.0);
             prop_assert!((back - f64::from(value)).abs() <= 0.5 / 2f64.powi(40));
@@ -221,7 +232,7 @@ mod tests {
             bits in 16u32..=52,
             share in -1f32..=1.0,
         ) {
-            let fixed = FixedPoint::new(bits);
+            let fixed = FixedPoint::new(bits, 24);
             let value = share * fixed.limit();
             let expected = (f64::from(value) * 2f64.powi(bits as i32)).round_ties_even() as i64;
             prop_assert_eq!(encoded(bits, &[value])[0], expected);

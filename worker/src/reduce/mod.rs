@@ -16,7 +16,7 @@ pub enum Collective {
     /// A world of one rank: its own sums are the result.
     Alone,
     /// A ring of TCP connections.
-    Tcp(tcp::Ring),
+    Tcp(Box<tcp::Ring>),
 }
 
 impl Collective {

@@ -60,7 +60,9 @@ impl Drop for Activity {
     }
 }
 
-type CommitResult = Result<Result<(), ComputeError>, WorkerError>;
+/// A queued commit, with its step.
+type Committing =
+    Pin<Box<dyn Future<Output = (Step, Result<Result<(), ComputeError>, WorkerError>)> + Send>>;
 
 /// One worker's membership in a run, from the welcome to the end.
 pub(crate) struct Session {
@@ -72,7 +74,7 @@ pub(crate) struct Session {
     activity: Option<Activity>,
     /// A step was prepared and nothing has been heard of it since.
     owes_commit: bool,
-    commits: FuturesUnordered<Pin<Box<dyn Future<Output = (Step, CommitResult)> + Send>>>,
+    commits: FuturesUnordered<Committing>,
     saves: JoinSet<PartSaved>,
     /// What this worker last reported in the generation, unless it was a neighbour's fault.
     reported: Option<String>,
@@ -344,10 +346,23 @@ async fn ended(activity: &mut Option<Activity>) -> (Step, Outcome) {
     }
 }
 
-/// Answers a welcome that this worker cannot follow.
-pub(crate) async fn decline(link: Link, error: &WorkerError) {
-    let failed = failed(Generation(0), Step(0), Cause::Store, error.to_string());
-    if link.report(failed).is_ok() {
-        link.close(FAREWELL).await;
-    }
+/// Answers a welcome that this worker cannot follow. The coordinator may already count on it: a
+/// generation that is formed in the meantime is answered too.
+pub(crate) async fn decline(mut link: Link, error: &WorkerError) {
+    let answer = |generation, step| failed(generation, step, Cause::Store, error.to_string());
+    let farewell = async {
+        link.report(answer(Generation(0), Step(0)))?;
+        loop {
+            match link.receive().await? {
+                Some(Directive::Form(form)) => {
+                    link.report(answer(Generation(form.generation), Step(form.step)))?;
+                }
+                Some(Directive::Finish(_)) => return Ok::<_, WorkerError>(()),
+                _ => {}
+            }
+        }
+    };
+    // However the farewell goes, this worker ends with the error that led here.
+    let _ = tokio::time::timeout(FAREWELL, farewell).await;
+    link.close(FAREWELL).await;
 }

@@ -246,6 +246,9 @@ async fn missing_data_is_told_to_the_coordinator_before_the_worker_ends() {
     let failed = guest.failed().await;
     assert_eq!(failed.cause(), Cause::Store);
     assert!(failed.detail.contains("no dataset `text`"), "{}", failed.detail);
+    guest.form(4, 0, &[&guest.join.clone()], 0);
+    assert_eq!(guest.failed().await.generation, 4, "the generation must not wait for this worker");
+    guest.finish("go");
     drop(guest);
     assert!(matches!(worker.await.unwrap(), Err(WorkerError::Data(_))));
 }

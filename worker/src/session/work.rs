@@ -74,13 +74,7 @@ impl Work {
 
     async fn load(&self, step: Step) -> Result<(), Failure> {
         let start = Instant::now();
-        // On a thread of its own: the compiler cannot tell that the future of `load` is Send.
-        let checkpoints = self.checkpoints.clone();
-        let (manifest, tensors) = tokio::task::spawn_blocking(move || {
-            tokio::runtime::Handle::current().block_on(checkpoints.load(step))
-        })
-        .await
-        .map_err(|_| WorkerError::Compute)??;
+        let (manifest, tensors) = self.checkpoints.load(step).await?;
         let (theirs, ours) = (manifest.trajectory, self.spec.trajectory_digest());
         if theirs != ours {
             return Err(StateError::OtherTrajectory { step, theirs, ours }.into());

@@ -58,14 +58,14 @@ impl Ring {
             peers.accept(id, previous, within),
             peers.connect(id, rank, next, within),
         )?;
-        Ok(Collective::Tcp(Self {
+        Ok(Collective::Tcp(Box::new(Self {
             rank: own,
             world,
             previous: Link { peer: previous.clone(), stream: incoming },
             next: Link { peer: next.clone(), stream: outgoing },
             scratch: vec![0; SCRATCH],
             spent: false,
-        }))
+        })))
     }
 
     pub(crate) fn world(&self) -> usize {
