@@ -91,8 +91,19 @@ fn gauge(meter: &Meter, metric: Metric) -> Gauge<f64> {
     meter.f64_gauge(metric.name).with_unit(metric.unit).with_description(metric.help).build()
 }
 
+/// Upper bounds of the histograms' buckets, in seconds: a step takes milliseconds on a small model
+/// and minutes on a large one.
+const SECONDS: [f64; 16] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
 fn histogram(meter: &Meter, metric: Metric) -> Histogram<f64> {
-    meter.f64_histogram(metric.name).with_unit(metric.unit).with_description(metric.help).build()
+    meter
+        .f64_histogram(metric.name)
+        .with_unit(metric.unit)
+        .with_description(metric.help)
+        .with_boundaries(SECONDS.to_vec())
+        .build()
 }
 
 macro_rules! instruments {
