@@ -7,6 +7,8 @@
 
 mod load;
 mod schedule;
+#[cfg(test)]
+mod tests;
 mod validate;
 
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,112 @@
+//! Specs as people write them, and as they should not.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::Step;
+
+fn example() -> &'static str {
+    include_str!("../../../examples/quickstart.toml")
+}
+
+fn parse(text: &str, overrides: &[&str]) -> Result<Spec, String> {
+    let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+    Spec::parse("run.toml", text, &overrides).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_spec_survives_the_journey_to_a_worker() {
+    let spec = parse(example(), &[]).unwrap();
+    assert_eq!(Spec::parse("welcome", &spec.to_toml(), &[]).unwrap(), spec);
+}
+
+#[test]
+fn overrides_reach_tables_lists_and_absent_keys() {
+    let given = ["run.seed=99", "stages.0.learning_rate.peak=1e-4", "cluster.worker_timeout=7.5"];
+    let spec = parse(example(), &given).unwrap();
+    assert_eq!(spec.run.seed, 99);
+    assert_eq!(spec.stages[0].learning_rate.peak, 1e-4);
+    assert_eq!(spec.cluster.worker_timeout, 7.5);
+    let named = parse(example(), &["run.name=plain-text"]).unwrap();
+    assert_eq!(named.run.name, "plain-text", "text needs no quotes");
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line() {
+    let text = example().replace("seed = 7", "sede = 7");
+    let error = parse(&text, &[]).unwrap_err();
+    assert!(error.starts_with("run.toml:9: ") && error.contains("sede"), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+#[test]
+fn contradictions_name_the_key_and_the_remedy() {
+    for (given, words) in [
+        ("model.num_attention_heads=3", "model.num_attention_heads: 3 heads do not divide"),
+        ("stages.0.slots=70000", "stages.0.slots: 70000 slots are more than"),
+        ("stages.0.loops=0", "stages.0.loops: must be at least 1"),
+        ("cluster.fraction_bits=60", "cluster.fraction_bits: must be between 16 and 52"),
+        ("run.name=\"../up\"", "run.name: `../up` is no name"),
+        ("optimizer.beta2=1.0", "optimizer.beta2: must be at least 0 and below 1"),
+        ("stages.0.learning_rate.warmup_steps=599", "stages.0.learning_rate: warmup_steps"),
+    ] {
+        let error = parse(example(), &[given]).unwrap_err();
+        assert!(error.contains(words), "{given}: {error}");
+    }
+}
+
+#[test]
+fn what_decides_the_weights_changes_the_trajectory_and_nothing_else_does() {
+    let digest = |given: &[&str]| parse(example(), given).unwrap().trajectory_digest();
+    let same =
+        ["cluster.workers=5", "run.name=other", "checkpoint.every_steps=7", "sample.tokens=1"];
+    for given in same {
+        assert_eq!(digest(&[given]), digest(&[]), "{given}");
+    }
+    let other =
+        ["run.seed=8", "stages.0.slots=5", "optimizer.beta1=0.8", "cluster.fraction_bits=41"];
+    for given in other {
+        assert_ne!(digest(&[given]), digest(&[]), "{given}");
+    }
+}
+
+#[test]
+fn steps_know_their_stage_and_the_cursor_counts_its_sequences() {
+    let mut spec = parse(example(), &["stages.0.steps=600"]).unwrap();
+    let mut second = spec.stages[0].clone();
+    second.steps = 5;
+    second.slots = 3;
+    spec.stages.push(second);
+    assert_eq!(spec.total_steps(), Step(605));
+    assert_eq!(spec.position(Step(0)), None);
+    assert_eq!(spec.position(Step(606)), None);
+    let last = spec.position(Step(600)).unwrap();
+    assert_eq!((last.stage, last.step_in_stage, last.first_sequence), (0, 599, 599 * 8));
+    let first = spec.position(Step(601)).unwrap();
+    assert_eq!((first.stage, first.step_in_stage, first.first_sequence), (1, 0, 0));
+    assert_eq!(spec.cursor_after(Step(601)), crate::Cursor { stage: 1, sequences: 6 });
+}
+
+proptest! {
+    #[test]
+    fn no_text_and_no_override_makes_the_reader_panic(text in ".{0,200}", given in ".{0,60}") {
+        let _ = parse(&text, &[]);
+        let _ = parse(example(), &[&given]);
+        let _ = parse(example(), &[&format!("stages.0.steps={given}")]);
+    }
+
+    #[test]
+    fn stages_follow_each_other_without_a_gap(steps in prop::collection::vec(1u64..40, 1..6)) {
+        let mut spec = parse(example(), &[]).unwrap();
+        let stage = spec.stages[0].clone();
+        spec.stages = steps.iter().map(|&steps| Stage { steps, ..stage.clone() }).collect();
+        let mut expected = Vec::new();
+        for (index, &count) in steps.iter().enumerate() {
+            expected.extend((0..count).map(|step| (index, step)));
+        }
+        let found: Vec<_> = (1..=spec.total_steps().0)
+            .map(|step| spec.position(Step(step)).map(|at| (at.stage, at.step_in_stage)).unwrap())
+            .collect();
+        prop_assert_eq!(found, expected);
+    }
+}
