@@ -1,5 +1,6 @@
-//! What the dashboard shows beside the core's snapshot: history that only grows. Written by the
-//! runtime, read by HTTP handlers; a lock is held for a copy at most.
+//! What the dashboard shows beside the core's snapshot: history, the older part of it thinned out,
+//! so that a long run does not fill the memory. Written by the runtime, read by HTTP handlers; a
+//! lock is held for a copy at most.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,10 @@ use crate::records::{EvaluationRecord, RunEvent, StepRecord};
 /// Events that are kept for the page.
 const EVENTS: usize = 200;
 
+/// Steps that are kept for the page: the newest half of them, and of older ones every second,
+/// fourth, eighth and so on, as few as fit.
+const STEPS: usize = 4000;
+
 /// An event as the page shows it.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Entry {
@@ -26,10 +31,27 @@ pub(crate) struct Entry {
 #[derive(Debug, Default)]
 struct State {
     steps: Vec<StepRecord>,
+    /// Of the older steps, those are kept that can be halved this often.
+    doublings: u32,
     evaluations: Vec<EvaluationRecord>,
     events: VecDeque<Entry>,
     rewinds: u64,
     checkpoint_unix_ms: Option<u64>,
+}
+
+impl State {
+    fn thin(&mut self) {
+        if self.steps.len() <= STEPS {
+            return;
+        }
+        let mut newest = self.steps.split_off(self.steps.len() - STEPS / 2);
+        self.steps.retain(|record| record.step.0.is_multiple_of(1 << self.doublings));
+        while self.steps.len() > STEPS / 4 {
+            self.doublings += 1;
+            self.steps.retain(|record| record.step.0.is_multiple_of(1 << self.doublings));
+        }
+        self.steps.append(&mut newest);
+    }
 }
 
 /// Shared between the runtime and the dashboard.
@@ -53,7 +75,9 @@ pub(crate) struct Recent {
 impl Board {
     pub(crate) fn new(history: History) -> Self {
         let History { steps, evaluations } = history;
-        Self { state: Mutex::new(State { steps, evaluations, ..State::default() }) }
+        let mut state = State { steps, evaluations, ..State::default() };
+        state.thin();
+        Self { state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -67,18 +91,13 @@ impl Board {
         let tone = match event {
             RunEvent::Committed(record) => {
                 state.steps.push(record.clone());
+                state.thin();
                 return;
             }
             RunEvent::Evaluated(record) => {
                 state.evaluations.retain(|kept| kept.step < record.step);
                 state.evaluations.push(record.clone());
                 "plain"
-            }
-            RunEvent::Rewound { to, .. } => {
-                state.steps.retain(|kept| kept.step <= *to);
-                state.evaluations.retain(|kept| kept.step <= *to);
-                state.rewinds += 1;
-                "bad"
             }
             RunEvent::CheckpointSaved { .. } => {
                 state.checkpoint_unix_ms = Some(now);
@@ -87,12 +106,29 @@ impl Board {
             RunEvent::Formed { .. } | RunEvent::Finished { .. } => "good",
             RunEvent::WorkerLost { .. }
             | RunEvent::WorkerRefused { .. }
+            | RunEvent::Rewound { .. }
             | RunEvent::CheckpointFailed { .. }
             | RunEvent::Failed { .. } => "bad",
-            RunEvent::WorkerJoined { .. } | RunEvent::Stopping { .. } => "plain",
+            RunEvent::WorkerJoined { .. }
+            | RunEvent::Waiting { .. }
+            | RunEvent::Stopping { .. } => "plain",
         };
-        state.events.push_front(Entry { unix_ms: now, text: event.to_string(), tone });
+        let text = event.to_string();
+        // A long wait must not push everything else off the page.
+        state.events.pop_front_if(|newest| newest.text == text);
+        state.events.push_front(Entry { unix_ms: now, text, tone });
         state.events.truncate(EVENTS);
+    }
+
+    /// The history ends after step `from`; these steps of it were missing.
+    pub(crate) fn go_on(&self, from: Step, lost: &[StepRecord]) {
+        let mut state = self.state();
+        let shown = state.steps.len();
+        state.steps.retain(|kept| kept.step <= from);
+        state.evaluations.retain(|kept| kept.step <= from);
+        state.rewinds += u64::from(state.steps.len() < shown);
+        state.steps.extend_from_slice(lost);
+        state.thin();
     }
 
     pub(crate) fn recent(&self) -> Recent {
@@ -106,7 +142,7 @@ impl Board {
         }
     }
 
-    /// At most `limit` steps behind `after`, in order.
+    /// At most `limit` of the steps that are kept behind `after`, in order.
     pub(crate) fn steps(&self, after: Step, limit: usize) -> Vec<StepRecord> {
         let state = self.state();
         let from = state.steps.partition_point(|record| record.step <= after);
@@ -117,4 +153,45 @@ impl Board {
 fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     since.as_millis() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::example;
+
+    fn steps(board: &Board) -> Vec<u64> {
+        board.steps(Step(0), usize::MAX).iter().map(|record| record.step.0).collect()
+    }
+
+    #[test]
+    fn old_steps_thin_out_and_the_newest_stay() {
+        let mut history = History::default();
+        history.steps.extend((1..=30_000).map(|step| example(step, 1.0)));
+        let board = Board::new(history);
+        assert!(steps(&board).len() <= STEPS);
+        for step in 30_001..=60_000 {
+            board.record(&RunEvent::Committed(example(step, 1.0)));
+        }
+        let kept = steps(&board);
+        assert!(kept.len() <= STEPS && kept.is_sorted(), "{} are kept", kept.len());
+        let newest = &kept[kept.len() - STEPS / 2..];
+        assert_eq!(newest, (58_001..=60_000).collect::<Vec<_>>());
+        let gaps = [0].iter().chain(&kept).zip(&kept).map(|(before, step)| step - before);
+        assert!(gaps.max() <= Some(64), "all of the run is there");
+    }
+
+    #[test]
+    fn a_wait_that_lasts_is_one_event() {
+        let board = Board::default();
+        for here in [0, 0, 1, 1, 1] {
+            board.record(&RunEvent::Waiting { here, wanted: 2 });
+        }
+        let texts: Vec<String> =
+            board.recent().events.into_iter().map(|entry| entry.text).collect();
+        assert_eq!(
+            texts,
+            ["waiting for workers: 1 of 2 are here", "waiting for workers: 0 of 2 are here"]
+        );
+    }
 }

@@ -40,6 +40,16 @@ pub enum CoordinatorError {
         /// Trajectory digest of the spec at hand.
         given: Digest,
     },
+    /// The run of this name trains on other data.
+    #[error("run `{run}` in {store}: {reason}")]
+    OtherData {
+        /// The run.
+        run: String,
+        /// Its store.
+        store: String,
+        /// Which dataset, and what to do.
+        reason: String,
+    },
     /// A checkpoint below the run's prefix belongs to another spec.
     #[error(
         "the checkpoint of step {step} of run `{run}` in {store} is of another model or data \

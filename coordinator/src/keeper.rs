@@ -1,16 +1,26 @@
 //! The durable notes of a run: its record and its checkpoints' manifests, written by one task in
 //! order, so that the runtime never waits for the store. Order of writing: parts (by the
 //! workers), manifest, record, and only then is anything old removed.
+//!
+//! The record's chain fences its own writes; manifests and removals are not part of it. So the
+//! record is looked at before each of them, and every few seconds besides: a coordinator that has
+//! been replaced leaves the run alone and ends.
 
-use std::sync::Arc;
+use std::time::Duration;
 
-use looptrain_proto::{Digest, Spec};
-use looptrain_storage::{CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register};
+use looptrain_proto::{Digest, Step};
+use looptrain_storage::{
+    CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register, RunRecord,
+};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::core::{Event, ManifestDraft};
 use crate::error::CoordinatorError;
 use crate::runtime::Input;
+
+/// A coordinator that has been replaced notices at the latest after this time.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Something to write down.
 #[derive(Debug)]
@@ -26,84 +36,248 @@ pub(crate) enum Note {
 
 /// The task's state.
 pub(crate) struct Keeper {
-    pub(crate) spec: Arc<Spec>,
+    pub(crate) run: String,
+    /// Checkpoints to keep.
+    pub(crate) keep: usize,
     pub(crate) trajectory: Digest,
     pub(crate) register: Register,
     pub(crate) checkpoints: Checkpoints,
+    /// How the run's workers compute, until that is in the record.
+    pub(crate) numerics: Option<String>,
     pub(crate) inputs: mpsc::Sender<Input>,
 }
+
+/// The run has another coordinator, and the runtime has been told: what was begun ends here.
+struct Replaced;
 
 impl Keeper {
     /// Works until nobody has notes any more.
     pub(crate) async fn run(mut self, mut notes: mpsc::UnboundedReceiver<Note>) {
-        while let Some(note) = notes.recv().await {
-            match note {
-                Note::Numerics(numerics) => {
-                    let updated =
-                        self.register.update(|record| record.numerics = Some(numerics)).await;
-                    self.report("note how the workers compute", updated).await;
-                }
-                Note::Manifest(draft) => self.commit(draft).await,
-                Note::Last(finished, reply) => {
-                    let updated = match finished {
-                        Some(finished) => {
-                            self.register.update(|record| record.finished = Some(finished)).await
-                        }
-                        None => Ok(()),
+        let mut look = interval_at(Instant::now() + LOOK_EVERY, LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            // Who has been replaced works on until the runtime ends, for it may be waiting for the
+            // answer to its last note; the store refuses what matters.
+            let _ = tokio::select! {
+                note = notes.recv() => match note {
+                    Some(note) => self.take(note).await,
+                    None => return,
+                },
+                _ = look.tick() => {
+                    let mine = match self.numerics {
+                        Some(_) => self.update(|_| {}).await,
+                        None => self.register.still_mine().await,
                     };
-                    // Whoever asked has gone away only if the process is ending.
-                    let _ = reply.send(updated.map_err(CoordinatorError::of_store));
+                    self.unless_replaced("look for another coordinator", mine).await
                 }
+            };
+        }
+    }
+
+    async fn take(&mut self, note: Note) -> Result<(), Replaced> {
+        match note {
+            Note::Numerics(numerics) => {
+                self.numerics = Some(numerics);
+                let updated = self.update(|_| {}).await;
+                self.unless_replaced("note how the workers compute", updated).await
+            }
+            Note::Manifest(draft) => self.commit(draft).await,
+            Note::Last(finished, reply) => {
+                let updated = match finished {
+                    Some(finished) => self.update(|record| record.finished = Some(finished)).await,
+                    None => Ok(()),
+                };
+                // Whoever asked has gone away only if the process is ending.
+                let _ = reply.send(updated.map_err(CoordinatorError::of_store));
+                Ok(())
             }
         }
     }
 
-    async fn commit(&mut self, draft: ManifestDraft) {
-        let step = draft.step;
+    async fn commit(&mut self, draft: ManifestDraft) -> Result<(), Replaced> {
+        let manifest = self.manifest(draft);
+        let step = manifest.step;
+        match self.write(&manifest).await {
+            Ok(()) => {}
+            Err(error @ Error::Fenced { .. }) => return self.abort(error).await,
+            Err(error) => {
+                let reason = error.to_string();
+                self.tell(Input::Event(Event::CheckpointRefused { step, reason })).await;
+                return Ok(());
+            }
+        }
+        let updated = self.update(|record| record.last_checkpoint = Some(step)).await;
+        self.unless_replaced("note the newest checkpoint", updated).await?;
+        self.tell(Input::Event(Event::CheckpointWritten { step })).await;
+        let pruned = self.prune(step).await;
+        self.unless_replaced("remove old checkpoints", pruned).await
+    }
+
+    /// Writes a changed record, with what the store refused to note before.
+    async fn update(&mut self, change: impl FnOnce(&mut RunRecord)) -> Result<(), Error> {
+        let numerics = self.numerics.clone();
+        let change = |record: &mut RunRecord| {
+            record.numerics = numerics.or(record.numerics.take());
+            change(record);
+        };
+        self.register.update(change).await?;
+        self.numerics = None;
+        Ok(())
+    }
+
+    async fn write(&self, manifest: &CheckpointManifest) -> Result<(), Error> {
+        self.register.still_mine().await?;
+        self.checkpoints.commit(manifest).await
+    }
+
+    async fn prune(&self, newest: Step) -> Result<(), Error> {
+        self.register.still_mine().await?;
+        let removed = self.checkpoints.prune(self.keep, &[newest]).await?;
+        tracing::debug!(?removed, "removed old checkpoints");
+        Ok(())
+    }
+
+    fn manifest(&self, draft: ManifestDraft) -> CheckpointManifest {
         let part = |part: crate::core::SavedPart| PartEntry {
             file: part.file,
             bytes: part.bytes,
             digest: part.digest,
             tensors: part.tensors,
         };
-        let manifest = CheckpointManifest {
+        CheckpointManifest {
             version: CheckpointManifest::VERSION,
-            run: self.spec.run.name.clone(),
-            step,
+            run: self.run.clone(),
+            step: draft.step,
             cursor: draft.cursor,
             trajectory: self.trajectory,
             generation: draft.generation,
             weights_digest: draft.weights_digest,
             parts: draft.parts.into_iter().map(part).collect(),
-        };
-        if let Err(error) = self.checkpoints.commit(&manifest).await {
-            let reason = error.to_string();
-            return self.tell(Input::Event(Event::CheckpointRefused { step, reason })).await;
-        }
-        let updated = self.register.update(|record| record.last_checkpoint = Some(step)).await;
-        self.report("note the newest checkpoint", updated).await;
-        self.tell(Input::Event(Event::CheckpointWritten { step })).await;
-        match self.checkpoints.prune(self.spec.checkpoint.keep, &[step]).await {
-            Ok(removed) if removed.is_empty() => {}
-            Ok(removed) => tracing::debug!(?removed, "removed old checkpoints"),
-            Err(error) => tracing::warn!(%error, "old checkpoints could not be removed"),
         }
     }
 
-    /// A record that cannot be written is worth a warning, unless another coordinator holds it:
-    /// then this one must stop.
-    async fn report(&self, what: &str, result: Result<(), Error>) {
+    /// What the store does not let this coordinator do is worth a warning, unless it is another
+    /// coordinator's now: then this one must stop.
+    async fn unless_replaced(&self, what: &str, result: Result<(), Error>) -> Result<(), Replaced> {
         match result {
-            Ok(()) => {}
-            Err(error @ Error::Fenced { .. }) => {
-                self.tell(Input::Abort(CoordinatorError::of_store(error))).await;
+            Ok(()) => Ok(()),
+            Err(error @ Error::Fenced { .. }) => self.abort(error).await,
+            Err(error) => {
+                tracing::warn!(%error, "could not {what}");
+                Ok(())
             }
-            Err(error) => tracing::warn!(%error, "could not {what} in the run record"),
         }
+    }
+
+    async fn abort(&self, error: Error) -> Result<(), Replaced> {
+        self.tell(Input::Abort(CoordinatorError::of_store(error))).await;
+        Err(Replaced)
     }
 
     async fn tell(&self, input: Input) {
         // The runtime has gone away only if the process is ending.
         let _ = self.inputs.send(input).await;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use looptrain_proto::{Cursor, Generation};
+    use looptrain_storage::{RunRecord, Store, Tensor, weights_digest};
+
+    use super::*;
+
+    async fn claim(store: &Store) -> Register {
+        let fresh = || RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
+        Register::claim(store, "r", |newest| Ok(newest.cloned().unwrap_or_else(fresh)))
+            .await
+            .unwrap()
+    }
+
+    async fn keeper(store: &Store) -> (Keeper, mpsc::Receiver<Input>) {
+        let (inputs, told) = mpsc::channel(8);
+        let keeper = Keeper {
+            run: "r".into(),
+            keep: 1,
+            trajectory: Digest::of(b"spec"),
+            register: claim(store).await,
+            checkpoints: Checkpoints::new(store, "r"),
+            numerics: None,
+            inputs,
+        };
+        (keeper, told)
+    }
+
+    /// A checkpoint whose one part is in the store.
+    async fn draft(checkpoints: &Checkpoints, step: u64) -> ManifestDraft {
+        let tensor = Tensor { name: "w".into(), shape: vec![1], data: vec![step as f32] };
+        let weights_digest = weights_digest([tensor.view()]);
+        let step = Step(step);
+        let entry =
+            checkpoints.save_part(step, 0, 1, vec![tensor], Default::default()).await.unwrap();
+        let PartEntry { file, bytes, digest, tensors } = entry;
+        let part = crate::core::SavedPart { file, bytes, digest, tensors, weights_digest };
+        let (cursor, generation) = (Cursor::default(), Generation(1));
+        ManifestDraft { step, cursor, generation, weights_digest, parts: vec![part] }
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_is_noted_and_then_the_older_one_goes() {
+        let store = Store::open("memory://").unwrap();
+        let (mut keeper, mut told) = keeper(&store).await;
+        for step in [1, 2] {
+            let draft = draft(&keeper.checkpoints, step).await;
+            assert!(keeper.commit(draft).await.is_ok());
+            let Input::Event(Event::CheckpointWritten { step: written }) =
+                told.recv().await.unwrap()
+            else {
+                panic!("it was written")
+            };
+            assert_eq!(written, Step(step));
+            assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(step)]);
+            assert_eq!(keeper.register.current().last_checkpoint, Some(Step(step)));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_store_refused_to_note_of_the_numerics_comes_with_the_next_record() {
+        let store = Store::open("memory://").unwrap();
+        let (mut keeper, _told) = keeper(&store).await;
+        keeper.numerics = Some("avx2".into());
+        let draft = draft(&keeper.checkpoints, 1).await;
+        assert!(keeper.commit(draft).await.is_ok());
+        assert_eq!(keeper.register.current().numerics.as_deref(), Some("avx2"));
+        assert_eq!(keeper.numerics, None);
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_has_been_replaced_makes_no_checkpoint_and_removes_none() {
+        let store = Store::open("memory://").unwrap();
+        let (mut keeper, mut told) = keeper(&store).await;
+        let first = draft(&keeper.checkpoints, 1).await;
+        assert!(keeper.commit(first).await.is_ok());
+        told.recv().await.unwrap();
+        claim(&store).await;
+        let second = draft(&keeper.checkpoints, 2).await;
+        assert!(matches!(keeper.prune(Step(2)).await, Err(Error::Fenced { .. })));
+        assert!(keeper.commit(second).await.is_err());
+        assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(1)]);
+        let Input::Abort(error) = told.recv().await.unwrap() else { panic!("it must stop") };
+        assert!(matches!(error, CoordinatorError::Fenced { .. }), "{error}");
+        assert!(told.try_recv().is_err(), "and nothing else");
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_has_been_replaced_notices_without_a_note() {
+        let store = Store::open("memory://").unwrap();
+        let (keeper, mut told) = keeper(&store).await;
+        let (notes, receiver) = mpsc::unbounded_channel();
+        claim(&store).await;
+        let working = tokio::spawn(keeper.run(receiver));
+        let told = tokio::time::timeout(4 * LOOK_EVERY, told.recv()).await.unwrap().unwrap();
+        assert!(matches!(told, Input::Abort(CoordinatorError::Fenced { .. })));
+        drop(notes);
+        working.await.unwrap();
     }
 }

@@ -10,6 +10,7 @@
 //! a start, the checkpoints themselves are asked.
 
 mod board;
+mod claim;
 mod core;
 mod dashboard;
 mod error;

@@ -183,7 +183,10 @@ impl Instruments {
                 self.checkpoint_duration.record(*seconds, &[]);
             }
             RunEvent::CheckpointFailed { .. } => self.checkpoint_failures.add(1, &[]),
-            RunEvent::Stopping { .. } | RunEvent::Finished { .. } | RunEvent::Failed { .. } => {}
+            RunEvent::Waiting { .. }
+            | RunEvent::Stopping { .. }
+            | RunEvent::Finished { .. }
+            | RunEvent::Failed { .. } => {}
         }
     }
 

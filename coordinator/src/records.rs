@@ -162,6 +162,14 @@ pub enum RunEvent {
         /// Why.
         reason: String,
     },
+    /// There are too few workers to begin or to go on with; said when their number changes, and
+    /// again while the wait lasts.
+    Waiting {
+        /// Workers that are here.
+        here: u32,
+        /// Workers of the spec.
+        wanted: u32,
+    },
     /// All members of a new generation hold the same state.
     Formed {
         /// The generation.
@@ -228,6 +236,9 @@ impl fmt::Display for RunEvent {
             }
             Self::WorkerRefused { name, reason } => write!(f, "worker {name} refused: {reason}"),
             Self::WorkerLost { name, reason, .. } => write!(f, "worker {name} lost: {reason}"),
+            Self::Waiting { here, wanted } => {
+                write!(f, "waiting for workers: {here} of {wanted} are here")
+            }
             Self::Formed { generation, world, step, reason } => {
                 let s = if *world == 1 { "" } else { "s" };
                 write!(f, "generation {generation}: {world} worker{s} from step {step}; {reason}")
@@ -248,5 +259,28 @@ impl fmt::Display for RunEvent {
             Self::Finished { reason } => write!(f, "finished: {reason}"),
             Self::Failed { reason } => write!(f, "failed: {reason}"),
         }
+    }
+}
+
+/// The record of a step like any other.
+#[cfg(test)]
+pub(crate) fn example(step: u64, loss: f64) -> StepRecord {
+    StepRecord {
+        step: Step(step),
+        generation: Generation(1),
+        world: 1,
+        loss,
+        loss_per_loop: vec![loss],
+        exit_pdf: vec![1.0],
+        mean_depth: 1.0,
+        entropy: 0.0,
+        grad_norm: 1.0,
+        lr: 1e-3,
+        tokens: 10 * step,
+        step_tokens: 10,
+        cursor: Cursor::default(),
+        seconds: 0.1,
+        digest: Digest([0; 32]),
+        sections: SectionSeconds::default(),
     }
 }

@@ -68,6 +68,10 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
             step: Step(failed.step),
             detail: failed.detail,
         },
+        Kind::Fetched(fetched) => Report::Fetched {
+            step: Step(fetched.step),
+            result: if fetched.error.is_empty() { Ok(()) } else { Err(fetched.error) },
+        },
         Kind::Leave(leave) => Report::Leave { reason: leave.reason },
     })
 }

@@ -103,6 +103,11 @@ impl Runtime {
                     }
                     Action::Publish(event) => self.publish(event),
                     Action::PinNumerics { numerics } => self.note(Note::Numerics(numerics)),
+                    Action::GoOn { from, lost } => {
+                        self.enter(Entry::Rewind(from));
+                        self.board.go_on(from, &lost);
+                        lost.into_iter().for_each(|record| self.enter(Entry::Step(record)));
+                    }
                     Action::SealMetrics => self.enter(Entry::Seal),
                     Action::WriteManifest(draft) => self.note(Note::Manifest(draft)),
                     Action::Explain(reason) => tracing::debug!(reason, "phase"),
@@ -120,18 +125,10 @@ impl Runtime {
         match &event {
             RunEvent::Committed(record) => self.enter(Entry::Step(record.clone())),
             RunEvent::Evaluated(record) => self.enter(Entry::Evaluation(record.clone())),
-            RunEvent::Rewound { to, .. } => self.enter(Entry::Rewind(*to)),
             _ => {}
         }
-        match &event {
-            RunEvent::Committed(_) => tracing::debug!("{event}"),
-            RunEvent::WorkerLost { .. }
-            | RunEvent::WorkerRefused { .. }
-            | RunEvent::CheckpointFailed { .. }
-            | RunEvent::Rewound { .. } => tracing::warn!("{event}"),
-            RunEvent::Failed { .. } => tracing::error!("{event}"),
-            _ => tracing::info!("{event}"),
-        }
+        // For people, whoever listens shows the events; as log lines they would be there twice.
+        tracing::debug!("{event}");
         self.instruments.record(&event);
         self.board.record(&event);
         // Nobody has to listen.

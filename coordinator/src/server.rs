@@ -156,7 +156,7 @@ async fn read_session(
     let Some(worker_message::Kind::Join(join)) = first else {
         let reason =
             format!("a session starts with a Join, within {} seconds", JOIN_PATIENCE.as_secs());
-        let kind = Some(coordinator_message::Kind::Refused(v1::Refused { reason }));
+        let kind = Some(coordinator_message::Kind::Refused(v1::Refused { reason, for_now: false }));
         // The worker may be gone; then there is nobody to tell.
         let _ = outbox.send(Ok(v1::CoordinatorMessage { kind })).await;
         return drain(incoming).await;
@@ -177,7 +177,7 @@ async fn read_session(
                 Err(malformed) => break format!("it sent {malformed}"),
             },
             Ok(None) => break "it closed its session".to_owned(),
-            Err(status) => break format!("its connection broke: {}", status.message()),
+            Err(status) => break format!("its connection broke: {}", innermost(&status)),
         };
         if inputs.send(Input::Event(event)).await.is_err() {
             return;
@@ -185,6 +185,11 @@ async fn read_session(
     };
     // Fails only when the run is over, and then the loss does not matter.
     let _ = inputs.send(Input::Event(Event::Broken { worker, reason })).await;
+}
+
+/// The cause at the bottom: "connection reset by peer" says more than "h2 protocol error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), innermost)
 }
 
 /// Lets the worker read its last message and hang up by itself: hanging up first could cut that
@@ -201,7 +206,7 @@ fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
         exit_pdf: last.exit_pdf,
         entropy: last.entropy,
         grad_norm: last.grad_norm,
-        tokens: last.tokens,
+        tokens: last.step_tokens,
     });
     let worker = |view: WorkerView| v1::WorkerStatus {
         worker_id: view.id.0,
@@ -224,5 +229,6 @@ fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
         statistics,
         checkpoint_step: snapshot.checkpoint_step.map_or(0, |step| step.0),
         tokens_per_second: snapshot.tokens_per_second,
+        tokens: snapshot.tokens,
     }
 }

@@ -6,10 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use looptrain_proto::{Digest, Spec, Step};
-use looptrain_storage::{
-    CheckpointManifest, Checkpoints, Error as StoreError, MetricsLog, Register, RunRecord, Store,
-    read_record,
-};
+use looptrain_storage::{Checkpoints, MetricsLog, Store, run_prefix};
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinHandle;
@@ -17,7 +14,8 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
-use crate::core::{Core, Mark, Resume, tokens_after};
+use crate::claim::{Claim, Found, Past};
+use crate::core::{Core, Mark, Resume};
 use crate::dashboard::{self, RenderMetrics};
 use crate::error::CoordinatorError;
 use crate::journal::{Journal, read_history};
@@ -33,6 +31,9 @@ const EVENT_BACKLOG: usize = 4096;
 /// Inputs that may wait for the runtime; sessions wait when it is full.
 const INPUT_BACKLOG: usize = 4096;
 
+/// No writer of a run is at one file for so long; what is older was left by one that is dead.
+const LEFT_BEHIND: Duration = Duration::from_secs(3600);
+
 /// How long workers get to read their last message and hang up.
 const CLOSING_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -42,6 +43,11 @@ pub struct Settings {
     pub spec: Spec,
     /// Where its durable state is; usually `Store::open(&spec.run.store)`.
     pub store: Store,
+    /// Name and digest of each dataset of the spec: what the run is pinned to.
+    pub datasets: Vec<(String, Digest)>,
+    /// Forget what the store holds of the run, and begin anew; the record's chain stays, so that an
+    /// older coordinator of the run learns that it has been replaced.
+    pub fresh: bool,
     /// Address for workers; port 0 takes any free one.
     pub listen: SocketAddr,
     /// Address of the status page, when there is to be one.
@@ -97,46 +103,53 @@ impl Running {
 /// Instruments are made from the OpenTelemetry global meter: install a provider before this.
 ///
 /// # Errors
-/// When the store does not work, holds another run under this name, or holds no good checkpoint
-/// where there should be one; when an address is taken. Nothing of the run is written before all
-/// of that is known to be well.
+/// When the store does not work, holds another run or one on other data under this name, or holds
+/// no good checkpoint where there should be one; when an address is taken. Nothing of the run is
+/// written or removed before all of that is known to be well.
 pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
-    let Settings { spec, store, listen, dashboard, stop, render_metrics } = settings;
+    let Settings { spec, store, datasets, fresh, listen, dashboard, stop, render_metrics } =
+        settings;
     let spec = Arc::new(spec);
     let run = spec.run.name.clone();
     let trajectory = spec.trajectory_digest();
+    let claim = Claim { spec: &spec, store: &store, trajectory, datasets: &datasets };
 
     store.check_writable().await?;
-    let record = read_record(&store, &run).await?;
-    if let Some(record) = &record {
-        check_trajectory(&spec, &store, record, trajectory)?;
-        if let Some(outcome) = finished(&spec, &store, record).await? {
-            return Ok(Started::Finished(outcome));
-        }
-    }
-    let checkpoints = Checkpoints::new(&store, &run);
-    let (manifest, skipped_checkpoints) = match checkpoints.newest_good().await? {
-        None => (None, Vec::new()),
-        Some((manifest, skipped)) => {
-            check_manifest(&spec, &store, &manifest, trajectory)?;
-            let skipped = skipped.into_iter().map(|skipped| (skipped.step, skipped.reason));
-            (Some(manifest), skipped.collect())
-        }
+    let (mut manifest, mut skipped_checkpoints) = match fresh {
+        true => Past::default(),
+        false => match claim.look_back().await? {
+            Found::Finished(outcome) => return Ok(Started::Finished(outcome)),
+            Found::Past(past) => past,
+        },
     };
-    for (step, reason) in &skipped_checkpoints {
-        tracing::warn!(%step, reason, "a checkpoint is not usable");
-    }
     let listener = bind("workers", listen).await?;
     let page = match dashboard {
         Some(address) => Some(bind("the dashboard", address).await?),
         None => None,
     };
-    let register = claim(&spec, &store, trajectory).await?;
+    let register = match fresh {
+        true => claim.take_anew().await?,
+        false => claim.take().await?,
+    };
+    if claim.is_outdated(manifest.as_ref(), register.current()) {
+        // The coordinator before did more while its checkpoint was read; now it cannot.
+        (manifest, skipped_checkpoints) = match claim.look_back().await? {
+            Found::Finished(outcome) => return Ok(Started::Finished(outcome)),
+            Found::Past(past) => past,
+        };
+    }
+    match store.sweep(&run_prefix(&run), LEFT_BEHIND).await {
+        Ok(swept) => tracing::debug!(swept, "removed half-written files of dead writers"),
+        Err(error) => tracing::warn!(%error, "half-written files of dead writers stay"),
+    }
+    let checkpoints = Checkpoints::new(&store, &run);
 
     let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
     let at = resumed_from.unwrap_or_default();
-    let history = read_history(&store, &run, at).await?;
-    let log = MetricsLog::open(&store, &run, at).await?;
+    // Workers may hold later steps than the checkpoint: whether the log is cut back to it shows
+    // when they are here.
+    let history = read_history(&store, &run, Step(u64::MAX)).await?;
+    let log = MetricsLog::open(&store, &run, Step(u64::MAX)).await?;
     let mark = manifest.map(|manifest| Mark {
         step: manifest.step,
         weights_digest: manifest.weights_digest,
@@ -147,7 +160,11 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
         checkpoint: mark,
         numerics: register.current().numerics.clone(),
         generation: history.steps.last().map(|record| record.generation).unwrap_or_default(),
-        evaluation: history.evaluations.last().cloned(),
+        lineage: claim.lineage(register.current()).to_vec(),
+        // Nobody comes back to an address that is another one at each start.
+        workers_may_return: listen.port() != 0,
+        evaluations: history.evaluations.clone(),
+        tail: history.steps.iter().filter(|record| record.step > at).cloned().collect(),
     };
 
     let (input_sender, inputs) = mpsc::channel(INPUT_BACKLOG);
@@ -157,15 +174,18 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
     let board = Arc::new(Board::new(history));
     let worker_timeout = Duration::from_secs_f64(spec.cluster.worker_timeout);
 
+    let witness = register.witness();
     let keeper = Keeper {
-        spec: Arc::clone(&spec),
+        numerics: None,
+        run: run.clone(),
+        keep: spec.checkpoint.keep,
         trajectory,
         register,
         checkpoints,
         inputs: input_sender.clone(),
     };
     tokio::spawn(keeper.run(note_receiver));
-    tokio::spawn(Journal { store: store.clone(), run, log }.run(entry_receiver));
+    tokio::spawn(Journal::new(store, run, log, witness).run(entry_receiver));
 
     let readers = Readers::default();
     let shutdown = CancellationToken::new();
@@ -244,88 +264,4 @@ async fn bind(
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let bound = listener.local_addr().map_err(listen)?;
     Ok((bound, listener))
-}
-
-fn check_trajectory(
-    spec: &Spec,
-    store: &Store,
-    record: &RunRecord,
-    given: Digest,
-) -> Result<(), CoordinatorError> {
-    if record.trajectory == given {
-        return Ok(());
-    }
-    Err(CoordinatorError::OtherSpec {
-        run: spec.run.name.clone(),
-        store: store.url().to_owned(),
-        recorded: record.trajectory,
-        given,
-    })
-}
-
-fn check_manifest(
-    spec: &Spec,
-    store: &Store,
-    manifest: &CheckpointManifest,
-    expected: Digest,
-) -> Result<(), CoordinatorError> {
-    if manifest.trajectory == expected {
-        return Ok(());
-    }
-    Err(CoordinatorError::OtherCheckpoint {
-        run: spec.run.name.clone(),
-        store: store.url().to_owned(),
-        step: manifest.step,
-        found: manifest.trajectory,
-        expected,
-    })
-}
-
-async fn claim(
-    spec: &Spec,
-    store: &Store,
-    trajectory: Digest,
-) -> Result<Register, CoordinatorError> {
-    let run = &spec.run.name;
-    // Another coordinator may have come first since the record was read.
-    let mut other = None;
-    let claimed = Register::claim(store, run, |record| match record {
-        None => Ok(RunRecord::new(trajectory, spec.to_toml())),
-        Some(record) if record.trajectory == trajectory => {
-            Ok(RunRecord { spec: spec.to_toml(), ..record.clone() })
-        }
-        Some(record) => {
-            other = Some(record.clone());
-            Err("it was started with another spec".into())
-        }
-    })
-    .await;
-    match (claimed, other) {
-        (Err(StoreError::Refused { .. }), Some(record)) => {
-            check_trajectory(spec, store, &record, trajectory)?;
-            Err(CoordinatorError::Failed { reason: format!("run `{run}` cannot be claimed") })
-        }
-        (claimed, _) => Ok(claimed?),
-    }
-}
-
-/// The outcome of a run that is over, from its record.
-async fn finished(
-    spec: &Spec,
-    store: &Store,
-    record: &RunRecord,
-) -> Result<Option<Outcome>, CoordinatorError> {
-    let total = spec.total_steps();
-    let Some(finished) = record.finished.as_ref().filter(|finished| finished.step == total) else {
-        return Ok(None);
-    };
-    let history = read_history(store, &spec.run.name, total).await?;
-    Ok(Some(Outcome {
-        step: total,
-        tokens: tokens_after(spec, total),
-        loss: Some(finished.loss),
-        weights_digest: Some(finished.weights_digest),
-        stopped: false,
-        evaluation: history.evaluations.into_iter().rfind(|record| record.step == total),
-    }))
 }

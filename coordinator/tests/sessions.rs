@@ -11,7 +11,7 @@ use looptrain_coordinator::{
 };
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{self, coordinator_message as down, worker_message as up};
-use looptrain_proto::{Spec, Step};
+use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, Store, read_metrics, read_record};
 use tokio::sync::broadcast::Receiver;
 use tokio::time::timeout;
@@ -50,8 +50,8 @@ fn fresh(run: &str, overrides: &[&str]) -> (Spec, Store, CancellationToken) {
 async fn a_run_goes_from_its_first_worker_to_its_finished_record() {
     let (spec, store, stop) = fresh("whole", &[]);
     let running = launch(&spec, &store, &stop).await;
-    crew(&running, &store, &[Manner::Well; 2]);
     let events = collect(running.events.resubscribe());
+    crew(&running, &store, &[Manner::Well; 2]);
     let (outcome, events) = tokio::join!(outcome(running), events);
     assert_eq!((outcome.step, outcome.tokens, outcome.stopped), (Step(12), 12 * 160, false));
     assert_eq!(outcome.weights_digest, Some(weights(12)));
@@ -85,8 +85,8 @@ async fn the_survivors_of_every_kind_of_loss_bring_the_run_to_its_end() {
     {
         let (spec, store, stop) = fresh("loss", &["cluster.workers=3"]);
         let running = launch(&spec, &store, &stop).await;
-        crew(&running, &store, &[Manner::Well, manner, Manner::Well]);
         let events = collect(running.events.resubscribe());
+        crew(&running, &store, &[Manner::Well, manner, Manner::Well]);
         let (outcome, events) = tokio::join!(outcome(running), events);
         assert_eq!(outcome.weights_digest, Some(weights(12)), "{manner:?}");
         let lost = events.iter().find_map(|event| match event {
@@ -149,12 +149,19 @@ async fn when_everybody_dies_the_run_goes_on_from_its_newest_checkpoint() {
     let mut running = launch(&spec, &store, &stop).await;
     crew(&running, &store, &[Manner::DiesAt(8)]);
     while let Ok(event) = timeout(PATIENCE, running.events.recv()).await.unwrap() {
-        if let RunEvent::Rewound { to, .. } = event {
-            assert_eq!(to, Step(5));
+        if matches!(event, RunEvent::WorkerLost { .. }) {
             break;
         }
     }
     crew(&running, &store, &[Manner::Well]);
+    let rewound = async {
+        loop {
+            if let RunEvent::Rewound { to, .. } = running.events.recv().await.unwrap() {
+                break to;
+            }
+        }
+    };
+    assert_eq!(timeout(PATIENCE, rewound).await.unwrap(), Step(5));
     assert_eq!(outcome(running).await.weights_digest, Some(weights(12)));
     assert_eq!(steps(&store, "ashes").await.len(), 12);
 }
@@ -202,6 +209,81 @@ async fn a_run_of_another_spec_is_left_alone() {
 }
 
 #[tokio::test]
+async fn a_run_goes_on_with_the_data_it_began_with_and_no_other() {
+    let (spec, store, _) = fresh("pinned", &[]);
+    let stop = CancellationToken::new();
+    stop.cancel();
+    outcome(launch(&spec, &store, &stop).await).await;
+    let record = read_record(&store, "pinned").await.unwrap().unwrap();
+    assert_eq!(record.datasets["text"], Digest::of(b"tokens"));
+
+    let mut other = settings(&spec, &store, &stop);
+    other.datasets[0].1 = Digest::of(b"other tokens");
+    let Err(error) = start(other).await else { panic!("other data under the same name") };
+    assert!(matches!(error, CoordinatorError::OtherData { .. }), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("`pinned`") && said.contains("`text`"), "{said}");
+    assert_eq!(read_record(&store, "pinned").await.unwrap().unwrap(), record, "nothing is written");
+
+    let mut anew = settings(&spec, &store, &stop);
+    (anew.datasets[0].1, anew.fresh) = (Digest::of(b"other tokens"), true);
+    let Started::Running(running) = start(anew).await.unwrap() else { panic!("it is over") };
+    outcome(running).await;
+    let record = read_record(&store, "pinned").await.unwrap().unwrap();
+    assert_eq!(record.datasets["text"], Digest::of(b"other tokens"));
+    assert_eq!(record.incarnation.0, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fresh_start_fences_the_old_coordinator_and_leaves_nothing_of_its_run() {
+    let (spec, store, stop) = fresh("anew", &["cluster.workers=1"]);
+    let mut old = launch(&spec, &store, &stop).await;
+    crew(&old, &store, &[Manner::FreezesAt(8)]);
+    while let Ok(event) = timeout(PATIENCE, old.events.recv()).await.unwrap() {
+        if matches!(event, RunEvent::WorkerLost { .. }) {
+            break;
+        }
+    }
+    // Its journal cuts the metrics back meanwhile; it is not to be in the middle of that.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let other = fake::spec("anew", &["cluster.workers=1", "model.hidden_size=16"]);
+    let mut settings = settings(&other, &store, &CancellationToken::new());
+    settings.fresh = true;
+    let Started::Running(new) = start(settings).await.unwrap() else { panic!("it is over") };
+    assert_eq!(new.resumed_from, None);
+    let record = read_record(&store, "anew").await.unwrap().unwrap();
+    assert_eq!((record.incarnation.0, record.last_checkpoint, record.numerics), (2, None, None));
+    assert_eq!(record.begun, record.incarnation, "workers of the old run are told by it");
+    assert_eq!(store.list("runs/anew/record").await.unwrap().len(), 4, "the chain is kept");
+    for part in ["checkpoints", "metrics", "evaluations"] {
+        assert!(store.list(&format!("runs/anew/{part}")).await.unwrap().is_empty(), "{part}");
+    }
+    // The old one has lost the run, whatever it does next.
+    crew(&old, &store, &[Manner::Well]);
+    let error = timeout(PATIENCE, old.wait()).await.unwrap().unwrap_err();
+    assert!(matches!(error, CoordinatorError::Fenced { .. }), "{error}");
+    assert!(Checkpoints::new(&store, "anew").list().await.unwrap().is_empty());
+    crew(&new, &store, &[Manner::Well]);
+    assert_eq!(outcome(new).await.step, Step(12));
+}
+
+#[tokio::test]
+async fn a_fresh_start_whose_address_is_taken_leaves_the_old_run_whole() {
+    let (spec, store, stop) = fresh("kept", &["cluster.workers=1"]);
+    let running = launch(&spec, &store, &stop).await;
+    crew(&running, &store, &[Manner::Well]);
+    let before = outcome(running).await;
+    let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut taken = settings(&spec, &store, &stop);
+    (taken.fresh, taken.dashboard) = (true, Some(holder.local_addr().unwrap()));
+    assert!(matches!(start(taken).await, Err(CoordinatorError::Listen { .. })));
+    let Started::Finished(after) = start(settings(&spec, &store, &stop)).await.unwrap() else {
+        panic!("the run is over")
+    };
+    assert_eq!(after, before);
+}
+
+#[tokio::test]
 async fn a_coordinator_that_has_been_replaced_stops_at_its_next_note() {
     let (spec, store, stop) = fresh("fenced", &["cluster.workers=1"]);
     let old = launch(&spec, &store, &stop).await;
@@ -242,6 +324,25 @@ async fn a_malformed_message_ends_its_session_and_says_why() {
             break;
         }
     }
+    stop.cancel();
+    outcome(running).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_status_tells_a_steps_tokens_from_the_runs() {
+    let (spec, store, stop) = fresh("counted", &["cluster.workers=1"]);
+    let mut running = launch(&spec, &store, &stop).await;
+    crew(&running, &store, &[Manner::FreezesAt(4)]);
+    while let Ok(event) = timeout(PATIENCE, running.events.recv()).await.unwrap() {
+        if matches!(event, RunEvent::Committed(record) if record.step == Step(3)) {
+            break;
+        }
+    }
+    let mut client =
+        CoordinatorClient::connect(format!("http://{}", running.address)).await.unwrap();
+    let status = client.status(v1::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((status.step, status.tokens), (3, 3 * 160));
+    assert_eq!(status.statistics.unwrap().tokens, 160);
     stop.cancel();
     outcome(running).await;
 }

@@ -282,6 +282,7 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::is_threaded;
 
     fn model() -> spec::Model {
         spec::Model {
@@ -309,8 +310,12 @@ mod tests {
         StageSettings { loops: 3, entropy_weight: 0.05, rope_base: 1e4 };
 
     fn gradients(threads: usize, batches: &[SlotBatch]) -> Vec<SlotOutput> {
-        let mut engine = Engine::new(&model(), threads);
-        engine.load(&TrainState::initial(&model(), 3).weights);
+        gradients_of(&model(), threads, batches)
+    }
+
+    fn gradients_of(model: &spec::Model, threads: usize, batches: &[SlotBatch]) -> Vec<SlotOutput> {
+        let mut engine = Engine::new(model, threads);
+        engine.load(&TrainState::initial(model, 3).weights);
         let found = Mutex::new(vec![None; batches.len()]);
         engine.gradients(&SETTINGS, batches, &AtomicBool::new(false), &|slot, output| {
             found.lock().unwrap()[slot] = Some(output);
@@ -320,12 +325,28 @@ mod tests {
 
     #[test]
     fn a_slot_has_the_same_bits_for_any_threads_and_neighbours() {
-        // 70 positions: more than one attention tile, and more rows than one norm task.
+        // 70 positions: more than one attention tile, and more rows than one norm task. Products
+        // of all kinds are large enough for threads, and longer than one block.
         let slots = batches(3, 2, 70);
-        let alone = gradients(1, &slots[1..2]);
+        let wide = spec::Model {
+            hidden_size: 96,
+            intermediate_size: 1100,
+            vocab_size: 700,
+            num_hidden_layers: 1,
+            ..model()
+        };
+        let (rows, d) = (2 * 70, wide.hidden_size);
+        for out in [d, wide.intermediate_size, wide.vocab_size] {
+            // A layer's result, and the gradients of its input and of its weight.
+            assert!(is_threaded(rows, out, d) && is_threaded(rows, d, out));
+            assert!(is_threaded(out, d, rows));
+        }
+        let alone = gradients_of(&wide, 1, &slots[1..2]);
         for threads in [1, 2, 3, 4, 8] {
-            assert!(gradients(threads, &slots)[1] == alone[0], "{threads} threads");
-            assert!(gradients(threads, &slots[1..2])[0] == alone[0], "{threads} threads, alone");
+            let (among, by_itself) =
+                (gradients_of(&wide, threads, &slots), gradients_of(&wide, threads, &slots[1..2]));
+            assert!(among[1] == alone[0], "{threads} threads");
+            assert!(by_itself[0] == alone[0], "{threads} threads, alone");
         }
     }
 

@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
-use looptrain_proto::{Digest, spec};
+use looptrain_proto::{Digest, Step, spec};
 
 use crate::ops::KernelLevel;
 use crate::{Engine, SlotBatch, StageSettings, TrainState};
@@ -19,8 +19,9 @@ pub fn numerics() -> String {
     format!("{}-{hex}", KernelLevel::detect().name())
 }
 
-/// Digest of the gradient of one slot of a small model whose products are long enough to be
-/// blocked and whose sequences are long enough to be tiled.
+/// Digest of the gradient of one slot, and of the weights after a late update with it, of a small
+/// model whose products are long enough to be blocked and whose sequences are long enough to be
+/// tiled.
 fn probe() -> Digest {
     static PROBE: OnceLock<Digest> = OnceLock::new();
     *PROBE.get_or_init(|| {
@@ -33,22 +34,27 @@ fn probe() -> Digest {
             rms_norm_eps: 1e-6,
             initializer_range: 0.05,
         };
-        let state = TrainState::initial(&model, 1);
+        let mut state = TrainState::initial(&model, 1);
         let mut engine = Engine::new(&model, 1);
         engine.load(&state.weights);
         let (sequences, sequence_length) = (1, 100);
         let tokens = (0..=100).map(|i| (i * 7919 + 13) % 700).collect();
         let settings = StageSettings { loops: 2, entropy_weight: 0.05, rope_base: 1e4 };
-        let digest = OnceLock::new();
+        let gradient = OnceLock::new();
         engine.gradients(
             &settings,
             &[SlotBatch { tokens, sequences, sequence_length }],
             &AtomicBool::new(false),
             &|_, slot| {
-                let bytes: &[u8] = bytemuck::cast_slice(&slot.gradient);
-                let _ = digest.set(Digest::of(bytes));
+                let _ = gradient.set(slot.gradient);
             },
         );
-        *digest.get().expect("the engine computes every slot")
+        let gradient = gradient.into_inner().expect("the engine computes every slot");
+        state.step = Step(12_345);
+        engine.update(&mut state, &gradient, &spec::Optimizer::default(), 1e-3);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(bytemuck::cast_slice(&gradient));
+        hasher.update(bytemuck::cast_slice(&state.weights));
+        hasher.finalize().into()
     })
 }

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+/// More threads than any machine has cores; far fewer than make a system refuse.
+const MAX_THREADS: i64 = 1024;
+
 /// Pretrains looped language models on a changing set of machines.
 #[derive(Debug, Parser)]
 #[command(name = "looptrain", version, propagate_version = true)]
@@ -64,7 +67,7 @@ pub(crate) struct SpecArgs {
     #[arg(long)]
     pub(crate) fresh: bool,
     /// Serve the status page and /metrics on this address, such as 127.0.0.1:8080
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) dashboard: Option<SocketAddr>,
 }
 
@@ -73,10 +76,10 @@ pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) spec: SpecArgs,
     /// Worker processes to start; overrides cluster.workers
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long)]
     pub(crate) workers: Option<u32>,
     /// CPU threads that the workers share; all of the machine's by default
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,
 }
 
@@ -85,7 +88,7 @@ pub(crate) struct Coordinator {
     #[command(flatten)]
     pub(crate) spec: SpecArgs,
     /// Address for workers
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", value_parser = address)]
     pub(crate) listen: SocketAddr,
 }
 
@@ -98,12 +101,23 @@ pub(crate) struct Worker {
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Compute threads; all of the machine's by default
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,
-    /// Address for gradients from the ring neighbour; with an unspecified host the address that
-    /// faces the coordinator is told to the others
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    /// Give up when the coordinator has not let this worker in after this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) connect_timeout: u32,
+    /// When the coordinator is lost, keep the state and look for another one at the same address
+    /// for this many seconds; with 0, end at once
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) reconnect_timeout: u32,
+    /// Address for other workers: gradients from the ring neighbour, joiners that fetch the state;
+    /// with an unspecified host (0.0.0.0) the address that faces the coordinator is told to the
+    /// others
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0", value_parser = address)]
     pub(crate) peer_listen: SocketAddr,
+    /// Print warnings and errors alone
+    #[arg(long)]
+    pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Args)]
@@ -137,11 +151,20 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 80)]
     pub(crate) tokens: usize,
     /// Softmax temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
     pub(crate) temperature: f64,
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "write IP:PORT, such as 127.0.0.1:7400".to_owned())
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    let given = text.parse().ok().filter(|given: &f64| given.is_finite() && *given >= 0.0);
+    given.ok_or_else(|| "it must be a number, 0 or more".to_owned())
 }
 
 #[cfg(test)]
@@ -152,5 +175,22 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_address_has_numbers_and_a_port() {
+        assert_eq!(address("[::1]:80").unwrap().port(), 80);
+        for wrong in ["localhost:80", "127.0.0.1", "http://127.0.0.1:80", ""] {
+            assert!(address(wrong).unwrap_err().contains("IP:PORT"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_temperature_is_no_cold_nor_wild_number() {
+        assert_eq!(temperature("0"), Ok(0.0));
+        assert_eq!(temperature("1.5"), Ok(1.5));
+        for wrong in ["-1", "nan", "inf", "warm", ""] {
+            assert!(temperature(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -4,15 +4,16 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use looptrain_proto::Spec;
-use looptrain_storage::{Dataset, Split, Store, prepare};
+use looptrain_storage::{Dataset, Split, Store, check_fit, prepare};
 
 use crate::progress::PrepareProgress;
 
 /// Opens each dataset of the spec, making those that are missing and have a source, and checks
-/// that vocabulary and lengths fit.
+/// that vocabulary, source and lengths fit.
 ///
 /// # Errors
-/// When a dataset is missing without a source, or does not fit the model or a stage.
+/// When a dataset is missing without a source, was made from another source, or does not fit the
+/// model or a stage.
 pub(crate) async fn ensure(store: &Store, spec: &Spec) -> Result<Vec<Dataset>> {
     let mut datasets = Vec::new();
     for wanted in &spec.datasets {
@@ -40,25 +41,12 @@ pub(crate) async fn ensure(store: &Store, spec: &Spec) -> Result<Vec<Dataset>> {
                  {limit}; raise that, or use another dataset"
             );
         }
+        if let Some(source) = &wanted.source {
+            dataset.check_source(source)?;
+        }
         datasets.push(dataset);
     }
-    for (index, stage) in spec.stages.iter().enumerate() {
-        for (dataset, _) in spec.mixture(index) {
-            for (split, what) in [(Split::Train, "training"), (Split::Validation, "validation")] {
-                let dataset = &datasets[dataset];
-                if dataset.sequences(split, stage.sequence_length) == 0 {
-                    let manifest = dataset.manifest();
-                    bail!(
-                        "stages.{index}.sequence_length = {} is longer than the {what} text of \
-                         dataset `{}` ({} tokens); lower it or add text",
-                        stage.sequence_length,
-                        manifest.name,
-                        manifest.split(split).tokens
-                    );
-                }
-            }
-        }
-    }
+    check_fit(spec, &datasets)?;
     Ok(datasets)
 }
 
@@ -69,5 +57,75 @@ pub(crate) fn clamp_evaluation(spec: &mut Spec, datasets: &[Dataset]) {
             let held = datasets[dataset].sequences(Split::Validation, stage.sequence_length);
             spec.evaluation.sequences = spec.evaluation.sequences.min(held);
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// A spec whose dataset is made from this crate's own sources.
+    fn spec(overrides: &[&str]) -> Spec {
+        let text = format!(
+            r#"
+            [run]
+            name = "small"
+            store = "memory://"
+            [model]
+            hidden_size = 16
+            num_hidden_layers = 1
+            num_attention_heads = 2
+            intermediate_size = 24
+            vocab_size = 300
+            [[datasets]]
+            name = "sources"
+            [datasets.source]
+            paths = ["{}/src"]
+            max_bytes = 40000
+            tokenizer_vocabulary = 300
+            validation_fraction = 0.1
+            [[stages]]
+            name = "only"
+            steps = 4
+            sequence_length = 8
+            slots = 4
+            slot_sequences = 2
+            loops = 2
+            entropy_weight = 0.05
+            learning_rate = {{ peak = 1e-2 }}
+            "#,
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        Spec::parse("small.toml", &text, &overrides).unwrap()
+    }
+
+    async fn refusal(store: &Store, overrides: &[&str]) -> String {
+        format!("{:#}", ensure(store, &spec(overrides)).await.unwrap_err())
+    }
+
+    #[tokio::test]
+    async fn an_edited_source_is_refused_after_the_vocabulary() {
+        let store = Store::open("memory://").unwrap();
+        let made = ensure(&store, &spec(&[])).await.unwrap();
+        let again = ensure(&store, &spec(&[])).await.unwrap();
+        assert_eq!(again[0].digest(), made[0].digest());
+
+        let edited = refusal(&store, &["datasets.0.source.max_bytes=50000"]).await;
+        assert!(edited.contains("max_bytes is 50000, was 40000"), "{edited}");
+        let smaller = ["model.vocab_size=280", "datasets.0.source.tokenizer_vocabulary=280"];
+        let smaller = refusal(&store, &smaller).await;
+        assert!(smaller.contains("larger than model.vocab_size = 280"), "{smaller}");
+    }
+
+    #[tokio::test]
+    async fn a_stage_that_needs_more_than_there_is_is_refused() {
+        let store = Store::open("memory://").unwrap();
+        let error = refusal(&store, &["stages.0.sequence_length=30000"]).await;
+        assert!(
+            error.contains("stages.0.sequence_length") && error.contains("`sources`"),
+            "{error}"
+        );
     }
 }

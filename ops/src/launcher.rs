@@ -1,9 +1,11 @@
 //! The worker processes of `looptrain train`.
 //!
 //! Workers stand in process groups of their own, so that Ctrl-C reaches the parent alone and the
-//! coordinator can end the run in order; they are killed when the parent goes. A worker that
-//! crashes (dies by a signal) is started again; one that ends with an error is not, for it would
-//! end the same way.
+//! coordinator can end the run in order. None of them outlives the parent for long: one that does
+//! not end with the run is killed; when the parent itself is killed, the workers' sessions break
+//! and they end by themselves, at once, or within [`CONNECT_TIMEOUT`] when they had none yet (a
+//! worker under SIGSTOP: once it is continued). A worker that crashes (dies by a signal) is started
+//! again; one that ends with an error is not, for it would end the same way.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,11 +16,14 @@ use anyhow::{Context, Result};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::progress::print_line;
 
 /// Pause before a crashed worker is started again.
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
+/// Seconds that a worker tries to reach the coordinator, which listens before it is started.
+const CONNECT_TIMEOUT: u32 = 10;
 /// Crashes after which a worker is given up.
 const RESTARTS: u32 = 5;
 
@@ -39,14 +44,16 @@ impl Fleet {
     }
 
     /// Starts all workers and waits until the last one has ended for good; returns how each ended.
+    /// Those that are left when `kill` is cancelled are killed.
     ///
     /// # Errors
     /// When a process cannot be started.
-    pub(crate) async fn run(self) -> Result<Vec<String>> {
+    pub(crate) async fn run(self, kill: CancellationToken) -> Result<Vec<String>> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut workers = JoinSet::new();
         for (index, &threads) in self.threads.iter().enumerate() {
-            workers.spawn(keep_alive(program.clone(), self.coordinator, index, threads));
+            let (program, kill) = (program.clone(), kill.clone());
+            workers.spawn(keep_alive(program, self.coordinator, index, threads, kill));
         }
         let mut ends = Vec::new();
         while let Some(end) = workers.join_next().await {
@@ -62,13 +69,20 @@ async fn keep_alive(
     coordinator: SocketAddr,
     index: usize,
     threads: u32,
+    kill: CancellationToken,
 ) -> Result<String> {
     for start in 0.. {
         let name =
             if start == 0 { format!("worker-{index}") } else { format!("worker-{index}.{start}") };
         let mut child = spawn(&program, coordinator, &name, threads)?;
         relay(&mut child, name.clone());
-        let status = child.wait().await.with_context(|| format!("cannot wait for {name}"))?;
+        let status = tokio::select! {
+            status = child.wait() => status.with_context(|| format!("cannot wait for {name}"))?,
+            () = kill.cancelled() => {
+                child.kill().await.with_context(|| format!("cannot kill {name}"))?;
+                return Ok(format!("{name} was killed"));
+            }
+        };
         let crashed = status.code().is_none();
         if !crashed || start >= RESTARTS {
             return Ok(format!("{name} {}", describe(status)));
@@ -93,6 +107,10 @@ fn spawn(program: &PathBuf, coordinator: SocketAddr, name: &str, threads: u32) -
         .args(["--coordinator", &format!("http://{coordinator}")])
         .args(["--name", name])
         .args(["--threads", &threads.to_string()])
+        .arg("--quiet")
+        .args(["--connect-timeout", &CONNECT_TIMEOUT.to_string()])
+        // The coordinator is in this process: after it there is no other one at its address.
+        .args(["--reconnect-timeout", "0"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

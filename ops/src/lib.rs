@@ -12,6 +12,7 @@ mod progress;
 mod signals;
 mod telemetry;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -31,18 +32,25 @@ pub fn main() -> ExitCode {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(async {
-            let telemetry = telemetry::Telemetry::install(cli.command.name())?;
-            let result = commands::run(cli.command, &telemetry).await;
-            telemetry.shutdown();
+        Ok(runtime) => {
+            let result = runtime.block_on(async {
+                let telemetry = telemetry::Telemetry::install(cli.command.name())?;
+                let result = commands::run(cli.command, &telemetry).await;
+                telemetry.shutdown();
+                result
+            });
+            // An interrupted command may leave a thread at work on a dataset: nothing of it counts
+            // before its manifest is written, so nobody waits for it.
+            runtime.shutdown_background();
             result
-        }),
+        }
         Err(error) => Err(anyhow::Error::new(error).context("cannot start the runtime")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Whoever closed stderr does not want to know.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
             ExitCode::from(if error.is::<SpecError>() { 2 } else { 1 })
         }
     }

@@ -1,6 +1,6 @@
 //! What a person sees while it runs: bars on a terminal, plain lines elsewhere; all on stderr.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,8 @@ fn bars() -> &'static MultiProgress {
 
 /// Prints a line on stderr without disturbing the bars.
 pub(crate) fn print_line(line: &str) {
-    bars().suspend(|| eprintln!("{line}"));
+    // Nobody may be left to read it: a worker's parent, or the other end of a pipe.
+    bars().suspend(|| drop(writeln!(std::io::stderr(), "{line}")));
 }
 
 fn on_terminal() -> bool {
@@ -58,7 +59,7 @@ pub(crate) struct PrepareProgress {
 
 impl PrepareProgress {
     pub(crate) fn new(name: &str) -> Self {
-        let template = "{prefix} {bar:30.cyan/blue} {percent:>3}%  {msg}";
+        let template = "{prefix} {bar:20.cyan/blue} {percent:>3}%  {wide_msg}";
         let bar = on_terminal().then(|| bar(1, template).with_prefix(format!("data {name}")));
         Self { name: name.to_owned(), bar, pace: Pace(None) }
     }
@@ -126,7 +127,7 @@ pub(crate) struct RunProgress {
 impl RunProgress {
     /// Progress that begins after committed step `from`.
     pub(crate) fn new(total: Step, from: Step) -> Self {
-        let template = "step {pos}/{len} {bar:24.green/blue} {msg}";
+        let template = "step {pos}/{len} {bar:20.green/blue} {wide_msg}";
         let bar = on_terminal().then(|| {
             let bar = bar(total.0, template);
             bar.set_position(from.0);
@@ -138,6 +139,8 @@ impl RunProgress {
     pub(crate) fn show(&mut self, event: &RunEvent) {
         match event {
             RunEvent::Committed(record) => self.committed(record),
+            // Among the run's last words, on stdout.
+            RunEvent::Evaluated(record) if record.step == self.total => {}
             RunEvent::Evaluated(record) => print_line(&evaluation_line(record)),
             RunEvent::WorkerJoined { name, host, spare, .. } => {
                 let role = if *spare { " as a spare" } else { "" };
@@ -150,7 +153,8 @@ impl RunProgress {
                 print_line(&format!("worker {name} lost: {reason}"));
             }
             RunEvent::Formed { generation, world, step, reason } => print_line(&format!(
-                "generation {generation}: {world} workers at step {step} ({reason})"
+                "generation {generation}: {world} worker{} at step {step} ({reason})",
+                if *world == 1 { "" } else { "s" },
             )),
             RunEvent::CheckpointSaved { step, seconds, bytes } => print_line(&format!(
                 "checkpoint of step {step}: {} in {seconds:.1} s",
@@ -167,6 +171,7 @@ impl RunProgress {
                     bar.set_position(to.0);
                 }
             }
+            RunEvent::Waiting { .. } => print_line(&event.to_string()),
             RunEvent::Stopping { reason } => print_line(&format!("stopping: {reason}")),
             RunEvent::Finished { .. } | RunEvent::Failed { .. } => {
                 if let Some(bar) = &self.bar {
@@ -184,13 +189,14 @@ impl RunProgress {
         self.seconds_per_step = Some(seconds);
         let rate = record.step_tokens as f64 / seconds.max(1e-9);
         let left = (self.total.0 - record.step.0) as f64 * seconds;
+        // On a narrow terminal the end is cut off.
         let text = format!(
-            "loss {:.4}  loops {}  depth {:.2}  {} tok/s  eta {}",
+            "loss {:.4}  eta {}  {} tok/s  depth {:.2}  loops {}",
             record.loss,
-            join(&record.loss_per_loop),
-            record.mean_depth,
-            HumanCount(rate as u64),
             clock(left),
+            HumanCount(rate as u64),
+            record.mean_depth,
+            join(&record.loss_per_loop),
         );
         match &self.bar {
             Some(bar) => {

@@ -4,7 +4,7 @@
 //! (`OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`); the log level follows
 //! `RUST_LOG`.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -44,7 +44,10 @@ impl Telemetry {
             tracing_opentelemetry::layer().with_tracer(provider.tracer("looptrain"))
         });
         let level = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-        let logs = tracing_subscriber::fmt::layer().with_target(false).with_writer(|| LineWriter);
+        let logs = tracing_subscriber::fmt::layer()
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(|| LineWriter);
         tracing_subscriber::registry()
             .with(tracing_subscriber::Layer::with_filter(logs, level))
             .with(spans)

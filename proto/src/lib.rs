@@ -15,7 +15,10 @@ pub mod v1 {
 }
 
 /// Version of the wire protocol; a worker and a coordinator must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
+
+/// Slots per step whose fixed-point gradients can be added up without overflow.
+pub const MAX_SLOTS: u32 = 1 << 16;
 
 /// Evaluation sums travel as integers in multiples of 2^-EVALUATION_FRACTION_BITS.
 pub const EVALUATION_FRACTION_BITS: u32 = 32;

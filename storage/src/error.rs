@@ -3,6 +3,8 @@
 
 use looptrain_proto::{Digest, Incarnation, Step};
 
+use crate::Split;
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -72,11 +74,43 @@ pub enum Error {
         /// What is missing and how to provide it.
         reason: String,
     },
+    /// A dataset that is there was made from another source than the spec now gives.
+    #[error(
+        "dataset `{dataset}` was made with other options than its [datasets.source] gives: {differences}; put them back, give the dataset another name, or remove {place}"
+    )]
+    OtherSource {
+        /// The dataset.
+        dataset: String,
+        /// Where it lies.
+        place: String,
+        /// Each option that differs, with both values.
+        differences: String,
+    },
     /// The tokenizer cannot be trained, read or applied.
     #[error("tokenizer: {reason}")]
     Tokenizer {
         /// What the tokenizer said.
         reason: String,
+    },
+    /// A stage needs more text than there is.
+    #[error(
+        "stage `{stage}` needs at least {needed} {split} sequences of {sequence_length} tokens, but there are {available} in {datasets}; lower stages.{index}.sequence_length or stages.{index}.slots, or add text"
+    )]
+    TooSmall {
+        /// Name of the stage.
+        stage: String,
+        /// Index of the stage.
+        index: usize,
+        /// Sequences needed at least.
+        needed: u64,
+        /// Which split.
+        split: Split,
+        /// Tokens per sequence.
+        sequence_length: usize,
+        /// The datasets, each in backticks.
+        datasets: String,
+        /// Sequences there are.
+        available: u64,
     },
     /// A sequence past the end of its split was asked for.
     #[error(

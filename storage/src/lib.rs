@@ -31,12 +31,12 @@ pub use checkpoint::{
 };
 pub use dataset::{
     Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
-    TextTokenizer, TokenType, dataset_prefix, prepare,
+    TextTokenizer, TokenType, check_fit, dataset_prefix, prepare,
 };
 pub use error::{Error, Result};
 pub use metrics::{MetricsLog, read_metrics};
 pub use order::{Order, SequenceRef};
-pub use record::{Finished, Register, RunRecord, read_record};
+pub use record::{Finished, Register, RunRecord, Witness, read_record};
 pub use store::{ObjectInfo, Store};
 
 /// Where everything of a run lives in its store; deleting this prefix forgets the run.

@@ -5,6 +5,9 @@
 //! that resumes at a checkpoint opens the log after that step: every later line is removed, and
 //! what is trained again is logged again, once.
 //!
+//! The log is for people: a line that is no JSON (a hand's edit, a torn copy) is passed over with a
+//! warning, and keeps no run from going on.
+//!
 //! Caller: the coordinator, which alone publishes steps.
 
 use looptrain_proto::Step;
@@ -38,7 +41,7 @@ impl MetricsLog {
     /// try.
     ///
     /// # Errors
-    /// When the store fails or a segment that has to be cut cannot be read.
+    /// When the store fails.
     pub async fn open(store: &Store, run: &str, after: Step) -> Result<Self> {
         let prefix = prefix(run);
         let segments = segments(store, &prefix).await?;
@@ -49,15 +52,15 @@ impl MetricsLog {
                 continue;
             }
             // Only this one can reach past the step; those before it end where it begins.
-            let text = read(store, key).await?;
-            let mut kept = String::new();
-            for (line, value) in lines(store, key, &text) {
-                if step_of(&value?).is_some_and(|step| step <= after) {
-                    kept.push_str(line);
-                    kept.push('\n');
+            let text = store.get(key).await?;
+            let mut kept = Vec::with_capacity(text.len());
+            for (line, value) in readable(store, key, &text) {
+                if step_of(&value).is_some_and(|step| step <= after) {
+                    kept.extend_from_slice(line);
+                    kept.push(b'\n');
                 }
             }
-            if kept.len() < text.len() {
+            if kept != text {
                 store.put(key, kept).await?;
             }
             break;
@@ -85,6 +88,12 @@ impl MetricsLog {
             }
         }
         Ok(())
+    }
+
+    /// Whether everything is written.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.segments.iter().all(|segment| !segment.dirty)
     }
 
     /// Writes what is not written yet.
@@ -122,17 +131,15 @@ impl Segment {
     }
 }
 
-/// All lines of `run`, in the order of steps.
+/// All lines of `run` that are JSON, in the order of steps.
 ///
 /// # Errors
-/// When the store fails or a line is no JSON.
+/// When the store fails.
 pub async fn read_metrics(store: &Store, run: &str) -> Result<Vec<Value>> {
     let mut values = Vec::new();
     for (_, key) in segments(store, &prefix(run)).await? {
-        let text = read(store, &key).await?;
-        for (_, value) in lines(store, &key, &text) {
-            values.push(value?);
-        }
+        let text = store.get(&key).await?;
+        values.extend(readable(store, &key, &text).map(|(_, value)| value));
     }
     Ok(values)
 }
@@ -154,25 +161,30 @@ async fn segments(store: &Store, prefix: &str) -> Result<Vec<(Step, String)>> {
     Ok(segments)
 }
 
-async fn read(store: &Store, key: &str) -> Result<String> {
-    let bytes = store.get(key).await?;
-    String::from_utf8(bytes.into())
-        .map_err(|error| Error::Malformed { place: store.place(key), reason: error.to_string() })
-}
-
-/// Each line, as it stands and as JSON.
-fn lines<'a>(
+/// Each line, as it stands and as JSON; those that are none are passed over with a warning.
+fn readable<'a>(
     store: &Store,
     key: &str,
-    text: &'a str,
-) -> impl Iterator<Item = (&'a str, Result<Value>)> {
-    let place = store.place(key);
-    text.lines().enumerate().map(move |(index, line)| {
-        let malformed = |error| Error::Malformed {
-            place: format!("{place}:{}", index + 1),
-            reason: format!("{error}"),
+    text: &'a [u8],
+) -> impl Iterator<Item = (&'a [u8], Value)> {
+    lines(store.place(key), text).filter_map(|(line, value)| match value {
+        Ok(value) => Some((line, value)),
+        Err(error) => {
+            tracing::warn!(%error, "passing over a line of the metrics log");
+            None
+        }
+    })
+}
+
+/// Each line that is not empty, as it stands and as JSON; an error names `place` and line.
+fn lines(place: String, text: &[u8]) -> impl Iterator<Item = (&[u8], Result<Value>)> {
+    let numbered = text.split(|&byte| byte == b'\n').zip(1_usize..);
+    numbered.filter(|(line, _)| !line.is_empty()).map(move |(line, number)| {
+        let malformed = |error: serde_json::Error| Error::Malformed {
+            place: format!("{place}:{number}"),
+            reason: error.to_string(),
         };
-        (line, serde_json::from_str(line).map_err(malformed))
+        (line, serde_json::from_slice(line).map_err(malformed))
     })
 }
 
@@ -265,14 +277,36 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_without_a_step_and_broken_segments_are_refused() {
+    async fn lines_without_a_step_are_refused() {
         let store = Store::open("memory://").unwrap();
         let mut metrics = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
         assert!(metrics.append(&json!({ "loss": 1.0 })).is_err());
         assert!(metrics.append(&7).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_broken_line_is_passed_over_and_keeps_no_run_from_going_on() {
+        let store = Store::open("memory://").unwrap();
         let key = "runs/r/metrics/steps-0000000001.jsonl";
-        store.put(key, "{\"step\":1}\n{").await.unwrap();
-        let error = read_metrics(&store, "r").await.unwrap_err().to_string();
-        assert!(error.contains(&format!("{key}:2")), "{error}");
+        let text =
+            b"{\"step\":1,\"try\":1}\n{\"step\":2,\n\n\xff\n{\"step\":3,\"try\":1}\n{\"step\":4";
+        store.put(key, text.to_vec()).await.unwrap();
+        assert_eq!(logged(&store).await, [(1, 1), (3, 1)]);
+
+        let mut metrics = MetricsLog::open(&store, "r", Step(3)).await.unwrap();
+        log(&store, &mut metrics, 4..=5, 2).await;
+        assert_eq!(logged(&store).await, [(1, 1), (3, 1), (4, 2), (5, 2)]);
+        let healed = store.get(key).await.unwrap();
+        assert_eq!(healed, "{\"step\":1,\"try\":1}\n{\"step\":3,\"try\":1}\n");
+    }
+
+    #[test]
+    fn a_broken_line_is_named_with_its_object() {
+        let lines: Vec<_> = lines("memory://x.jsonl".into(), b"{}\n\n{\n7").collect();
+        let errors: Vec<String> =
+            lines.iter().filter_map(|(_, value)| Some(value.as_ref().err()?.to_string())).collect();
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors[0].starts_with("memory://x.jsonl:3 "), "{errors:?}");
+        assert_eq!(lines.len(), 3, "an empty line is no line");
     }
 }

@@ -44,15 +44,11 @@ pub struct SequenceRef {
     pub sequence: u64,
 }
 
-/// Longest period that is laid out. Weights that need a longer one are rounded to multiples of
-/// 1 / `LONGEST_PERIOD`.
-const LONGEST_PERIOD: u64 = 1 << 20;
-
 impl Order {
     /// The order of stage `stage` over `parts`, each (weight, number of sequences).
     ///
-    /// Shares are exact as long as the weights, divided by their greatest common divisor, sum to
-    /// no more than 2^20; larger ones are rounded to multiples of 2^-20, at least one.
+    /// Memory and time grow with the sum of the weights in lowest terms, which the spec's
+    /// validation keeps to 2^20.
     ///
     /// # Panics
     /// When there are no parts, or one has no weight or no sequences: the spec's validation and
@@ -95,7 +91,7 @@ impl Order {
     }
 }
 
-/// The weights in lowest terms, rounded when their sum is too large for a period.
+/// The weights in lowest terms.
 fn reduce(weights: &[u64]) -> Vec<u64> {
     let gcd = |mut a: u64, mut b: u64| {
         while b != 0 {
@@ -104,17 +100,7 @@ fn reduce(weights: &[u64]) -> Vec<u64> {
         a
     };
     let divisor = weights.iter().copied().fold(0, gcd);
-    let reduced: Vec<u64> = weights.iter().map(|weight| weight / divisor).collect();
-    let sum: u64 = reduced.iter().sum();
-    if sum <= LONGEST_PERIOD {
-        return reduced;
-    }
-    // u128: a weight times the period may exceed 64 bits only in theory, but costs nothing here.
-    let share = |weight: &u64| {
-        let scaled = u128::from(*weight) * u128::from(LONGEST_PERIOD) / u128::from(sum);
-        u64::try_from(scaled).unwrap_or(u64::MAX).max(1)
-    };
-    reduced.iter().map(share).collect()
+    weights.iter().map(|weight| weight / divisor).collect()
 }
 
 /// One period of the interleave: for each position its part and that part's draws before it.
@@ -127,7 +113,8 @@ fn lay_out(weights: &[u64]) -> Vec<(u32, u32)> {
     (1..=total)
         .map(|position| {
             let next = (0..weights.len())
-                // Eligible: share * position - drawn >= 1/s, so that one more draw is not too early.
+                // Eligible: share * position - drawn >= 1/s, so that one more draw is not too
+                // early.
                 .filter(|&part| s * weights[part] * position >= total * (s * drawn[part] + 1))
                 // Earliest deadline: (drawn + 1 - 1/s) / share, compared crosswise.
                 .min_by(|&a, &b| {
@@ -137,7 +124,7 @@ fn lay_out(weights: &[u64]) -> Vec<(u32, u32)> {
                 .expect("at every position some part is behind its share");
             let before = drawn[next];
             drawn[next] += 1;
-            // Both fit: parts and draws are at most LONGEST_PERIOD plus the number of parts.
+            // Both fit: there are fewer parts, and draws of one, than the weights sum to.
             (next as u32, before as u32)
         })
         .collect()
@@ -298,10 +285,11 @@ mod tests {
     }
 
     #[test]
-    fn huge_weights_are_rounded_but_never_to_nothing() {
-        let order = Order::new(1, 0, &[(u32::MAX, 10), (1, 10)]);
-        assert!(order.period.len() as u64 <= LONGEST_PERIOD + 2);
-        assert!(order.period.iter().any(|&(part, _)| part == 1));
+    fn weights_count_in_lowest_terms() {
         assert_eq!(reduce(&[6_000_000_000, 3_000_000_000]), [2, 1]);
+        let (small, large) = ([(2, 10), (1, 10)], [(1 << 19, 10), (1 << 18, 10)]);
+        let (small, large) = (Order::new(1, 0, &small), Order::new(1, 0, &large));
+        assert_eq!(large.period, small.period);
+        assert!((0..100).all(|index| large.at(index) == small.at(index)));
     }
 }

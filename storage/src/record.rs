@@ -8,6 +8,7 @@
 //! [`Register::update`] of an older incarnation fails with [`Error::Fenced`], because the number it
 //! would write is taken. Records are never removed, or that would stop being true.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,10 +22,17 @@ use crate::{Error, Result, Store, run_prefix};
 pub struct RunRecord {
     /// The coordinator that wrote it; stamped by the register.
     pub incarnation: Incarnation,
+    /// The coordinator that began the run, or began it anew; 0 in older records.
+    #[serde(default)]
+    pub begun: Incarnation,
     /// What decides the weights: `Spec::trajectory_digest`.
     pub trajectory: Digest,
     /// The spec of the last start, as TOML.
     pub spec: String,
+    /// The datasets the run trains on, by name: [`crate::Dataset::digest`]. Empty in records that
+    /// were written before datasets were pinned.
+    #[serde(default)]
+    pub datasets: BTreeMap<String, Digest>,
     /// What the workers' arithmetic depends on, pinned by the first ones.
     pub numerics: Option<String>,
     /// The newest committed checkpoint.
@@ -49,19 +57,47 @@ pub struct Finished {
 }
 
 impl RunRecord {
-    /// The record of a run that begins.
+    /// The record of a run that begins, on `datasets` (name, digest).
     #[must_use]
-    pub fn new(trajectory: Digest, spec: String) -> Self {
+    pub fn new(trajectory: Digest, spec: String, datasets: &[(String, Digest)]) -> Self {
         Self {
             incarnation: Incarnation(0),
+            begun: Incarnation(1),
             trajectory,
             spec,
+            datasets: datasets.iter().cloned().collect(),
             numerics: None,
             last_checkpoint: None,
             finished: None,
             updated_unix_ms: 0,
             writer: 0,
         }
+    }
+
+    /// Whether the datasets `given` (name, digest) are those of the record. What the record does
+    /// not name is not compared: it is for the caller to pin.
+    ///
+    /// # Errors
+    /// One line with the first dataset that is missing or has changed, and what to do.
+    pub fn check_datasets(&self, given: &[(String, Digest)]) -> std::result::Result<(), String> {
+        const REMEDY: &str =
+            "restore it, or begin another run: under another run.name or with --fresh";
+        for (name, recorded) in &self.datasets {
+            match given.iter().find(|(given, _)| given == name) {
+                Some((_, digest)) if digest == recorded => {}
+                Some((_, digest)) => {
+                    return Err(format!(
+                        "dataset `{name}` is not the one that the run trains on: it is {digest}, the run began with {recorded}; {REMEDY}"
+                    ));
+                }
+                None => {
+                    return Err(format!(
+                        "dataset `{name}`, which the run trains on, is not there; {REMEDY}"
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -116,6 +152,22 @@ impl Register {
         self.current.incarnation
     }
 
+    /// Whether nobody else has written since: a read, for what has to be true before something is
+    /// done that the record's own chain does not guard.
+    ///
+    /// # Errors
+    /// As [`Register::update`].
+    pub async fn still_mine(&self) -> Result<()> {
+        self.witness().still_mine().await
+    }
+
+    /// A second pair of eyes, for another task of this coordinator.
+    #[must_use]
+    pub fn witness(&self) -> Witness {
+        let (store, run) = (self.store.clone(), self.run.clone());
+        Witness { store, run, next: self.number + 1, writer: self.current.writer }
+    }
+
     /// Writes a changed record.
     ///
     /// # Errors
@@ -143,6 +195,33 @@ impl Register {
     }
 }
 
+/// Sees whether a coordinator has been replaced.
+#[derive(Debug)]
+pub struct Witness {
+    store: Store,
+    run: String,
+    /// The first record that has not been seen.
+    next: u64,
+    writer: u64,
+}
+
+impl Witness {
+    /// As [`Register::still_mine`].
+    ///
+    /// # Errors
+    /// As [`Register::update`].
+    pub async fn still_mine(&mut self) -> Result<()> {
+        while let Some(there) = read_opt(&self.store, &self.run, self.next).await? {
+            // The coordinator's own, or one whose answer was an error.
+            if there.writer != self.writer {
+                return Err(Error::Fenced { run: self.run.clone(), by: there.incarnation });
+            }
+            self.next += 1;
+        }
+        Ok(())
+    }
+}
+
 /// The newest record of `run`; `None` when it was never started.
 ///
 /// # Errors
@@ -165,9 +244,15 @@ async fn newest(store: &Store, run: &str) -> Result<Option<(u64, RunRecord)>> {
 }
 
 async fn read(store: &Store, run: &str, number: u64) -> Result<RunRecord> {
+    let missing = || Error::NotFound { place: store.place(&key(run, number)) };
+    read_opt(store, run, number).await?.ok_or_else(missing)
+}
+
+async fn read_opt(store: &Store, run: &str, number: u64) -> Result<Option<RunRecord>> {
     let key = key(run, number);
-    let bytes = store.get(&key).await?;
+    let Some(bytes) = store.get_opt(&key).await? else { return Ok(None) };
     serde_json::from_slice(&bytes)
+        .map(Some)
         .map_err(|error| Error::Malformed { place: store.place(&key), reason: error.to_string() })
 }
 
@@ -212,13 +297,39 @@ mod tests {
     use super::*;
 
     fn fresh() -> RunRecord {
-        RunRecord::new(Digest::of(b"spec"), "[run]".into())
+        let datasets = [("text", b"a"), ("prose", b"b")];
+        let datasets = datasets.map(|(name, bytes)| (name.to_owned(), Digest::of(bytes)));
+        RunRecord::new(Digest::of(b"spec"), "[run]".into(), &datasets)
     }
 
     async fn claim(store: &Store) -> Register {
         Register::claim(store, "r", |newest| Ok(newest.cloned().unwrap_or_else(fresh)))
             .await
             .unwrap()
+    }
+
+    #[test]
+    fn a_dataset_that_changed_or_is_gone_is_named_with_the_remedy() {
+        let record = fresh();
+        let mut given = [("text", b"a"), ("prose", b"b"), ("new", b"c")]
+            .map(|(name, bytes)| (name.to_owned(), Digest::of(bytes)));
+        assert_eq!(record.check_datasets(&given), Ok(()));
+        given[1].1 = Digest::of(b"edited");
+        let changed = record.check_datasets(&given).unwrap_err();
+        let (is, was) = (Digest::of(b"edited").to_string(), Digest::of(b"b").to_string());
+        for part in ["`prose`", &is, &was, "restore", "run.name", "--fresh"] {
+            assert!(changed.contains(part), "`{part}` is missing in: {changed}");
+        }
+        let gone = record.check_datasets(&given[..1]).unwrap_err();
+        assert!(gone.contains("`prose`") && gone.contains("not there"), "{gone}");
+    }
+
+    #[test]
+    fn a_record_from_before_datasets_were_pinned_fits_any() {
+        let mut json = serde_json::to_value(fresh()).unwrap();
+        assert!(json.as_object_mut().unwrap().remove("datasets").is_some());
+        let old: RunRecord = serde_json::from_value(json).unwrap();
+        assert_eq!(old.check_datasets(&[("text".into(), Digest::of(b"other"))]), Ok(()));
     }
 
     #[tokio::test]
@@ -242,7 +353,15 @@ mod tests {
     async fn a_higher_incarnation_fences_a_lower_one() {
         let store = Store::open("memory://").unwrap();
         let mut first = claim(&store).await;
+        first.still_mine().await.unwrap();
+        let mut witness = first.witness();
+        first.update(|record| record.last_checkpoint = None).await.unwrap();
+        witness.still_mine().await.unwrap();
         let mut second = claim(&store).await;
+        second.still_mine().await.unwrap();
+        assert!(witness.still_mine().await.is_err());
+        let error = first.still_mine().await.unwrap_err();
+        assert!(matches!(&error, Error::Fenced { by: Incarnation(2), .. }), "{error}");
         let error =
             first.update(|record| record.last_checkpoint = Some(Step(1))).await.unwrap_err();
         assert!(matches!(&error, Error::Fenced { by: Incarnation(2), .. }), "{error}");
@@ -290,6 +409,7 @@ mod tests {
         let mut lost = register.current().clone();
         lost.last_checkpoint = Some(Step(1));
         store.put(&key("r", 2), serde_json::to_vec(&lost).unwrap()).await.unwrap();
+        register.still_mine().await.unwrap();
         register.update(|record| record.last_checkpoint = Some(Step(2))).await.unwrap();
         let record = read_record(&store, "r").await.unwrap().unwrap();
         assert_eq!(record.last_checkpoint, Some(Step(2)));

@@ -13,7 +13,6 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::Range;
 use std::path::Path as FilePath;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -36,6 +35,8 @@ pub struct Store {
     /// Put before every key; empty or without `/` at its ends.
     prefix: String,
     url: Arc<str>,
+    /// The directory of a `file://` store.
+    directory: Option<Arc<FilePath>>,
 }
 
 /// An object in a listing.
@@ -71,11 +72,15 @@ impl Store {
         let (scheme, rest) = url
             .split_once("://")
             .ok_or_else(|| wrong("is no URL; write file://PATH or s3://BUCKET/PREFIX"))?;
+        let mut directory = None;
         let (objects, prefix): (Arc<dyn ObjectStore>, &str) = match scheme {
             "file" if rest.is_empty() => {
                 return Err(wrong("names no directory; write file://PATH"));
             }
-            "file" => (Arc::new(open_directory(url, FilePath::new(rest))?), ""),
+            "file" => {
+                directory = Some(Arc::from(FilePath::new(rest)));
+                (Arc::new(open_directory(url, FilePath::new(rest))?), "")
+            }
             "s3" => {
                 if rest.contains('@') {
                     return Err(wrong(
@@ -91,7 +96,22 @@ impl Store {
             "memory" => (open_memory(rest), ""),
             _ => return Err(wrong("has an unknown scheme; use file:// or s3://")),
         };
-        Ok(Self { objects, prefix: prefix.to_owned(), url: url.into() })
+        Ok(Self { objects, prefix: prefix.to_owned(), url: url.into(), directory })
+    }
+
+    /// Opens a store to read from it: as [`Store::open`], but a directory that is not there is an
+    /// error, not made.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_existing(url: &str) -> Result<Self> {
+        match url.strip_prefix("file://") {
+            Some(path) if !path.is_empty() && !FilePath::new(path).is_dir() => {
+                let reason = "there is no such directory; check the path".to_owned();
+                Err(Error::Url { url: url.to_owned(), reason })
+            }
+            _ => Self::open(url),
+        }
     }
 
     /// The URL as given to [`Store::open`].
@@ -160,15 +180,6 @@ impl Store {
         }
     }
 
-    /// Bytes `range` of the object.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`] when there is none, and when it is shorter.
-    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let result = async { self.objects.get_range(&self.path(key)?, range).await };
-        result.await.map_err(|error| self.failed("read", key, &error))
-    }
-
     /// Writes the object, over an older one if need be.
     ///
     /// # Errors
@@ -198,19 +209,6 @@ impl Store {
                 | object_store::Error::Precondition { .. },
             ) => Ok(false),
             Err(error) => Err(self.failed("write", key, &error)),
-        }
-    }
-
-    /// Whether the object exists.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn exists(&self, key: &str) -> Result<bool> {
-        let result = async { self.objects.head(&self.path(key)?).await };
-        match result.await {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(error) => Err(self.failed("read", key, &error)),
         }
     }
 
@@ -262,6 +260,26 @@ impl Store {
         Ok(objects.len())
     }
 
+    /// Removes what writers that were killed have left half-written below `prefix`, when nobody
+    /// has touched it for `age`, and says how many such files there were. In a directory they are
+    /// no objects and nothing lists them, but they take room; remote stores have rules for theirs.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub async fn sweep(&self, prefix: &str, age: Duration) -> Result<usize> {
+        let Some(root) = self.directory.clone() else { return Ok(0) };
+        let below = root.join(prefix);
+        let swept = tokio::task::spawn_blocking(move || sweep_directory(&below, age)).await;
+        let failed = |reason: String| {
+            let (operation, place) = ("clean up", self.place(prefix));
+            Error::Operation { operation, place, reason }
+        };
+        match swept {
+            Ok(swept) => swept.map_err(|error| failed(error.to_string())),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
     fn path(&self, key: &str) -> std::result::Result<Path, object_store::Error> {
         let path = match self.prefix.as_str() {
             "" => Path::parse(key),
@@ -277,6 +295,33 @@ impl Store {
             error => Error::Operation { operation, place, reason: reason(error) },
         }
     }
+}
+
+/// Removes files that were being written, `NAME#NUMBER`, and are older than `age`.
+fn sweep_directory(directory: &FilePath, age: Duration) -> std::io::Result<usize> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    let mut swept = 0;
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            swept += sweep_directory(&entry.path(), age)?;
+            continue;
+        }
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.rsplit_once('#'));
+        let staged = number.is_some_and(|(_, number)| number.parse::<u64>().is_ok());
+        // A file that is gone by now had a living writer; one from the future goes another time.
+        let touched = entry.metadata().and_then(|metadata| metadata.modified());
+        let old = touched.is_ok_and(|time| time.elapsed().is_ok_and(|old| old >= age));
+        if staged && old {
+            std::fs::remove_file(entry.path())?;
+            swept += 1;
+        }
+    }
+    Ok(swept)
 }
 
 /// What the system said when it was the system, else what the client said.

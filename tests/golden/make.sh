@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the golden vectors beside this script again, in float64, with an implementation of LoopLM
-# that shares no code with this project.
+# Makes the golden vectors beside this script again, in float64, with a PyTorch implementation of
+# LoopLM that shares no code with this project and is not part of it. `check.py`, which is, computes
+# the vectors independently of both and compares.
 #
 #   tests/golden/make.sh PATH/TO/looplm_torch.py      (needs torch and safetensors from PyPI)
 set -euo pipefail

@@ -8,14 +8,14 @@ use std::sync::Arc;
 
 use looptrain_model::SlotBatch;
 use looptrain_proto::{Spec, Step};
-use looptrain_storage::{Dataset, Order, Split, Store};
+use looptrain_storage::{Dataset, Order, Split, Store, check_fit};
 
 /// Data that is missing, does not fit the spec, or cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// There is no such dataset.
     #[error(
-        "there is no dataset `{dataset}` in {store}; make it with `looptrain data prepare`, or give it a source in the spec and use `looptrain train`"
+        "there is no dataset `{dataset}` in {store}; a worker reads the store of its coordinator, and the coordinator makes there what has a [datasets.source] in its spec"
     )]
     Missing {
         /// Name in the spec.
@@ -34,26 +34,6 @@ pub enum DataError {
         vocabulary: usize,
         /// Rows of the model's embedding.
         model: usize,
-    },
-    /// A stage needs more than there is.
-    #[error(
-        "stage `{stage}` takes {needed} sequences of {length} tokens, but its datasets ({datasets}) have {available} {split} sequences of that length; lower stages.{index}.sequence_length or add text"
-    )]
-    TooSmall {
-        /// Name of the stage.
-        stage: String,
-        /// Index of the stage.
-        index: usize,
-        /// Sequences needed at least.
-        needed: u64,
-        /// Their length.
-        length: usize,
-        /// Names of the datasets.
-        datasets: String,
-        /// Sequences there are.
-        available: u64,
-        /// Which split.
-        split: &'static str,
     },
     /// A token outside of the model's embedding.
     #[error(
@@ -74,7 +54,7 @@ pub enum DataError {
     /// There is no such step in the spec.
     #[error("the spec has no step {0}")]
     NoSuchStep(Step),
-    /// The store failed.
+    /// The store failed, or a stage needs more than there is.
     #[error(transparent)]
     Store(#[from] looptrain_storage::Error),
 }
@@ -104,49 +84,17 @@ impl Data {
             }
             datasets.push(opened);
         }
-        let mut data = Self { spec, datasets, orders: Vec::new() };
-        data.orders =
-            (0..data.spec.stages.len()).map(|stage| data.order(stage)).collect::<Result<_, _>>()?;
-        Ok(data)
-    }
-
-    /// The order of a stage, if its datasets can serve it.
-    fn order(&self, index: usize) -> Result<Order, DataError> {
-        let stage = &self.spec.stages[index];
-        let mixture = self.spec.mixture(index);
-        let sequences = |split| {
-            let count = |(dataset, _): &(usize, u32)| {
-                self.datasets[*dataset].sequences(split, stage.sequence_length)
+        check_fit(&spec, &datasets)?;
+        let order = |index: usize| {
+            let length = spec.stages[index].sequence_length;
+            let part = |&(dataset, weight): &(usize, u32)| {
+                (weight, datasets[dataset].sequences(Split::Train, length))
             };
-            mixture.iter().map(count).collect::<Vec<u64>>()
+            let parts: Vec<_> = spec.mixture(index).iter().map(part).collect();
+            Order::new(spec.run.seed, index, &parts)
         };
-        let too_small = |split, needed, available| DataError::TooSmall {
-            stage: stage.name.clone(),
-            index,
-            needed,
-            length: stage.sequence_length,
-            datasets: self.names(index),
-            available,
-            split,
-        };
-        let train = sequences(Split::Train);
-        let available = if train.contains(&0) { 0 } else { train.iter().sum() };
-        if available < stage.step_sequences() {
-            return Err(too_small("training", stage.step_sequences(), available));
-        }
-        if sequences(Split::Validation).iter().all(|count| *count == 0) {
-            return Err(too_small("validation", 1, 0));
-        }
-        let weights = mixture.iter().map(|(_, weight)| *weight);
-        let parts: Vec<_> = weights.zip(train).collect();
-        Ok(Order::new(self.spec.run.seed, index, &parts))
-    }
-
-    fn names(&self, stage: usize) -> String {
-        let mixture = self.spec.mixture(stage);
-        let names: Vec<_> =
-            mixture.iter().map(|(index, _)| self.spec.datasets[*index].name.as_str()).collect();
-        names.join(", ")
+        let orders = (0..spec.stages.len()).map(order).collect();
+        Ok(Self { spec, datasets, orders })
     }
 
     /// The batch of one slot of one step.
@@ -240,6 +188,7 @@ mod tests {
         let spec = Arc::new(tiny_spec("memory://nothing-here"));
         let text = Data::open(spec, &store).await.unwrap_err().to_string();
         assert!(text.contains("no dataset `text` in memory://nothing-here"), "{text}");
+        assert!(text.contains("[datasets.source]") && !text.contains("prepare"), "{text}");
     }
 
     #[tokio::test]

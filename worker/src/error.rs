@@ -32,6 +32,8 @@ pub enum WorkerError {
     Refused {
         /// Its reason.
         reason: String,
+        /// The reason may pass.
+        for_now: bool,
     },
     /// The session broke.
     #[error("lost the coordinator at {url}: {reason}")]
@@ -40,6 +42,29 @@ pub enum WorkerError {
         url: String,
         /// What happened to the stream.
         reason: String,
+    },
+    /// The run goes on without this worker, for a fault that it has not noticed itself.
+    #[error("the coordinator sent this worker away: {reason}")]
+    SentAway {
+        /// Its reason.
+        reason: String,
+    },
+    /// The coordinator that came back has another run.
+    #[error(
+        "the coordinator at {url} has another run now, or began this one anew; start this worker anew"
+    )]
+    OtherRun {
+        /// As given.
+        url: String,
+    },
+    /// The peers of this worker could not reach it.
+    #[error(
+        "peers on other machines cannot reach {address}; start the worker with --peer-listen 0.0.0.0:0, or an \
+         address that they can reach"
+    )]
+    PeerAddress {
+        /// Where this worker listens.
+        address: std::net::SocketAddr,
     },
     /// The coordinator sent what makes no sense.
     #[error("the coordinator at {url} {what}; worker and coordinator must be of one build")]

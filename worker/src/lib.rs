@@ -8,7 +8,8 @@
 //! - `feed` and `data`: from (step, slot) to tokens, read ahead;
 //! - `compute`: the thread that owns the model and the training state;
 //! - [`reduce`]: fixed point, and the ring that sums it over ranks;
-//! - `state`: the training state as the tensors of a checkpoint.
+//! - `state`: the training state as the tensors of a checkpoint;
+//! - `transfer`: the training state from peer to peer.
 
 mod compute;
 mod data;
@@ -20,9 +21,10 @@ mod settings;
 mod state;
 #[cfg(test)]
 mod testing;
+mod transfer;
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use looptrain_proto::v1::{Join, Welcome};
 use looptrain_proto::{Digest, Incarnation, PROTOCOL_VERSION, Spec};
@@ -30,7 +32,7 @@ use looptrain_storage::{Checkpoints, Store};
 
 pub use data::DataError;
 pub use error::WorkerError;
-pub use settings::WorkerSettings;
+pub use settings::{WorkerSettings, host_name};
 
 use compute::Compute;
 use data::Data;
@@ -46,48 +48,110 @@ pub struct Finished {
 }
 
 /// Joins a run and works in it until it is over, this worker is told to stop, or something fails
-/// that a worker cannot mend. Needs a multi-threaded tokio runtime, so that heartbeats go out while
-/// sums are added.
+/// that a worker cannot mend. A worker that loses its coordinator keeps its state and joins the
+/// next one at the same address. Needs a multi-threaded tokio runtime, so that heartbeats go out
+/// while sums are added.
 ///
 /// # Errors
 /// One line that names the place and the remedy; see [`WorkerError`].
 pub async fn run(settings: WorkerSettings) -> Result<Finished, WorkerError> {
     let stop = settings.stop.clone();
-    let joined = tokio::select! {
-        joined = join(&settings) => joined?,
+    let listener = PeerListener::bind(settings.peer_listen).await?;
+    let joined = async {
+        let introduction = introduce(&settings, &listener).await?;
+        let within = settings.connect_timeout;
+        let joined = Link::join(&settings.coordinator, introduction.clone(), within).await?;
+        Ok::<_, WorkerError>((introduction, joined))
+    };
+    let (introduction, (mut link, welcome)) = tokio::select! {
+        joined = joined => joined?,
         () = stop.cancelled() => {
             return Ok(Finished { reason: "told to stop before it had joined".into() });
         }
     };
-    let (mut link, welcome, listener) = joined;
-    let worker = welcome.worker_id;
-    let incarnation = Incarnation(welcome.incarnation);
-    match furnish(&settings, &mut link, &welcome, listener).await {
-        Ok(work) => {
-            tracing::info!(worker, run = work.spec.run.name, "joined the run");
-            Session::new(link, Arc::new(work), incarnation).run(&stop).await
-        }
+    let work = match furnish(&settings, &mut link, &welcome, listener).await {
+        Ok(work) => Arc::new(work),
         Err(error) => {
             session::decline(link, &error).await;
-            Err(error)
+            return Err(error);
         }
+    };
+    tracing::info!(worker = welcome.worker_id, run = work.spec.run.name, "joined the run");
+    let mut incarnation = Incarnation(welcome.incarnation);
+    loop {
+        let lost = match Session::new(link, Arc::clone(&work), incarnation).run(&stop).await {
+            Err(lost @ WorkerError::Broken { .. }) if !settings.reconnect_timeout.is_zero() => lost,
+            ended => return ended,
+        };
+        tracing::warn!("{lost}; keeping the state and looking for a coordinator");
+        (link, incarnation) = tokio::select! {
+            back = come_back(&settings, &introduction, &work, incarnation) => back?,
+            () = stop.cancelled() => {
+                return Ok(Finished { reason: "told to stop while there was no coordinator".into() });
+            }
+        };
+        tracing::info!(%incarnation, "joined the run again");
     }
 }
 
-async fn join(settings: &WorkerSettings) -> Result<(Link, Welcome, PeerListener), WorkerError> {
-    let listener = PeerListener::bind(settings.peer_listen).await?;
+/// Pause between attempts to join again, when the coordinator answered but could not take this
+/// worker.
+const REJOIN_PAUSE: Duration = Duration::from_millis(100);
+
+/// Joins the next coordinator with what this worker holds.
+async fn come_back(
+    settings: &WorkerSettings,
+    introduction: &Join,
+    work: &Work,
+    known: Incarnation,
+) -> Result<(Link, Incarnation), WorkerError> {
+    let url = &settings.coordinator;
+    // Whoever was fetching it is asked anew by the next coordinator.
+    work.withdraw();
+    let deadline = Instant::now() + settings.reconnect_timeout;
+    loop {
+        let join = Join { held: work.held().await?, ..introduction.clone() };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let error = match Link::join(url, join, left).await {
+            Ok((mut link, welcome)) if welcome.incarnation >= known.0 => {
+                let spec = Spec::parse("the coordinator's spec", &welcome.spec, &[])?;
+                if welcome.lineage != work.lineage {
+                    return Err(WorkerError::OtherRun { url: url.clone() });
+                }
+                link.beat_every(heartbeat(&spec));
+                return Ok((link, Incarnation(welcome.incarnation)));
+            }
+            Ok((link, _)) => link.protocol("has been replaced by another one that is not there"),
+            Err(error @ WorkerError::Broken { .. }) => error,
+            Err(error @ WorkerError::Refused { for_now: true, .. }) => error,
+            Err(error) => return Err(error),
+        };
+        if Instant::now() + REJOIN_PAUSE >= deadline {
+            return Err(error);
+        }
+        tokio::time::sleep(REJOIN_PAUSE).await;
+    }
+}
+
+async fn introduce(
+    settings: &WorkerSettings,
+    listener: &PeerListener,
+) -> Result<Join, WorkerError> {
     let numerics = tokio::task::spawn_blocking(looptrain_model::numerics);
-    let join = Join {
+    Ok(Join {
         protocol_version: PROTOCOL_VERSION,
         name: settings.name.clone(),
-        host: settings::host_name(),
+        host: host_name(),
         process_id: std::process::id(),
         threads: u32::try_from(settings.threads).unwrap_or(u32::MAX),
-        peer_address: settings::reachable(listener.address(), &settings.coordinator).to_string(),
+        peer_address: settings::reachable(listener.address(), &settings.coordinator)?.to_string(),
         numerics: numerics.await.map_err(|_| WorkerError::Compute)?,
-    };
-    let (link, welcome) = Link::join(&settings.coordinator, join, settings.connect_timeout).await?;
-    Ok((link, welcome, listener))
+        held: None,
+    })
+}
+
+fn heartbeat(spec: &Spec) -> Duration {
+    Duration::from_secs_f64(spec.cluster.worker_timeout / 4.0)
 }
 
 /// Opens everything that the spec of the welcome names.
@@ -100,13 +164,19 @@ async fn furnish(
     let spec = Spec::parse("the coordinator's spec", &welcome.spec, &[])?;
     let spec = Arc::new(spec);
     // From here on, so that opening the data does not look like death.
-    link.beat_every(Duration::from_secs_f64(spec.cluster.worker_timeout / 4.0));
-    let peers = listener.serve(Digest::of(spec.run.name.as_bytes()));
+    link.beat_every(heartbeat(&spec));
+    let (peers, joiners) = listener.serve(Digest::of(spec.run.name.as_bytes()));
     let store = Store::open(&spec.run.store)?;
     let data = Data::open(Arc::clone(&spec), &store).await?;
+    let compute = Compute::start(Arc::clone(&spec), settings.threads)?;
+    // Ends with the listener, which hands the joiners on.
+    tokio::spawn(transfer::serve(joiners, compute.shelf().clone()));
     Ok(Work {
         feed: Feed::new(Arc::new(data)),
-        compute: Compute::start(Arc::clone(&spec), settings.threads)?,
+        compute,
+        sources: Mutex::default(),
+        memory: Mutex::default(),
+        lineage: welcome.lineage.clone(),
         checkpoints: Checkpoints::new(&store, &spec.run.name),
         peers,
         spec,

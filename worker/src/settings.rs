@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::WorkerError;
+
 /// How to run a worker.
 #[derive(Clone, Debug)]
 pub struct WorkerSettings {
@@ -22,6 +24,9 @@ pub struct WorkerSettings {
     pub stop: CancellationToken,
     /// How long the coordinator is tried.
     pub connect_timeout: Duration,
+    /// How long a worker that has lost its coordinator keeps its state and looks for a new one at
+    /// the same address; with zero it ends at once.
+    pub reconnect_timeout: Duration,
 }
 
 impl WorkerSettings {
@@ -35,12 +40,14 @@ impl WorkerSettings {
             peer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             stop: CancellationToken::new(),
             connect_timeout: Duration::from_secs(30),
+            reconnect_timeout: Duration::ZERO,
         }
     }
 }
 
-/// The machine's name, for people.
-pub(crate) fn host_name() -> String {
+/// The machine's name, for people; `unknown` when the machine does not tell it.
+#[must_use]
+pub fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
         .ok()
         .or_else(|| std::env::var("HOSTNAME").ok())
@@ -50,15 +57,24 @@ pub(crate) fn host_name() -> String {
 }
 
 /// The listener's address as peers are to dial it.
-pub(crate) fn reachable(listening: SocketAddr, coordinator: &str) -> SocketAddr {
+///
+/// # Errors
+/// When only this machine can reach it, though the coordinator is on another one.
+pub(crate) fn reachable(
+    listening: SocketAddr,
+    coordinator: &str,
+) -> Result<SocketAddr, WorkerError> {
+    if listening.ip().is_loopback() && facing(coordinator).is_some_and(|ip| !ip.is_loopback()) {
+        return Err(WorkerError::PeerAddress { address: listening });
+    }
     if !listening.ip().is_unspecified() {
-        return listening;
+        return Ok(listening);
     }
     let facing = facing(coordinator).unwrap_or_else(|| {
         tracing::warn!(coordinator, "cannot tell this machine's address; peers get the loopback");
         IpAddr::from([127, 0, 0, 1])
     });
-    SocketAddr::new(facing, listening.port())
+    Ok(SocketAddr::new(facing, listening.port()))
 }
 
 /// The address from which this machine would talk to the coordinator. Connecting a datagram socket
@@ -83,14 +99,25 @@ mod tests {
     #[test]
     fn an_address_that_says_where_is_told_as_it_is() {
         let listening: SocketAddr = "10.1.2.3:4000".parse().unwrap();
-        assert_eq!(reachable(listening, "http://127.0.0.1:1"), listening);
+        assert_eq!(reachable(listening, "http://127.0.0.1:1").unwrap(), listening);
     }
 
     #[test]
     fn an_address_that_says_anywhere_is_told_as_the_coordinator_would_see_it() {
         let listening: SocketAddr = "0.0.0.0:4000".parse().unwrap();
-        let told = reachable(listening, "http://127.0.0.1:5000/");
+        let told = reachable(listening, "http://127.0.0.1:5000/").unwrap();
         assert_eq!(told, "127.0.0.1:4000".parse().unwrap());
-        assert_eq!(reachable(listening, "nonsense").port(), 4000);
+        assert_eq!(reachable(listening, "nonsense").unwrap().port(), 4000);
+    }
+
+    #[test]
+    fn an_address_that_only_this_machine_can_reach_is_no_use_to_a_coordinator_elsewhere() {
+        let listening: SocketAddr = "127.0.0.1:4000".parse().unwrap();
+        assert!(reachable(listening, "http://127.0.0.1:5000").is_ok());
+        // Nothing is sent there: the system is asked for the route.
+        if facing("http://192.0.2.1:5000").is_some() {
+            let error = reachable(listening, "http://192.0.2.1:5000").unwrap_err().to_string();
+            assert!(error.contains("--peer-listen 0.0.0.0:0"), "{error}");
+        }
     }
 }

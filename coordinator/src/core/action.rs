@@ -4,7 +4,7 @@ use looptrain_proto::v1::coordinator_message::Kind;
 use looptrain_proto::{Cursor, Digest, Generation, Step, WorkerId};
 
 use super::event::SavedPart;
-use crate::records::{Outcome, RunEvent};
+use crate::records::{Outcome, RunEvent, StepRecord};
 
 /// A directive to a worker.
 pub(crate) type Directive = Kind;
@@ -20,6 +20,9 @@ pub(crate) enum Action {
     Publish(RunEvent),
     /// Write down, for later starts of the run, how its workers compute.
     PinNumerics { numerics: String },
+    /// The first generation is about to form, or the one before is lost with its state: the log
+    /// ends after step `from`; of those steps, these are not in it yet.
+    GoOn { from: Step, lost: Vec<StepRecord> },
     /// End the open segment of the metrics here: a resume can start behind this step.
     SealMetrics,
     /// All parts are in the store: write the manifest that makes them a checkpoint.

@@ -18,28 +18,16 @@ impl Core {
         if self.evaluation_is_due() {
             return self.start_evaluation();
         }
-        let saved = self.state_is_in_reach();
         if self.ending() {
-            if saved {
+            if self.state_is_in_reach() {
                 return self.finish();
             }
             self.phase = Phase::Holding;
             let step = self.committed;
             return self.explain(format!("waiting for the checkpoint of step {step} to end"));
         }
-        let spares = self.spares();
-        if !spares.is_empty() {
-            let names = self.roster.names(spares);
-            if saved {
-                let step = self.committed;
-                return self.reform(&format!("{names} can take part from step {step} on"));
-            }
-            if self.saving.as_ref().is_some_and(|saving| saving.step() == self.committed) {
-                self.phase = Phase::Holding;
-                return self
-                    .explain(format!("waiting for the checkpoint that lets {names} take part"));
-            }
+        if !self.let_spares_in() {
+            self.plan();
         }
-        self.plan();
     }
 }

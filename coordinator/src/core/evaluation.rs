@@ -19,6 +19,16 @@ pub(super) struct Exam {
     shares: Vec<Option<Share>>,
 }
 
+impl Exam {
+    pub(super) fn step(&self) -> Step {
+        self.step
+    }
+
+    pub(super) fn awaits(&self, rank: usize) -> bool {
+        self.shares.get(rank).is_some_and(Option::is_none)
+    }
+}
+
 /// A rank's sums over the tokens of its share.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Share {
@@ -34,7 +44,7 @@ impl Core {
         let (step, every) = (self.committed, self.spec.evaluation.every_steps);
         let last = step >= self.total;
         let regular = every > 0 && step.0.is_multiple_of(every) && self.stop.is_none();
-        let done = self.evaluation.as_ref().is_some_and(|record| record.step == step);
+        let done = self.evaluations.last().is_some_and(|record| record.step == step);
         step.0 > 0 && (last || regular) && !done
     }
 
@@ -92,7 +102,7 @@ impl Core {
             let seconds = (self.now - exam.started).as_secs_f64();
             let sequences = self.spec.evaluation.sequences;
             let record = add_up(step, sequences, seconds, loops, &shares);
-            self.evaluation = Some(record.clone());
+            self.evaluations.push(record.clone());
             self.publish(RunEvent::Evaluated(record));
             self.proceed();
         }

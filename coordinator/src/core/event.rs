@@ -55,9 +55,21 @@ pub(crate) enum Report {
         cause: v1::failed::Cause,
         detail: String,
     },
+    Fetched {
+        step: Step,
+        result: Result<(), String>,
+    },
     Leave {
         reason: String,
     },
+}
+
+impl Report {
+    /// Whether it answers what the members of a generation are asked to do. Heartbeats come from a
+    /// worker that is stuck, too, and uploads go on beside everything.
+    pub(crate) fn is_an_answer(&self) -> bool {
+        !matches!(self, Self::Heartbeat | Self::PartSaved { .. })
+    }
 }
 
 /// One part of a checkpoint, as its writer describes it.

@@ -36,7 +36,7 @@ impl Core {
             loss: self.last.as_ref().map(|record| record.loss),
             weights_digest: self.known_weights(step),
             stopped,
-            evaluation: self.evaluation.clone().filter(|record| record.step == step),
+            evaluation: self.evaluations.last().cloned().filter(|record| record.step == step),
         };
         self.publish(RunEvent::Finished { reason: reason.clone() });
         self.end(reason, Ok(outcome));
@@ -51,7 +51,10 @@ impl Core {
 
     fn end(&mut self, reason: String, result: Result<Outcome, String>) {
         for worker in self.roster.ids() {
-            self.send(worker, Directive::Finish(Finish { reason: reason.clone() }));
+            self.send(
+                worker,
+                Directive::Finish(Finish { reason: reason.clone(), expelled: false }),
+            );
             self.out.push(Action::Close { worker });
         }
         self.phase = Phase::Ended { failed: result.is_err() };

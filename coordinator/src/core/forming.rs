@@ -9,7 +9,8 @@ use looptrain_proto::v1::{Form, Member};
 use looptrain_proto::{Digest, Generation, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
-use super::{Core, Directive, Phase, plural};
+use super::waiting::Wait;
+use super::{Core, Directive, Phase};
 use crate::records::RunEvent;
 
 /// How long a broken ring waits for the broken session that explains it.
@@ -18,6 +19,9 @@ const CULPRIT_PATIENCE: Duration = Duration::from_secs(1);
 /// Rings that may break one after the other, with nobody lost and nothing committed, before the
 /// run gives up: a network that lets nobody through does not heal by trying.
 const MAX_FRUITLESS: u32 = 10;
+
+/// Such rings after which workers that were not in the last ring that stood are sent away.
+const NEWCOMER_TRIES: u32 = 2;
 
 /// A generation whose members are getting ready.
 #[derive(Debug)]
@@ -30,6 +34,10 @@ impl Forming {
     pub(super) fn ready(&self) -> usize {
         self.ready.len()
     }
+
+    pub(super) fn awaits(&self, worker: WorkerId) -> bool {
+        !self.ready.contains_key(&worker)
+    }
 }
 
 /// Members could not reach a neighbour, and nobody has been lost yet.
@@ -40,62 +48,42 @@ pub(super) struct Trouble {
 }
 
 impl Core {
-    /// Waiting: forms a generation as soon as enough workers are here.
-    pub(super) fn settle(&mut self) {
-        if let Some(saving) = &self.saving {
-            // All parts are in and the manifest is on its way: it decides how far back to go.
-            let step = saving.step();
-            return self.explain(format!("waiting for the checkpoint of step {step}"));
-        }
-        self.fall_back();
-        if self.stop.is_some() {
-            return self.finish();
-        }
-        let (wanted, here) = (self.spec.cluster.workers as usize, self.roster.len());
-        if here < wanted {
-            return self.explain_waiting();
-        }
-        let from = match self.committed.0 {
-            0 => "from the initial weights".into(),
-            step => format!("from the checkpoint of step {step}"),
-        };
-        let why = format!("{here} worker{} joined; starting {from}", plural(here));
-        self.form(self.roster.ids(), why);
-    }
-
-    /// Nobody holds the committed state: the newest checkpoint, or the initial state, is what is
-    /// left of the run.
-    fn fall_back(&mut self) {
-        let mark = self.checkpoint.clone();
-        let to = mark.as_ref().map_or(Step(0), |mark| mark.step);
-        if to == self.committed {
-            return;
-        }
-        let reason =
-            format!("no worker is left that holds step {}; it is done again", self.committed);
-        self.committed = to;
-        self.weights = mark.as_ref().map(|mark| (mark.step, mark.weights_digest));
-        self.last = mark.and_then(|mark| mark.record);
-        self.evaluation.take_if(|evaluation| evaluation.step > to);
-        self.publish(RunEvent::Rewound { to, reason });
-    }
-
-    /// A member is gone or the ring is broken: survivors go on from the committed step, which
-    /// they hold.
+    /// A member is gone or the ring is broken: survivors go on from the committed step, as long as
+    /// one of them holds it.
     pub(super) fn reform(&mut self, reason: &str) {
         let mut next: Vec<WorkerId> = self.members.clone();
         next.retain(|member| self.roster.get(*member).is_some());
         self.trouble = None;
+        if !self.state_is_in_reach() {
+            // Who was still catching up goes on with that as long as there are sources.
+            next.retain(|member| self.holds_the_state(*member) || self.is_guest(*member));
+            if !next.iter().any(|member| self.holds_the_state(*member)) {
+                next.clear();
+            }
+        }
         if next.is_empty() {
             self.members.clear();
+            self.end_admission();
             self.phase = Phase::Waiting;
             return self.settle();
         }
-        let spares = self.spares();
-        if !spares.is_empty() && self.state_is_in_reach() {
-            next.extend(spares);
+        let mut newcomers = self.spares();
+        if !self.state_is_in_reach() {
+            let fetched = self.guests_that_fetched();
+            newcomers.retain(|spare| fetched.contains(spare));
         }
+        next.extend(newcomers);
+        let has_it = |worker: &&WorkerId| {
+            self.held(**worker).is_some_and(|held| held.step == self.committed.0)
+        };
+        let more: Vec<WorkerId> = next.iter().filter(has_it).copied().collect();
+        self.anchors.extend(more);
         self.form(next, reason.to_owned());
+    }
+
+    /// Whether a member has the committed state, or comes to have it without help.
+    fn holds_the_state(&self, member: WorkerId) -> bool {
+        self.anchors.contains(&member)
     }
 
     /// Workers without a place in the generation.
@@ -111,32 +99,44 @@ impl Core {
             || self.checkpoint.as_ref().is_some_and(|mark| mark.step == self.committed)
     }
 
-    fn form(&mut self, members: Vec<WorkerId>, why: String) {
+    pub(super) fn form(&mut self, members: Vec<WorkerId>, why: String) {
+        let changed = members != self.members;
+        if changed {
+            self.fruitless = 0;
+        }
+        // A ring that breaks while it forms is formed again at once; a member that is stuck must be
+        // found all the same.
+        if changed || !matches!(self.phase, Phase::Forming(_)) {
+            self.roster.restart_patience();
+        }
+        self.waiting = Wait::default();
         self.generation = self.generation.next();
         self.members = members;
         self.trouble = None;
-        let ring: Vec<Member> = (self.members.iter())
-            .filter_map(|id| {
-                let join = &self.roster.get(*id)?.join;
-                Some(Member {
-                    worker_id: id.0,
-                    name: join.name.clone(),
-                    peer_address: join.peer_address.clone(),
-                })
-            })
-            .collect();
+        let ring = self.addresses();
         for (rank, worker) in self.members.clone().into_iter().enumerate() {
             let form = Form {
                 generation: self.generation.0,
                 members: ring.clone(),
                 rank: rank as u32,
                 step: self.committed.0,
-                from_checkpoint: self.committed.0 > 0,
             };
+            if !self.anchors.contains(&worker) {
+                // It catches up from what it brought: nobody knows how far it gets.
+                self.forget_held(worker);
+            }
             self.send(worker, Directive::Form(form));
         }
         self.explain(format!("forming generation {}: {why}", self.generation));
         self.phase = Phase::Forming(Forming { why, ready: BTreeMap::new() });
+    }
+
+    /// The members, in rank order, as workers reach them.
+    pub(super) fn addresses(&self) -> Vec<Member> {
+        let joins = self.members.iter().filter_map(|id| Some(&self.roster.get(*id)?.join));
+        joins
+            .map(|join| Member { name: join.name.clone(), peer_address: join.peer_address.clone() })
+            .collect()
     }
 
     pub(super) fn on_ready(
@@ -157,6 +157,7 @@ impl Core {
             return self.expel_and_reform(&[worker], &reason);
         }
         forming.ready.insert(worker, digest);
+        self.anchors.insert(worker);
         if forming.ready.len() == self.members.len() {
             let digests: Vec<Digest> = forming.ready_in(&self.members);
             self.on_all_ready(&digests);
@@ -165,7 +166,7 @@ impl Core {
 
     fn on_all_ready(&mut self, digests: &[Digest]) {
         let step = self.committed;
-        let trusted = self.known_weights(step);
+        let trusted = self.known_weights(step).or_else(|| self.weights_of_anchors(digests));
         match agreement::compare(digests, trusted) {
             Verdict::Unanimous(digest) if trusted.is_some_and(|trusted| trusted != digest) => {
                 let expected = trusted.unwrap_or(digest);
@@ -187,15 +188,31 @@ impl Core {
         }
     }
 
+    /// The weights on which those agree that did not get them from others; newcomers must match.
+    fn weights_of_anchors(&self, digests: &[Digest]) -> Option<Digest> {
+        let known = self.members.iter().zip(digests);
+        let own = |member| self.anchors.contains(member) && !self.is_guest(*member);
+        let mut known = known.filter(|(member, _)| own(member));
+        let (_, first) = known.next()?;
+        known.all(|(_, digest)| digest == first).then_some(*first)
+    }
+
     fn on_formed(&mut self) {
         let Phase::Forming(forming) = std::mem::replace(&mut self.phase, Phase::Holding) else {
             return;
         };
+        self.formed = true;
+        self.anchors = self.members.iter().copied().collect();
+        self.tail = Vec::new();
         if !self.numerics_pinned {
             self.numerics_pinned = true;
             let numerics = self.numerics.clone().unwrap_or_default();
             self.out.push(super::Action::PinNumerics { numerics });
         }
+        for member in self.members.clone() {
+            self.forget_held(member);
+        }
+        self.end_admission_of_members();
         let (generation, world, step) = (self.generation, self.world(), self.committed);
         self.publish(RunEvent::Formed { generation, world, step, reason: forming.why });
         self.proceed();
@@ -260,6 +277,15 @@ impl Core {
         }
     }
 
+    /// Members that no ring has stood with, and that still do not answer.
+    fn newcomers_that_are_not_ready(&self) -> Vec<WorkerId> {
+        if !matches!(self.phase, Phase::Forming(_)) {
+            return Vec::new();
+        }
+        let strange = |member: &WorkerId| !self.holds_the_state(*member);
+        self.members.iter().copied().filter(strange).collect()
+    }
+
     /// A broken ring whose culprit did not show up is formed again by all.
     pub(super) fn on_tick_in_trouble(&mut self) {
         let due = |trouble: &mut Trouble| self.now >= trouble.since + CULPRIT_PATIENCE;
@@ -267,7 +293,15 @@ impl Core {
             return;
         };
         self.fruitless += 1;
-        if self.fruitless > MAX_FRUITLESS {
+        let newcomers = self.newcomers_that_are_not_ready();
+        if self.fruitless > NEWCOMER_TRIES && !newcomers.is_empty() {
+            let reason = format!(
+                "no ring forms with it ({detail}); check that the others can reach its peer \
+                 address, and it theirs"
+            );
+            return self.expel_and_reform(&newcomers, &reason);
+        }
+        if self.fruitless > MAX_FRUITLESS && !self.is_forming_with_a_mute() {
             return self.fail(format!(
                 "the ring broke {MAX_FRUITLESS} times in a row with all workers alive ({detail}); \
                  check that workers can reach each other's peer addresses"

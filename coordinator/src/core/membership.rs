@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use looptrain_proto::v1::{self, Finish, Refused, Welcome};
-use looptrain_proto::{PROTOCOL_VERSION, WorkerId};
+use looptrain_proto::{Generation, PROTOCOL_VERSION, WorkerId};
 
-use super::{Action, Core, Directive, Phase, plural};
+use super::{Action, Core, Directive, Phase};
 use crate::records::{RunEvent, SectionSeconds};
 
 /// A worker with a session.
@@ -14,6 +14,8 @@ use crate::records::{RunEvent, SectionSeconds};
 pub(crate) struct Worker {
     pub(crate) join: v1::Join,
     pub(crate) heard: Duration,
+    /// Since when an answer is waited for, in the core's waking time.
+    pub(super) asked: Option<Duration>,
     /// Sections of its last vote.
     pub(crate) sections: SectionSeconds,
 }
@@ -34,6 +36,25 @@ impl Roster {
 
     pub(super) fn hear_all(&mut self, now: Duration) {
         self.workers.values_mut().for_each(|worker| worker.heard = now);
+    }
+
+    /// Notes that a worker does what it is asked to do.
+    pub(super) fn answered(&mut self, worker: WorkerId) {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.asked = None;
+        }
+    }
+
+    /// Gives everybody the whole time for the next answer.
+    pub(super) fn restart_patience(&mut self) {
+        self.workers.values_mut().for_each(|worker| worker.asked = None);
+    }
+
+    /// How long the answer of a worker has been waited for at `awake`; the wait begins when this is
+    /// first asked.
+    pub(super) fn wait(&mut self, worker: WorkerId, awake: Duration) -> Duration {
+        let begin = |worker: &mut Worker| *worker.asked.get_or_insert(awake);
+        awake - self.workers.get_mut(&worker).map_or(awake, begin)
     }
 
     pub(super) fn get(&self, worker: WorkerId) -> Option<&Worker> {
@@ -70,23 +91,28 @@ impl Roster {
 impl Core {
     pub(super) fn on_joined(&mut self, worker: WorkerId, join: v1::Join) {
         if let Err(reason) = self.admissible(&join) {
-            self.send(worker, Directive::Refused(Refused { reason: reason.clone() }));
+            let for_now = self.roster.iter().any(|(_, there)| there.join.name == join.name);
+            self.send(worker, Directive::Refused(Refused { reason: reason.clone(), for_now }));
             self.out.push(Action::Close { worker });
             return self.publish(RunEvent::WorkerRefused { name: join.name, reason });
         }
         self.numerics.get_or_insert_with(|| join.numerics.clone());
+        if let (Some(held), Phase::Waiting) = (&join.held, &self.phase) {
+            // The log of a coordinator that died may lack its last generation.
+            self.generation = self.generation.max(Generation(held.generation));
+        }
         let welcome = Welcome {
             worker_id: worker.0,
             incarnation: self.incarnation.0,
             spec: self.spec_toml.clone(),
+            lineage: self.lineage.clone(),
         };
         self.send(worker, Directive::Welcome(welcome));
         let spare = !matches!(self.phase, Phase::Waiting);
         let (name, host) = (join.name.clone(), join.host.clone());
         let heard = self.now;
-        self.roster
-            .workers
-            .insert(worker, Worker { join, heard, sections: SectionSeconds::default() });
+        let sections = SectionSeconds::default();
+        self.roster.workers.insert(worker, Worker { join, heard, asked: None, sections });
         self.publish(RunEvent::WorkerJoined { worker, name, host, spare });
         if !spare {
             self.settle();
@@ -108,6 +134,7 @@ impl Core {
         if name.is_empty() || join.peer_address.is_empty() {
             return Err("a worker needs a name and a peer address".into());
         }
+        self.held_is_ours(join)?;
         if let Some((_, there)) = self.roster.iter().find(|(_, there)| there.join.name == *name) {
             return Err(format!(
                 "there is a worker {name} already (process {} on {}); choose another name, or \
@@ -144,9 +171,11 @@ impl Core {
         let timeout = Duration::from_secs_f64(self.spec.cluster.worker_timeout);
         // A coordinator that was frozen itself (a suspended machine, a debugger) has not heard
         // anybody and must not take that for their deaths.
-        if self.now.saturating_sub(self.ticked) > timeout {
+        let since = self.now.saturating_sub(self.ticked);
+        if since > timeout {
             self.roster.hear_all(self.now);
         }
+        self.awake += since.min(timeout);
         self.ticked = self.now;
         let silent: Vec<WorkerId> = (self.roster.iter())
             .filter(|(_, worker)| self.now.saturating_sub(worker.heard) > timeout)
@@ -162,14 +191,20 @@ impl Core {
             return self.after_loss(&format!("{names} fell silent"));
         }
         self.on_tick_in_trouble();
-        if matches!(self.phase, Phase::Holding) {
-            self.proceed();
+        self.on_tick_in_patience();
+        if !self.ended() {
+            self.on_tick_in_saving();
+        }
+        match self.phase {
+            Phase::Holding => self.proceed(),
+            Phase::Waiting => self.settle(),
+            _ => {}
         }
     }
 
     /// Sends a worker away for a fault of its own; the caller decides what the others do.
     pub(super) fn expel(&mut self, worker: WorkerId, reason: &str) {
-        self.send(worker, Directive::Finish(Finish { reason: reason.to_owned() }));
+        self.send(worker, Directive::Finish(Finish { reason: reason.to_owned(), expelled: true }));
         self.out.push(Action::Close { worker });
         self.remove(worker, reason);
     }
@@ -183,6 +218,7 @@ impl Core {
         let reason = reason.to_owned();
         self.publish(RunEvent::WorkerLost { worker, name: name.clone(), reason });
         self.save_lost_writer(worker);
+        self.leave_admission(worker);
         if self.roster.len() == 0 && !self.numerics_pinned {
             self.numerics = None;
         }
@@ -201,16 +237,5 @@ impl Core {
         } else if matches!(self.phase, Phase::Holding) {
             self.proceed();
         }
-    }
-
-    /// Says what a waiting run waits for.
-    pub(super) fn explain_waiting(&mut self) {
-        let (wanted, here) = (self.spec.cluster.workers as usize, self.roster.len());
-        let who = match here {
-            0 => "none is here".into(),
-            1 => format!("only {} is here", self.roster.names(self.roster.ids())),
-            _ => format!("{here} are here: {}", self.roster.names(self.roster.ids())),
-        };
-        self.explain(format!("waiting for {wanted} worker{}; {who}", plural(wanted)));
     }
 }

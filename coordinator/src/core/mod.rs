@@ -18,13 +18,17 @@
 //! - the slots of a planned step are shared out exactly once over the ranks;
 //! - nothing of an older generation is acted on, except the parts of a checkpoint, whose content
 //!   does not depend on the generation that writes it;
-//! - the committed step only goes back when no member is left, and then to a checkpoint.
+//! - the committed step only goes back when nobody is left that holds it, and then to the newest
+//!   one that somebody holds or a checkpoint has.
 //!
-//! One file a concern: [`membership`] (joins, losses, time-outs), [`forming`] (generations),
-//! [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints), [`finishing`]
-//! (stops and ends). [`boundary`] is where they meet: what to do between two steps.
+//! One file a concern: [`membership`] (joins, losses, silence), [`waiting`] (who has to be here),
+//! [`returning`] (what they bring back), [`admission`] (who joins later), [`forming`]
+//! (generations), [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints),
+//! [`patience`] (answers that do not come), [`finishing`] (stops and ends). [`boundary`] is where
+//! they meet: what to do between two steps.
 
 mod action;
+mod admission;
 mod agreement;
 mod boundary;
 mod evaluation;
@@ -32,13 +36,17 @@ mod event;
 mod finishing;
 mod forming;
 mod membership;
+mod patience;
+mod returning;
 mod saving;
 mod shares;
 mod status;
 mod step;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
@@ -61,8 +69,14 @@ pub(crate) struct Resume {
     pub(crate) numerics: Option<String>,
     /// The highest generation in the run's metrics; the next one is above it.
     pub(crate) generation: Generation,
-    /// The newest evaluation.
-    pub(crate) evaluation: Option<EvaluationRecord>,
+    /// All evaluations, in order.
+    pub(crate) evaluations: Vec<EvaluationRecord>,
+    /// The newest steps of the run's log, at least those behind the checkpoint.
+    pub(crate) tail: Vec<StepRecord>,
+    /// Told to workers, and compared with what those bring that come back.
+    pub(crate) lineage: Vec<u8>,
+    /// Workers of the coordinator before may come back.
+    pub(crate) workers_may_return: bool,
 }
 
 /// A committed step that a checkpoint holds.
@@ -84,6 +98,9 @@ pub(crate) struct Core {
 
     now: Duration,
     ticked: Duration,
+    /// Time that passed with ticks coming in time: deadlines count in it, so that a coordinator
+    /// that was frozen, or asleep with its machine, blames nobody.
+    awake: Duration,
     out: Vec<Action>,
 
     roster: membership::Roster,
@@ -93,18 +110,33 @@ pub(crate) struct Core {
     generation: Generation,
     /// Rank order; empty while waiting.
     members: Vec<WorkerId>,
+    /// Members that come to hold the committed state without anybody's help.
+    anchors: BTreeSet<WorkerId>,
     phase: Phase,
     reason: String,
+    waiting: waiting::Wait,
+    /// A generation of this coordinator has formed.
+    formed: bool,
     trouble: Option<forming::Trouble>,
-    /// Generations formed since the last commit because their ring broke.
+    /// Generations of the same members since the last commit, formed because their ring broke.
     fruitless: u32,
+    /// Times since the last commit that the members were stuck, and it was not known who is at
+    /// fault.
+    stalls: u32,
 
     committed: Step,
     /// The record of `committed`.
     last: Option<StepRecord>,
     /// Digest of the weights of the step, once ranks agreed on it.
     weights: Option<(Step, Digest)>,
-    evaluation: Option<EvaluationRecord>,
+    /// In order.
+    evaluations: Vec<EvaluationRecord>,
+    /// What an earlier coordinator logged, until a generation has formed.
+    tail: Vec<StepRecord>,
+    lineage: Vec<u8>,
+    workers_may_return: bool,
+    /// The newest step in the log.
+    logged: Step,
     pace: step::Pace,
 
     checkpoint: Option<Mark>,
@@ -112,6 +144,12 @@ pub(crate) struct Core {
     save_overdue: bool,
     save_errors: u32,
     save_retry_at: Duration,
+
+    admission: Option<admission::Admission>,
+    /// Spares that cannot fetch from the members.
+    by_checkpoint: BTreeSet<WorkerId>,
+    /// Since when the run holds for a checkpoint that lets such spares in.
+    held_up: Option<Duration>,
 
     stop: Option<String>,
 }
@@ -136,7 +174,17 @@ enum Phase {
 impl Core {
     /// A run before its first worker.
     pub(crate) fn new(spec: Spec, resume: Resume) -> Self {
-        let Resume { incarnation, checkpoint, numerics, generation, evaluation } = resume;
+        let Resume {
+            incarnation,
+            checkpoint,
+            numerics,
+            generation,
+            evaluations,
+            tail,
+            lineage,
+            workers_may_return,
+        } = resume;
+        let at = checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
         Self {
             spec_toml: spec.to_toml(),
             total: spec.total_steps(),
@@ -144,26 +192,38 @@ impl Core {
             incarnation,
             now: Duration::ZERO,
             ticked: Duration::ZERO,
+            awake: Duration::ZERO,
             out: Vec::new(),
             roster: membership::Roster::default(),
             numerics_pinned: numerics.is_some(),
             numerics,
             generation,
             members: Vec::new(),
+            anchors: BTreeSet::new(),
             phase: Phase::Waiting,
             reason: "no worker has joined yet".into(),
+            waiting: waiting::Wait::for_the_first(),
+            formed: false,
             trouble: None,
             fruitless: 0,
-            committed: checkpoint.as_ref().map_or(Step(0), |mark| mark.step),
+            stalls: 0,
+            committed: at,
             last: checkpoint.as_ref().and_then(|mark| mark.record.clone()),
             weights: checkpoint.as_ref().map(|mark| (mark.step, mark.weights_digest)),
-            evaluation,
+            evaluations,
+            logged: tail.last().map_or(at, |record| record.step),
+            tail,
+            lineage,
+            workers_may_return,
             pace: step::Pace::default(),
             checkpoint,
             saving: None,
             save_overdue: false,
             save_errors: 0,
             save_retry_at: Duration::ZERO,
+            admission: None,
+            by_checkpoint: BTreeSet::new(),
+            held_up: None,
             stop: None,
         }
     }
@@ -192,6 +252,9 @@ impl Core {
         if self.ended() {
             return;
         }
+        if report.is_an_answer() {
+            self.roster.answered(worker);
+        }
         match report {
             Report::Heartbeat => {}
             Report::Ready { generation, step, weights_digest } => {
@@ -210,6 +273,7 @@ impl Core {
             Report::Failed { generation, step, cause, detail } => {
                 self.on_failed(worker, generation, step, cause, &detail);
             }
+            Report::Fetched { step, result } => self.on_fetched(worker, step, result),
             Report::Leave { reason } => self.on_leave(worker, &reason),
         }
     }

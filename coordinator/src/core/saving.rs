@@ -20,6 +20,9 @@ use crate::records::{RunEvent, StepRecord};
 /// fails.
 const MAX_FINAL_ERRORS: u32 = 5;
 
+/// How long a part may take to be written; twice as long after each failure.
+const PART: Duration = Duration::from_secs(1800);
+
 /// A checkpoint in the making.
 #[derive(Debug)]
 pub(super) struct Saving {
@@ -28,6 +31,8 @@ pub(super) struct Saving {
     generation: Generation,
     record: Option<StepRecord>,
     started: Duration,
+    /// The same in the core's waking time.
+    begun: Duration,
     /// In part order.
     parts: Vec<Part>,
     /// All parts are in and the manifest is being written.
@@ -87,6 +92,7 @@ impl Core {
             generation: self.generation,
             record: self.last.clone(),
             started: self.now,
+            begun: self.awake,
             parts: self
                 .members
                 .iter()
@@ -105,7 +111,9 @@ impl Core {
         result: Result<SavedPart, String>,
     ) {
         let Some(saving) = self.saving.as_mut().filter(|saving| {
-            let assigned = saving.parts.get(part).is_some_and(|place| place.writer == worker);
+            // An answer to a split that was given up may come after the one to its successor.
+            let awaited = |place: &Part| place.writer == worker && place.saved.is_none();
+            let assigned = saving.parts.get(part).is_some_and(awaited);
             saving.step == step && saving.parts.len() == parts && assigned
         }) else {
             let reason = format!("part {part} of {parts} of step {step} is not being saved by it");
@@ -218,6 +226,25 @@ impl Core {
         if self.saving.as_ref().is_some_and(|saving| saving.parts.iter().any(lacks)) {
             self.give_up_saving("a worker was lost before it had written its part".into());
         }
+    }
+
+    /// Looks after parts that are overdue. Who alone does not bring its part is sent away; when
+    /// nobody does, it is the store.
+    pub(super) fn on_tick_in_saving(&mut self) {
+        let timeout = Duration::from_secs_f64(self.spec.cluster.worker_timeout);
+        let patience = PART.max(timeout) * (1 << self.save_errors.min(6));
+        let overdue =
+            |saving: &&Saving| saving.sealed.is_none() && self.awake - saving.begun > patience;
+        let Some(saving) = self.saving.as_ref().filter(overdue) else { return };
+        let late = saving.parts.iter().filter(|part| part.saved.is_none());
+        let late: Vec<WorkerId> = late.map(|part| part.writer).collect();
+        let (step, seconds) = (saving.step, patience.as_secs());
+        let what = format!("written its part of the checkpoint of step {step} within {seconds} s");
+        let everybody = self.members.iter().all(|member| late.contains(member));
+        if everybody || late.len() == saving.parts.len() {
+            return self.save_failed(format!("no worker has {what}"));
+        }
+        self.expel_writers(&late, &format!("it has not {what}"));
     }
 
     fn give_up_saving(&mut self, reason: String) {

@@ -24,6 +24,8 @@ pub(crate) struct Snapshot {
     pub(crate) checkpoint_step: Option<Step>,
     /// The step of the checkpoint in the making.
     pub(crate) saving_step: Option<Step>,
+    /// Tokens of all committed steps.
+    pub(crate) tokens: u64,
     pub(crate) tokens_per_second: f64,
 }
 
@@ -91,9 +93,10 @@ impl Core {
             stopping: self.stop.is_some(),
             workers: self.roster.iter().map(view).collect(),
             last: self.last.clone(),
-            evaluation: self.evaluation.clone(),
+            evaluation: self.evaluations.last().cloned(),
             checkpoint_step: self.checkpoint.as_ref().map(|mark| mark.step),
             saving_step: self.saving.as_ref().map(|saving| saving.step()),
+            tokens: step::tokens_after(&self.spec, self.committed),
             tokens_per_second: self.pace.tokens_per_second(),
         }
     }

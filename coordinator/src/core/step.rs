@@ -23,6 +23,12 @@ pub(super) struct Round {
     votes: Vec<Option<Vote>>,
 }
 
+impl Round {
+    pub(super) fn awaits(&self, rank: usize) -> bool {
+        self.votes.get(rank).is_some_and(Option::is_none)
+    }
+}
+
 /// A rank's word that it holds the reduced gradient.
 #[derive(Clone, Debug)]
 pub(super) struct Vote {
@@ -144,11 +150,28 @@ impl Core {
             let commit = Commit { generation: self.generation.0, step: step.0 };
             self.send(worker, Directive::Commit(commit));
         }
+        let seconds = (self.now - started).as_secs_f64();
+        let record = StepRecord { seconds, ..self.record(step, digest, votes) };
+        self.committed = step;
+        self.logged = step;
+        self.fruitless = 0;
+        self.stalls = 0;
+        self.trouble = None;
+        self.pace.commit(self.now, record.tokens);
+        self.last = Some(record.clone());
+        self.publish(RunEvent::Committed(record));
+        self.proceed();
+    }
+
+    /// The record of a step that this generation commits with these votes; how long it took is
+    /// for the caller to say.
+    pub(super) fn record(&self, step: Step, digest: Digest, votes: &[Vote]) -> StepRecord {
         // The statistics are part of the digest: all ranks hold the same.
+        let before = Step(step.0.saturating_sub(1));
         let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, .. } =
             votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
         let sections = votes.iter().map(|vote| vote.sections);
-        let record = StepRecord {
+        StepRecord {
             step,
             generation: self.generation,
             world: self.world(),
@@ -160,18 +183,11 @@ impl Core {
             grad_norm,
             lr: self.spec.learning_rate(step),
             tokens: tokens_after(&self.spec, step),
-            step_tokens: tokens_after(&self.spec, step) - tokens_after(&self.spec, self.committed),
+            step_tokens: tokens_after(&self.spec, step) - tokens_after(&self.spec, before),
             cursor: self.spec.cursor_after(step),
-            seconds: (self.now - started).as_secs_f64(),
+            seconds: 0.0,
             digest,
             sections: sections.fold(SectionSeconds::default(), SectionSeconds::max),
-        };
-        self.committed = step;
-        self.fruitless = 0;
-        self.trouble = None;
-        self.pace.commit(self.now, record.tokens);
-        self.last = Some(record.clone());
-        self.publish(RunEvent::Committed(record));
-        self.proceed();
+        }
     }
 }

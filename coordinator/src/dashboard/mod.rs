@@ -85,7 +85,7 @@ async fn status(State(sources): State<Sources>) -> Response {
     }
 }
 
-/// Steps behind `after`, from the first one without it.
+/// Steps behind `after`, from the first one without it; of those long past not every one.
 async fn steps(State(sources): State<Sources>, RawQuery(query): RawQuery) -> Response {
     let query = query.unwrap_or_default();
     let after = query.split('&').find_map(|pair| pair.strip_prefix("after=")).unwrap_or("0");

@@ -54,6 +54,8 @@ pub(crate) fn settings(spec: &Spec, store: &Store, stop: &CancellationToken) -> 
     Settings {
         spec: spec.clone(),
         store: store.clone(),
+        datasets: vec![("text".into(), Digest::of(b"tokens"))],
+        fresh: false,
         listen: "127.0.0.1:0".parse().unwrap(),
         dashboard: None,
         stop: stop.clone(),
@@ -105,6 +107,7 @@ pub(crate) fn join(name: &str) -> up::Kind {
         threads: 1,
         peer_address: format!("127.0.0.1:1/{name}"),
         numerics: "fake".into(),
+        held: None,
     })
 }
 
@@ -159,7 +162,11 @@ pub(crate) async fn work(
             }
             Some(down::Kind::Refused(refused)) => return refused.reason,
             Some(down::Kind::Finish(finish)) => return finish.reason,
-            Some(down::Kind::Commit(_)) => {}
+            Some(down::Kind::Commit(_) | down::Kind::Offer(_) | down::Kind::Withdraw(_)) => {}
+            Some(down::Kind::Fetch(fetch)) => {
+                let (step, error) = (fetch.step, String::new());
+                session.say(up::Kind::Fetched(v1::Fetched { step, error })).await;
+            }
             Some(down::Kind::Form(form)) => {
                 let v1::Form { generation, step, .. } = form;
                 let weights_digest = weights(step).to_vec();
@@ -224,7 +231,7 @@ async fn save_part(store: &Store, run: &str, save: v1::Save) -> v1::PartSaved {
         .map(|(_, tensor)| tensor)
         .collect();
     let entry = Checkpoints::new(store, run)
-        .save_part(Step(step), part as usize, parts as usize, &mine, &Default::default())
+        .save_part(Step(step), part as usize, parts as usize, mine, Default::default())
         .await
         .unwrap();
     v1::PartSaved {

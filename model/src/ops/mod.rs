@@ -13,7 +13,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{Int, Tensor};
 
 pub use backend::{AttentionInputs, AttentionOutputs, FusedOps, Kernels};
-pub use cpu::KernelLevel;
+pub use cpu::{KernelLevel, is_threaded};
 
 /// Rows of `weight [V, d]` at `ids [N]` -> `[N, d]`.
 #[must_use]

@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use looptrain_coordinator::{Outcome, Settings, Started};
-use looptrain_proto::{Spec, Step};
-use looptrain_storage::{Dataset, Store, run_prefix};
+use looptrain_proto::{Digest, Spec, Step};
+use looptrain_storage::{Dataset, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{Coordinator, SpecArgs};
@@ -15,7 +15,10 @@ use crate::{datasets, signals};
 
 pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> {
     let stop = signals::stop_on_signals("stopping at the next step, with a checkpoint")?;
-    let mut run = PreparedRun::new(&args.spec, |_| {}).await?;
+    let mut run = tokio::select! {
+        run = PreparedRun::new(&args.spec) => run?,
+        () = stop.cancelled() => bail!("stopped before training began"),
+    };
     let started = run.start(args.listen, args.spec.dashboard, stop, telemetry).await?;
     let outcome = match started {
         Started::Finished(outcome) => outcome,
@@ -24,7 +27,9 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
             follow(running, &run.spec).await?
         }
     };
-    run.print_outcome(&outcome).await
+    run.print_outcome(&outcome).await?;
+    run.print_end(&outcome);
+    Ok(())
 }
 
 /// A run whose spec is read and whose datasets are there.
@@ -32,21 +37,19 @@ pub(crate) struct PreparedRun {
     pub(crate) spec: Spec,
     pub(crate) store: Store,
     pub(crate) datasets: Vec<Dataset>,
+    /// Begin anew, whatever the store holds of the run.
+    fresh: bool,
 }
 
 impl PreparedRun {
-    /// Reads the spec, lets `adjust` change it, opens the store and makes what datasets are missing.
-    pub(crate) async fn new(args: &SpecArgs, adjust: impl FnOnce(&mut Spec)) -> Result<Self> {
+    /// Reads the spec, opens the store and makes what datasets are missing.
+    pub(crate) async fn new(args: &SpecArgs) -> Result<Self> {
         let mut spec = Spec::load(&args.spec, &args.overrides)?;
-        adjust(&mut spec);
         let store = Store::open(&spec.run.store)?;
         store.check_writable().await?;
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
-        if args.fresh {
-            store.delete_prefix(&run_prefix(&spec.run.name)).await?;
-        }
-        Ok(Self { spec, store, datasets })
+        Ok(Self { spec, store, datasets, fresh: args.fresh })
     }
 
     pub(crate) async fn start(
@@ -59,6 +62,8 @@ impl PreparedRun {
         let started = looptrain_coordinator::start(Settings {
             spec: self.spec.clone(),
             store: self.store.clone(),
+            datasets: self.datasets.iter().map(pin).collect(),
+            fresh: self.fresh,
             listen,
             dashboard,
             stop,
@@ -68,7 +73,8 @@ impl PreparedRun {
         Ok(started)
     }
 
-    /// The run's last words, on stdout: validation, and the line that scripts read.
+    /// The last evaluation, on stdout, beside what a model of single tokens reaches; nothing when
+    /// the last step was not evaluated.
     pub(crate) async fn print_outcome(&self, outcome: &Outcome) -> Result<()> {
         if let Some(evaluation) = &outcome.evaluation {
             println!("{}", evaluation_line(evaluation));
@@ -79,7 +85,8 @@ impl PreparedRun {
         Ok(())
     }
 
-    /// `done ...` or, when the run was stopped before its last step, `stopped ...`.
+    /// The last line on stdout, which scripts read: `done run=... step=... tokens=... loss=...
+    /// weights=...` or, when the run was stopped before its last step, `stopped run=...`.
     pub(crate) fn print_end(&self, outcome: &Outcome) {
         let end = if outcome.stopped { "stopped" } else { "done" };
         let loss = outcome.loss.map_or("none".into(), |loss| format!("{loss:.6}"));
@@ -87,6 +94,11 @@ impl PreparedRun {
         let (name, step, tokens) = (&self.spec.run.name, outcome.step, outcome.tokens);
         println!("{end} run={name} step={step} tokens={tokens} loss={loss} weights={weights}");
     }
+}
+
+/// What a run is pinned to.
+fn pin(dataset: &Dataset) -> (String, Digest) {
+    (dataset.manifest().name.clone(), dataset.digest())
 }
 
 /// Shows a run's events until it ends.

@@ -3,20 +3,26 @@
 use anyhow::{Context, Result, bail};
 use looptrain_model::{Layout, Sampling, StageSettings, generate};
 use looptrain_proto::{Spec, Step};
-use looptrain_storage::{Checkpoints, Dataset, Store, TextTokenizer, read_record};
+use looptrain_storage::{
+    Checkpoints, Dataset, SkippedCheckpoint, Store, TextTokenizer, read_record,
+};
 
 use super::coordinator::PreparedRun;
 use crate::cli::Generate;
+use crate::progress::print_line;
 
 pub(crate) async fn run(args: Generate) -> Result<()> {
-    let store = Store::open(&args.store)?;
+    let store = Store::open_existing(&args.store)?;
     let Some(record) = read_record(&store, &args.run).await? else {
         bail!("there is no run `{}` in {}", args.run, args.store);
     };
     let spec = Spec::parse("the run record", &record.spec, &[])?;
-    let Some((manifest, _)) = Checkpoints::new(&store, &args.run).newest_good().await? else {
+    let Some((manifest, skipped)) = Checkpoints::new(&store, &args.run).newest_good().await? else {
         bail!("run `{}` has no checkpoint yet", args.run);
     };
+    for SkippedCheckpoint { step, reason } in &skipped {
+        print_line(&format!("checkpoint of step {step} passed over: {reason}"));
+    }
     let name = &spec.datasets[0].name;
     let dataset = Dataset::open(&store, name)
         .await?

@@ -54,6 +54,7 @@ fn to_json(reply: &StatusReply) -> Value {
         "step": reply.step,
         "total_steps": reply.total_steps,
         "checkpoint_step": reply.checkpoint_step,
+        "tokens": reply.tokens,
         "tokens_per_second": reply.tokens_per_second,
         "loss": reply.statistics.as_ref().map(|statistics| statistics.loss),
         "loss_per_loop": reply.statistics.as_ref().map(|statistics| &statistics.loss_per_loop),
@@ -62,7 +63,7 @@ fn to_json(reply: &StatusReply) -> Value {
 }
 
 async fn stored(url: &str, run: &str) -> Result<Value> {
-    let store = Store::open(url)?;
+    let store = Store::open_existing(url)?;
     let Some(record) = read_record(&store, run).await? else {
         bail!("there is no run `{run}` in {url}");
     };
@@ -79,6 +80,7 @@ async fn stored(url: &str, run: &str) -> Result<Value> {
         },
         "incarnation": record.incarnation,
         "step": last["step"],
+        "tokens": last["tokens"],
         "loss": last["loss"],
         "loss_per_loop": last["loss_per_loop"],
         "checkpoint_step": checkpoints.last(),
@@ -111,5 +113,19 @@ fn plain(value: &Value) -> String {
         Value::String(text) => text.clone(),
         Value::Null => "-".into(),
         other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use looptrain_proto::v1::StepStatistics;
+
+    use super::*;
+
+    #[test]
+    fn the_status_shows_the_tokens_of_the_whole_run() {
+        let statistics = Some(StepStatistics { tokens: 160, ..StepStatistics::default() });
+        let reply = StatusReply { tokens: 1280, statistics, ..StatusReply::default() };
+        assert_eq!(to_json(&reply)["tokens"], 1280);
     }
 }

@@ -1,10 +1,14 @@
 //! `looptrain train`: a whole local cluster in one command.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
-use looptrain_coordinator::{Outcome, Running, Started};
+use looptrain_coordinator::{Outcome, RunEvent, Running, Started};
+use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::all_threads;
 use super::coordinator::{PreparedRun, follow};
@@ -14,15 +18,18 @@ use crate::launcher::Fleet;
 use crate::signals;
 use crate::telemetry::Telemetry;
 
-pub(crate) async fn run(args: Train, telemetry: &Telemetry) -> Result<()> {
+/// What the workers get to end after the run, and the coordinator to say that it is over after the
+/// workers.
+const GRACE: Duration = Duration::from_secs(5);
+
+pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
     let stop = signals::stop_on_signals(
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;
-    let prepared = PreparedRun::new(&args.spec, |spec| {
-        spec.cluster.workers = args.workers.unwrap_or(spec.cluster.workers);
-    });
+    // As an override, so that it is checked like any other value.
+    args.spec.overrides.extend(args.workers.map(|workers| format!("cluster.workers={workers}")));
     let mut run = tokio::select! {
-        run = prepared => run?,
+        run = PreparedRun::new(&args.spec) => run?,
         () = stop.cancelled() => bail!("stopped before training began"),
     };
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -46,24 +53,86 @@ pub(crate) async fn run(args: Train, telemetry: &Telemetry) -> Result<()> {
 /// Follows the run with its workers beside it; when the last worker is gone before the run has
 /// ended, the run fails, for nobody will come to go on with it.
 async fn with_workers(running: Running, fleet: Fleet, run: &PreparedRun) -> Result<Outcome> {
-    let mut workers: JoinHandle<Result<Vec<String>>> = tokio::spawn(fleet.run());
+    let events = running.events.resubscribe();
+    let kill = CancellationToken::new();
+    let mut workers: JoinHandle<Result<Vec<String>>> = tokio::spawn(fleet.run(kill.clone()));
     let followed = follow(running, &run.spec);
     tokio::pin!(followed);
     let outcome = tokio::select! {
         biased;
-        outcome = &mut followed => outcome?,
-        ends = &mut workers => {
-            let ends = ends??;
-            // The workers end a moment before the coordinator's own last words.
-            let grace = std::time::Duration::from_secs(5);
-            match tokio::time::timeout(grace, &mut followed).await {
-                Ok(outcome) => return outcome,
-                Err(_) => bail!("all workers are gone: {}", ends.join(", ")),
+        outcome = &mut followed => outcome,
+        ends = &mut workers => return without_workers(followed, events, &ends??, GRACE).await,
+    };
+    // Workers were told to finish.
+    if timeout(GRACE, &mut workers).await.is_err() {
+        kill.cancel();
+        // How those end that had to be killed is of no interest.
+        let _ = workers.await;
+    }
+    outcome
+}
+
+/// Waits for the end of a run whose workers have all ended: for as long as the store takes when the
+/// run is over, which its events say about when the workers hear it; otherwise not beyond `grace`.
+async fn without_workers(
+    followed: impl Future<Output = Result<Outcome>>,
+    mut events: broadcast::Receiver<RunEvent>,
+    ends: &[String],
+    grace: Duration,
+) -> Result<Outcome> {
+    let over = async {
+        loop {
+            match events.recv().await {
+                Ok(RunEvent::Finished { .. } | RunEvent::Failed { .. })
+                | Err(RecvError::Closed) => break,
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
             }
         }
     };
-    // Workers were told to finish; give them a moment before they are killed with this task.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(5), &mut workers).await;
-    workers.abort();
-    Ok(outcome)
+    tokio::pin!(followed);
+    tokio::select! {
+        biased;
+        outcome = &mut followed => return outcome,
+        over = timeout(grace, over) => if over.is_err() {
+            bail!("all workers are gone: {}", ends.join(", "));
+        },
+    }
+    followed.await
+}
+
+#[cfg(test)]
+mod tests {
+    use looptrain_proto::Step;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    /// A run that ends well, but long after its workers.
+    async fn slow() -> Result<Outcome> {
+        tokio::time::sleep(SHORT * 10).await;
+        let (step, tokens) = (Step(7), 70);
+        let (loss, weights_digest, evaluation) = (None, None, None);
+        Ok(Outcome { step, tokens, loss, weights_digest, stopped: false, evaluation })
+    }
+
+    #[tokio::test]
+    async fn a_run_that_is_over_gets_all_the_time_it_needs_for_its_last_words() {
+        let (publish, events) = broadcast::channel(1);
+        // The listener is behind, and the last event is the one that counts.
+        for reason in ["almost", "done"] {
+            publish.send(RunEvent::Finished { reason: reason.into() }).unwrap();
+        }
+        let outcome = without_workers(slow(), events, &[], SHORT).await;
+        assert_eq!(outcome.unwrap().step, Step(7));
+    }
+
+    #[tokio::test]
+    async fn a_run_that_is_not_over_fails_without_workers_and_says_how_they_ended() {
+        let (publish, events) = broadcast::channel(8);
+        publish.send(RunEvent::Stopping { reason: "told to".into() }).unwrap();
+        let ends = ["w0 ended".to_owned(), "w1 crashed".to_owned()];
+        let error = without_workers(slow(), events, &ends, SHORT).await.unwrap_err();
+        assert_eq!(error.to_string(), "all workers are gone: w0 ended, w1 crashed");
+    }
 }

@@ -45,6 +45,8 @@ pub enum SpecError {
 
 impl Spec {
     /// Reads a spec file, applies overrides (`stages.0.steps=20`, `run.seed=3`) and validates.
+    /// A relative `file://` store is made absolute: other processes get this spec too, and their
+    /// working directories may be others.
     ///
     /// # Errors
     /// A one-line message that names the file, line or key, and the remedy.
@@ -52,7 +54,13 @@ impl Spec {
         let origin = path.display().to_string();
         let text = std::fs::read_to_string(path)
             .map_err(|error| SpecError::Read { path: origin.clone(), error })?;
-        Self::parse(&origin, &text, overrides)
+        let mut spec = Self::parse(&origin, &text, overrides)?;
+        spec.run.store = absolute(&spec.run.store).map_err(|error| SpecError::Invalid {
+            origin,
+            key: "run.store".into(),
+            message: format!("`{}`: {error}", spec.run.store),
+        })?;
+        Ok(spec)
     }
 
     /// As [`Spec::load`], from text; `origin` names it in errors.
@@ -83,6 +91,16 @@ impl Spec {
             message,
         })?;
         Ok(spec)
+    }
+}
+
+/// The URL with a relative directory counted from the working directory.
+fn absolute(url: &str) -> std::io::Result<String> {
+    match url.strip_prefix("file://") {
+        Some(path) if !path.is_empty() => {
+            Ok(format!("file://{}", std::path::absolute(path)?.display()))
+        }
+        _ => Ok(url.to_owned()),
     }
 }
 

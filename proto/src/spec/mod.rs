@@ -1,9 +1,11 @@
 //! The run spec: one TOML file that says everything about a run.
 //!
-//! [`Spec::load`] is the only way in: it parses, applies `--set key=value` overrides and validates,
-//! so that whoever holds a `Spec` holds a consistent one. Unknown keys are errors. What decides the
-//! weights (model, data, stages, optimizer, seed, reduction) enters [`Spec::trajectory_digest`]; the
-//! rest (workers, intervals, places) may change between two starts of the same run.
+//! [`Spec::load`] is the way in: it parses, applies `--set key=value` overrides and validates, so
+//! that whoever holds a `Spec` holds a consistent one; options such as `--workers` are overrides,
+//! too. Afterwards only `evaluation.sequences` is changed, which is lowered to what the validation
+//! text holds. Unknown keys are errors. What decides the weights (model, data, stages, optimizer,
+//! seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, intervals, places) may
+//! change between two starts of the same run.
 
 mod load;
 mod schedule;
@@ -53,8 +55,8 @@ pub struct Spec {
 pub struct Run {
     /// Prefix of the run in its store: letters, digits, `.`, `_`, `-`.
     pub name: String,
-    /// URL of the object store: `file://PATH` (relative paths count from the working directory) or
-    /// `s3://BUCKET/PREFIX`.
+    /// URL of the object store: `file://PATH` (relative paths count from the working directory
+    /// of who loads the spec) or `s3://BUCKET/PREFIX`.
     pub store: String,
     /// Seed of the initial weights and of the data order.
     #[serde(default)]

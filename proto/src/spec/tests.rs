@@ -21,6 +21,19 @@ fn a_spec_survives_the_journey_to_a_worker() {
 }
 
 #[test]
+fn a_relative_store_is_the_same_directory_for_every_process() {
+    let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let load = |store: &str| {
+        let given = [format!("run.store={store}")];
+        Spec::load(&examples.join("quickstart.toml"), &given).unwrap().run.store
+    };
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(load("file://some/store"), format!("file://{}/some/store", here.display()));
+    assert_eq!(load("file:///some/store"), "file:///some/store");
+    assert_eq!(load("s3://bucket/prefix"), "s3://bucket/prefix");
+}
+
+#[test]
 fn overrides_reach_tables_lists_and_absent_keys() {
     let given = ["run.seed=99", "stages.0.learning_rate.peak=1e-4", "cluster.worker_timeout=7.5"];
     let spec = parse(example(), &given).unwrap();
@@ -44,8 +57,16 @@ fn contradictions_name_the_key_and_the_remedy() {
     for (given, words) in [
         ("model.num_attention_heads=3", "model.num_attention_heads: 3 heads do not divide"),
         ("stages.0.slots=70000", "stages.0.slots: 70000 slots are more than"),
-        ("stages.0.loops=0", "stages.0.loops: must be at least 1"),
+        ("stages.0.loops=0", "stages.0.loops: must be between 1"),
         ("cluster.fraction_bits=60", "cluster.fraction_bits: must be between 16 and 52"),
+        ("cluster.workers=0", "cluster.workers: must be between 1 and 4096, not 0"),
+        ("cluster.workers=1000000000", "cluster.workers: must be between 1 and 4096"),
+        ("cluster.worker_timeout=1e20", "cluster.worker_timeout: must be between"),
+        ("stages.0.slot_sequences=1152921504606846976", "stages.0.slot_sequences: must be between"),
+        (
+            "stages.0.sequence_length=1099511627776",
+            "stages.0.slot_sequences: slots x slot_sequences",
+        ),
         ("run.name=\"../up\"", "run.name: `../up` is no name"),
         ("optimizer.beta2=1.0", "optimizer.beta2: must be at least 0 and below 1"),
         ("stages.0.learning_rate.warmup_steps=599", "stages.0.learning_rate: warmup_steps"),

@@ -3,11 +3,18 @@
 use std::collections::HashSet;
 
 use super::{Dataset, Model, Spec, Stage};
+use crate::MAX_SLOTS;
 
 type Complaint = (String, String);
 
-/// Slots per step whose fixed-point gradients add up without overflow.
-const MAX_SLOTS: u32 = 1 << 16;
+/// No count in a spec is above this, so that products of three of them fit 64 bits.
+const MAX_COUNT: u64 = 1 << 40;
+/// Tokens per step at most: far above any use, far below what wraps.
+const MAX_STEP_TOKENS: u64 = 1 << 40;
+/// Far above the slots of any step that these could share.
+const MAX_WORKERS: u32 = 4096;
+/// A longer silence than a day is no time-out.
+const MAX_TIMEOUT: f64 = 86_400.0;
 /// Sum of a mixture's weights up to which its shares are exact.
 const MAX_WEIGHTS: u64 = 1 << 20;
 
@@ -60,12 +67,17 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
         "`{store}` is no URL; write file://PATH or s3://BUCKET/PREFIX"
     );
     let cluster = &spec.cluster;
-    require!(cluster.workers > 0, "cluster.workers", "must be at least 1");
+    require!(
+        (1..=MAX_WORKERS).contains(&cluster.workers),
+        "cluster.workers",
+        "must be between 1 and {MAX_WORKERS}, not {}",
+        cluster.workers
+    );
     let timeout = cluster.worker_timeout;
     require!(
-        timeout.is_finite() && timeout >= 0.1,
+        (0.1..=MAX_TIMEOUT).contains(&timeout),
         "cluster.worker_timeout",
-        "must be 0.1 seconds or more, not {timeout}"
+        "must be between 0.1 and {MAX_TIMEOUT} seconds, not {timeout}"
     );
     let bits = cluster.fraction_bits;
     require!(
@@ -84,7 +96,12 @@ fn model(model: &Model) -> Result<(), Complaint> {
         ("intermediate_size", model.intermediate_size),
         ("vocab_size", model.vocab_size),
     ] {
-        require!(value > 0, format!("model.{key}"), "must be at least 1");
+        require!(
+            (1..=1 << 24).contains(&value),
+            format!("model.{key}"),
+            "must be between 1 and {}, not {value}",
+            1 << 24
+        );
     }
     let (hidden, heads) = (model.hidden_size, model.num_attention_heads);
     require!(
@@ -185,8 +202,20 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
         ("slot_sequences", stage.slot_sequences as u64),
         ("loops", stage.loops as u64),
     ] {
-        require!(value > 0, key(name), "must be at least 1");
+        require!(
+            (1..=MAX_COUNT).contains(&value),
+            key(name),
+            "must be between 1 and {MAX_COUNT}, not {value}"
+        );
     }
+    let tokens = u128::from(stage.slots)
+        * stage.slot_sequences as u128
+        * (stage.sequence_length as u128 + 1);
+    require!(
+        tokens <= u128::from(MAX_STEP_TOKENS),
+        key("slot_sequences"),
+        "slots x slot_sequences x sequence_length is {tokens} tokens per step; use smaller steps"
+    );
     require!(
         stage.slots <= MAX_SLOTS,
         key("slots"),
@@ -210,7 +239,7 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
         );
     }
     require!(
-        rate.warmup_steps + rate.decay_steps <= stage.steps,
+        rate.warmup_steps.saturating_add(rate.decay_steps) <= stage.steps,
         key("learning_rate"),
         "warmup_steps = {} and decay_steps = {} are more than the stage's {} steps",
         rate.warmup_steps,

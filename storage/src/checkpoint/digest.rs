@@ -15,8 +15,6 @@ use super::{FIRST_MOMENT, SECOND_MOMENT};
 pub fn weights_digest<'a>(
     tensors: impl IntoIterator<Item = (&'a str, &'a [usize], &'a [f32])>,
 ) -> Digest {
-    let is_weight =
-        |name: &str| !name.starts_with(FIRST_MOMENT) && !name.starts_with(SECOND_MOMENT);
     let mut weights: Vec<_> = tensors.into_iter().filter(|(name, ..)| is_weight(name)).collect();
     weights.sort_by_key(|&(name, ..)| name);
 
@@ -31,6 +29,11 @@ pub fn weights_digest<'a>(
         hasher.update(&little_endian(data));
     }
     hasher.finalize().into()
+}
+
+/// Whether a tensor of that name is a weight, not a moment of one.
+pub(super) fn is_weight(name: &str) -> bool {
+    !name.starts_with(FIRST_MOMENT) && !name.starts_with(SECOND_MOMENT)
 }
 
 #[cfg(test)]

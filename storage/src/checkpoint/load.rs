@@ -1,12 +1,10 @@
 //! Reading checkpoints back, trusting nothing: sizes, digests, duplicates and the weights as a
 //! whole are checked.
 
-use std::collections::HashSet;
-
-use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::{Digest, Step};
 
+use super::digest::is_weight;
 use super::{CheckpointManifest, Checkpoints, PartEntry, Tensor, codec, weights_digest};
 use crate::{Error, Result, blocking};
 
@@ -29,9 +27,29 @@ impl Checkpoints {
     /// # Errors
     /// When there is none, or a part is missing or not what was saved; the error names it.
     pub async fn load(&self, step: Step) -> Result<(CheckpointManifest, Vec<Tensor>)> {
+        self.read(step, |_| true).await
+    }
+
+    /// Checks the checkpoint of `step` as a load does, keeping no more of it than its weights;
+    /// parts are read whole, a few at a time.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::load`].
+    pub async fn verify(&self, step: Step) -> Result<CheckpointManifest> {
+        Ok(self.read(step, is_weight).await?.0)
+    }
+
+    /// The checked state; tensors that are not `wanted`, moments only, come without data.
+    async fn read(
+        &self,
+        step: Step,
+        wanted: fn(&str) -> bool,
+    ) -> Result<(CheckpointManifest, Vec<Tensor>)> {
         let manifest = self.manifest(step).await?;
-        let read = |bytes: Bytes| codec::decode(&bytes);
-        let parts = self.parts(&manifest, read).await?;
+        let reads: Vec<_> =
+            manifest.parts.iter().map(|part| self.part(step, part, wanted)).collect();
+        let parts: Vec<Vec<Tensor>> =
+            futures::stream::iter(reads).buffered(CONCURRENT_PARTS).try_collect().await?;
         let mut tensors: Vec<Tensor> = parts.into_iter().flatten().collect();
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         let malformed =
@@ -43,28 +61,11 @@ impl Checkpoints {
             blocking(move || (weights_digest(tensors.iter().map(Tensor::view)), tensors)).await?;
         if found != manifest.weights_digest {
             return Err(malformed(format!(
-                "the weights of its parts are {found}, it says {}",
+                "the weights of its parts are {found}, it says {}; {REMEDY}",
                 manifest.weights_digest
             )));
         }
         Ok((manifest, tensors))
-    }
-
-    /// Checks every part of the checkpoint of `step` without keeping its tensors.
-    ///
-    /// # Errors
-    /// As [`Checkpoints::load`].
-    pub async fn verify(&self, step: Step) -> Result<CheckpointManifest> {
-        let manifest = self.manifest(step).await?;
-        let parts = self.parts(&manifest, |bytes: Bytes| codec::names(&bytes)).await?;
-        let mut seen = HashSet::new();
-        match parts.into_iter().flatten().find(|name| !seen.insert(name.clone())) {
-            Some(name) => Err(Error::Malformed {
-                place: self.store.place(&self.manifest_key(step)),
-                reason: format!("tensor `{name}` is in two parts"),
-            }),
-            None => Ok(manifest),
-        }
     }
 
     /// The newest checkpoint that verifies, with the newer ones that do not; `None` when the run
@@ -82,7 +83,7 @@ impl Checkpoints {
                 Ok(manifest) => return Ok(Some((manifest, skipped))),
                 Err(error) => {
                     let reason = error.to_string();
-                    tracing::warn!(run = self.run, %step, reason, "passing over a checkpoint");
+                    tracing::debug!(run = self.run, %step, reason, "passing over a checkpoint");
                     skipped.push(SkippedCheckpoint { step, reason });
                 }
             }
@@ -98,23 +99,12 @@ impl Checkpoints {
         }
     }
 
-    /// Reads and checks all parts, each turned into a list by `read`.
-    async fn parts<T: Send + 'static>(
-        &self,
-        manifest: &CheckpointManifest,
-        read: impl Fn(Bytes) -> std::result::Result<Vec<T>, String> + Copy + Send + 'static,
-    ) -> Result<Vec<Vec<T>>> {
-        let reads: Vec<_> =
-            manifest.parts.iter().map(|part| self.part(manifest.step, part, read)).collect();
-        futures::stream::iter(reads).buffered(CONCURRENT_PARTS).try_collect().await
-    }
-
-    async fn part<T: Send + 'static>(
+    async fn part(
         &self,
         step: Step,
         part: &PartEntry,
-        read: impl Fn(Bytes) -> std::result::Result<Vec<T>, String> + Send + 'static,
-    ) -> Result<Vec<T>> {
+        wanted: fn(&str) -> bool,
+    ) -> Result<Vec<Tensor>> {
         let key = self.part_key(step, &part.file);
         let place = self.store.place(&key);
         let bytes = self.store.get(&key).await?;
@@ -125,22 +115,19 @@ impl Checkpoints {
                 reason: format!("it has {has} bytes, the manifest says {says}; {REMEDY}"),
             });
         }
-        let part = part.clone();
+        let PartEntry { digest: expected, tensors: says, .. } = *part;
         blocking(move || {
-            let (expected, found) = (part.digest, Digest::of(&bytes));
+            let found = Digest::of(&bytes);
             if found != expected {
                 let remedy = REMEDY.to_owned();
                 return Err(Error::Corrupt { place, expected, found, remedy });
             }
-            let items = read(bytes).and_then(|items| match items.len() as u64 == part.tensors {
-                true => Ok(items),
-                false => Err(format!(
-                    "it has {} tensors, the manifest says {}",
-                    items.len(),
-                    part.tensors
-                )),
+            let tensors = codec::decode(&bytes, wanted);
+            let tensors = tensors.and_then(|tensors| match tensors.len() as u64 {
+                has if has == says => Ok(tensors),
+                has => Err(format!("it has {has} tensors, the manifest says {says}")),
             });
-            items.map_err(|reason| Error::Malformed { place, reason })
+            tensors.map_err(|reason| Error::Malformed { place, reason })
         })
         .await?
     }

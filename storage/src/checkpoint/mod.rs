@@ -2,7 +2,7 @@
 //! side.
 //!
 //! A checkpoint is `runs/<run>/checkpoints/step-NNNNNNNNNN/`: parts named
-//! `state-0003-of-0008.safetensors` and `manifest.json`, put last and only if absent. What has no
+//! `state-0003-of-0008.safetensors` and `manifest.json`, put last. What has no
 //! manifest is no checkpoint. The manifest holds the digest of every part and of all weights
 //! together; a load checks both, so that a torn or damaged file is never trained on.
 //!
@@ -84,29 +84,33 @@ impl Checkpoints {
         step: Step,
         part: usize,
         parts: usize,
-        tensors: &[Tensor],
-        metadata: &BTreeMap<String, String>,
+        tensors: Vec<Tensor>,
+        metadata: BTreeMap<String, String>,
     ) -> Result<PartEntry> {
         assert!(part < parts, "part {part} of {parts}");
         let file = format!("state-{part:04}-of-{parts:04}.safetensors");
         let key = self.part_key(step, &file);
-        let bytes = codec::encode(tensors, metadata)
+        let count = tensors.len() as u64;
+        let encode =
+            move || codec::encode(&tensors, &metadata).map(|bytes| (Digest::of(&bytes), bytes));
+        let (digest, bytes) = crate::blocking(encode)
+            .await?
             .map_err(|reason| Error::Malformed { place: self.store.place(&key), reason })?;
-        let (digest, bytes) = crate::blocking(move || (Digest::of(&bytes), bytes)).await?;
-        let entry =
-            PartEntry { file, bytes: bytes.len() as u64, digest, tensors: tensors.len() as u64 };
+        let entry = PartEntry { file, bytes: bytes.len() as u64, digest, tensors: count };
         self.store.put(&key, bytes).await?;
         Ok(entry)
     }
 
-    /// Makes the parts a checkpoint by writing its manifest.
+    /// Makes the parts a checkpoint by writing its manifest, once all of them are found in the
+    /// store in their right size.
     ///
     /// Committing the same weights again, in other parts or by a later generation, is fine and
-    /// replaces the manifest: that is how a damaged checkpoint heals when its step is trained again.
+    /// replaces the manifest: that is how a damaged checkpoint heals when its step is trained
+    /// again.
     ///
     /// # Errors
     /// [`Error::Conflict`] when the step has a checkpoint with other weights: two histories in one
-    /// run. Also when the store fails.
+    /// run. Also when a part is missing or has another size, or the store fails.
     pub async fn commit(&self, manifest: &CheckpointManifest) -> Result<()> {
         let key = self.manifest_key(manifest.step);
         let malformed = |error: serde_json::Error| Error::Malformed {
@@ -114,6 +118,7 @@ impl Checkpoints {
             reason: error.to_string(),
         };
         let json = serde_json::to_vec_pretty(manifest).map_err(malformed)?;
+        self.check_parts(manifest).await?;
         if self.store.put_if_absent(&key, json.clone()).await? {
             return Ok(());
         }
@@ -130,6 +135,25 @@ impl Checkpoints {
             Ok(_) | Err(Error::Malformed { .. }) => self.store.put(&key, json).await,
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether the parts that a manifest names are there in their right size.
+    async fn check_parts(&self, manifest: &CheckpointManifest) -> Result<()> {
+        let objects = self.store.list(&self.directory(manifest.step)).await?;
+        for part in &manifest.parts {
+            let key = self.part_key(manifest.step, &part.file);
+            let place = self.store.place(&key);
+            match objects.iter().find(|object| object.key == key) {
+                None => return Err(Error::NotFound { place }),
+                Some(object) if object.size != part.bytes => {
+                    let (has, says) = (object.size, part.bytes);
+                    let reason = format!("it has {has} bytes, its writer reported {says}");
+                    return Err(Error::Malformed { place, reason });
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// The steps that have a checkpoint, ascending. Whether it is whole is another question: see
@@ -170,8 +194,12 @@ impl Checkpoints {
         format!("{}/checkpoints", run_prefix(&self.run))
     }
 
+    fn directory(&self, step: Step) -> String {
+        format!("{}/step-{:010}", self.prefix(), step.0)
+    }
+
     fn part_key(&self, step: Step, file: &str) -> String {
-        format!("{}/step-{:010}/{file}", self.prefix(), step.0)
+        format!("{}/{file}", self.directory(step))
     }
 
     fn manifest_key(&self, step: Step) -> String {

@@ -31,8 +31,8 @@ async fn saved(
     let mut entries = Vec::new();
     for (part, range) in split_tensors(&sizes, parts).into_iter().enumerate() {
         let metadata = BTreeMap::from([("step".to_owned(), step.to_string())]);
-        let tensors = &tensors[range];
-        let entry = checkpoints.save_part(Step(step), part, parts, tensors, &metadata).await;
+        let tensors = tensors[range].to_vec();
+        let entry = checkpoints.save_part(Step(step), part, parts, tensors, metadata).await;
         entries.push(entry.unwrap());
     }
     CheckpointManifest {
@@ -147,9 +147,9 @@ async fn a_load_names_the_damaged_part() {
 async fn a_tensor_in_two_parts_is_refused() {
     let (_, checkpoints) = fresh();
     let mut manifest = saved(&checkpoints, 10, 2, &state(0.0)).await;
-    let metadata = BTreeMap::new();
-    manifest.parts[1] =
-        checkpoints.save_part(Step(10), 1, 2, &state(0.0)[3..], &metadata).await.unwrap();
+    let tensors = state(0.0)[3..].to_vec();
+    let again = checkpoints.save_part(Step(10), 1, 2, tensors, BTreeMap::new()).await;
+    manifest.parts[1] = again.unwrap();
     checkpoints.commit(&manifest).await.unwrap();
     for error in [
         checkpoints.load(Step(10)).await.unwrap_err().to_string(),
@@ -165,8 +165,44 @@ async fn parts_of_other_weights_than_the_manifest_says_are_refused() {
     let mut manifest = saved(&checkpoints, 10, 2, &state(0.0)).await;
     manifest.weights_digest = Digest::of(b"others");
     checkpoints.commit(&manifest).await.unwrap();
-    let error = checkpoints.load(Step(10)).await.unwrap_err().to_string();
-    assert!(error.contains("manifest.json") && error.contains("weights"), "{error}");
+    for error in [
+        checkpoints.load(Step(10)).await.unwrap_err().to_string(),
+        checkpoints.verify(Step(10)).await.unwrap_err().to_string(),
+    ] {
+        assert!(error.contains("manifest.json") && error.contains("weights"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn parts_that_are_missing_or_of_another_size_make_no_checkpoint() {
+    let (store, checkpoints) = fresh();
+    for (step, fault) in [(10, "does not exist"), (20, "it has 4 bytes")] {
+        let manifest = saved(&checkpoints, step, 3, &state(0.0)).await;
+        match step {
+            10 => store.delete(&part(step, 1)).await.unwrap(),
+            _ => store.put(&part(step, 1), "torn").await.unwrap(),
+        }
+        let error = checkpoints.commit(&manifest).await.unwrap_err().to_string();
+        assert!(error.contains(&part(step, 1)) && error.contains(fault), "{error}");
+    }
+    assert!(checkpoints.list().await.unwrap().is_empty());
+}
+
+#[test]
+fn a_part_is_encoded_off_the_async_thread() {
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build();
+    runtime.unwrap().block_on(async {
+        let (_, checkpoints) = fresh();
+        // The only thread for such work is busy, so nothing can be found wrong with the part yet.
+        let (free, busy) = std::sync::mpsc::channel::<()>();
+        tokio::task::spawn_blocking(move || busy.recv());
+        let wrong = Tensor { data: Vec::new(), ..state(0.0).remove(0) };
+        let save = checkpoints.save_part(Step(1), 0, 1, vec![wrong], BTreeMap::new());
+        let mut save = std::pin::pin!(save);
+        assert!(futures::poll!(&mut save).is_pending());
+        free.send(()).unwrap();
+        assert!(matches!(save.await, Err(Error::Malformed { .. })));
+    });
 }
 
 #[tokio::test]
@@ -227,6 +263,31 @@ async fn pruning_keeps_the_newest_and_those_in_use() {
     assert_eq!(uncommitted.len(), 2, "a save under way is left alone");
     assert_eq!(checkpoints.prune(0, &[]).await.unwrap(), [Step(20), Step(40)]);
     checkpoints.load(Step(50)).await.unwrap();
+}
+
+#[tokio::test]
+async fn pruning_removes_what_dead_writers_left_but_never_what_may_be_in_the_making() {
+    let (store, checkpoints) = fresh();
+    for step in [15, 25, 35, 45] {
+        saved(&checkpoints, step, 2, &state(1.0)).await;
+    }
+    let left = async || {
+        let objects = store.list("runs/r/checkpoints").await.unwrap();
+        let steps = objects.iter().filter_map(|object| checkpoints.split_key(&object.key));
+        let steps: std::collections::BTreeSet<u64> = steps.map(|(step, _)| step.0).collect();
+        steps.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(checkpoints.prune(2, &[]).await.unwrap(), []);
+    assert_eq!(left().await, [15, 25, 35, 45], "nothing is committed: any may be in the making");
+
+    // A run that went on from 20, because 40 is damaged, and may be writing 25 or 35 now.
+    committed(&checkpoints, 20).await;
+    committed(&checkpoints, 40).await;
+    assert_eq!(checkpoints.prune(2, &[Step(20)]).await.unwrap(), []);
+    assert_eq!(left().await, [20, 25, 35, 40, 45]);
+
+    assert_eq!(checkpoints.prune(2, &[]).await.unwrap(), []);
+    assert_eq!(left().await, [20, 40, 45]);
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use super::TokenType;
 pub enum Split {
     /// What stages draw from.
     Train,
-    /// What evaluations read, from its start.
+    /// What evaluations read.
     Validation,
 }
 
@@ -59,6 +59,23 @@ impl DatasetManifest {
             Split::Train => &self.train,
             Split::Validation => &self.validation,
         }
+    }
+
+    /// Digest of what decides the tokens and their meaning: tokenizer, vocabulary, and the shards
+    /// of both splits in their order. Name and provenance do not enter.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        let shards = |split: &SplitManifest| {
+            split.shards.iter().map(|shard| (shard.tokens, shard.digest)).collect::<Vec<_>>()
+        };
+        let decides = (
+            self.tokenizer_digest,
+            self.vocabulary_size,
+            shards(&self.train),
+            shards(&self.validation),
+        );
+        let text = serde_json::to_string(&decides).expect("digests and numbers have a JSON form");
+        Digest::of(text.as_bytes())
     }
 
     /// What contradicts itself or what this program cannot read, if anything.
@@ -125,4 +142,44 @@ pub struct SourceSummary {
     pub duplicates: u64,
     /// Files left out because they are empty, not UTF-8 text or cannot be read.
     pub unreadable: u64,
+}
+
+impl SourceSummary {
+    /// The options that differ in `given`, as `KEY is GIVEN, was RECORDED`.
+    pub(super) fn differences(&self, given: &spec::Source) -> Vec<String> {
+        // By way of JSON, so that an option added to the spec is never forgotten here.
+        let fields = |source| serde_json::to_value(source).expect("a source has a JSON form");
+        let (given, recorded) = (fields(given), fields(&self.options));
+        let recorded = recorded.as_object().into_iter().flatten();
+        let differs = recorded.filter(|(key, recorded)| given[key.as_str()] != **recorded);
+        differs.map(|(key, was)| format!("{key} is {}, was {was}", given[key.as_str()])).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::manifest;
+    use super::*;
+
+    #[test]
+    fn the_digest_is_that_of_the_tokens_whatever_the_dataset_is_called() {
+        let one = manifest("text", 100, 20);
+        let mut renamed = DatasetManifest { name: "other".into(), ..one.clone() };
+        renamed.unigram_loss = Some(1.0);
+        renamed.source.options.max_bytes += 1;
+        assert_eq!(renamed.digest(), one.digest());
+
+        let changes: [fn(&mut DatasetManifest); 5] = [
+            |manifest| manifest.tokenizer_digest = Digest::of(b"other"),
+            |manifest| manifest.vocabulary_size += 1,
+            |manifest| manifest.train.shards[0].digest = Digest::of(b"other"),
+            |manifest| manifest.validation.shards[0].digest = Digest::of(b"other"),
+            |manifest| manifest.train.shards.append(&mut manifest.validation.shards),
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            let mut changed = one.clone();
+            change(&mut changed);
+            assert_ne!(changed.digest(), one.digest(), "change {index}");
+        }
+    }
 }

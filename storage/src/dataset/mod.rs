@@ -10,14 +10,18 @@
 
 mod cache;
 mod collect;
+mod fit;
 mod manifest;
 mod prepare;
 #[cfg(test)]
 mod prepare_tests;
 mod read;
 mod shard;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 
+pub use fit::check_fit;
 pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
 pub use prepare::{PrepareEvent, prepare};
 pub use read::Dataset;

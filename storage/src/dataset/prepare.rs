@@ -79,13 +79,14 @@ enum Output {
     File(String, Bytes),
 }
 
-/// Makes the dataset `name` from `source`; one that is there already is opened and left as it is.
+/// Makes the dataset `name` from `source`; one that is there already and was made with the same
+/// options is opened and left as it is.
 ///
 /// `progress` is called on the calling task, between awaits.
 ///
 /// # Errors
-/// When there is no text or too little of it, a file cannot be read, or the store fails. The store
-/// then has no such dataset.
+/// When there is no text or too little of it, a file cannot be read, or the store fails: the store
+/// then has no such dataset. [`Error::OtherSource`] when it has one made with other options.
 pub async fn prepare(
     store: &Store,
     name: &str,
@@ -93,13 +94,7 @@ pub async fn prepare(
     progress: &(dyn Fn(PrepareEvent) + Send + Sync),
 ) -> Result<Dataset> {
     if let Some(dataset) = Dataset::open(store, name).await? {
-        if dataset.manifest().source.options != *source {
-            tracing::warn!(
-                dataset = name,
-                "the dataset is in the store already and was made with other options; \
-                 it is used as it is: give the new one another name"
-            );
-        }
+        dataset.check_source(source)?;
         return Ok(dataset);
     }
     let (sender, mut outputs) = mpsc::channel(2);

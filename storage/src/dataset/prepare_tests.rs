@@ -104,11 +104,42 @@ async fn a_dataset_that_is_there_is_used_and_left_alone() {
     let options = source(root.path());
     let dataset = made(&store, &options).await;
     let events = Mutex::new(Vec::new());
-    let other = spec::Source { tokenizer_vocabulary: 300, ..options };
     let report = |event| events.lock().unwrap().push(event);
-    let again = prepare(&store, "text", &other, &report).await.unwrap();
+    // The text has changed since, the options have not.
+    write_texts(root.path(), 25);
+    let again = prepare(&store, "text", &options, &report).await.unwrap();
     assert_eq!(again.manifest(), dataset.manifest());
     assert!(events.into_inner().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_dataset_made_with_other_options_is_refused_and_left_alone() {
+    let root = tempfile::tempdir().unwrap();
+    write_texts(root.path(), 20);
+    let store = Store::open("memory://").unwrap();
+    let options = source(root.path());
+    let dataset = made(&store, &options).await;
+    let other = spec::Source {
+        tokenizer_vocabulary: 300,
+        extensions: vec!["rs".into(), "md".into()],
+        ..options
+    };
+    let error = prepare(&store, "text", &other, &|_| ()).await.unwrap_err().to_string();
+    for part in [
+        "`text`",
+        "tokenizer_vocabulary is 300, was 400",
+        r#"extensions is ["rs","md"], was ["rs"]"#,
+        "put them back",
+        "another name",
+        "remove memory://datasets/text",
+    ] {
+        assert!(error.contains(part), "`{part}` is missing in: {error}");
+    }
+    assert!(!error.contains("validation_fraction") && !error.contains('\n'), "{error}");
+    assert_eq!(
+        Dataset::open(&store, "text").await.unwrap().unwrap().manifest(),
+        dataset.manifest()
+    );
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
-use looptrain_proto::Digest;
+use looptrain_proto::{Digest, spec};
 use tokio::sync::OnceCell;
 
 use super::cache::ShardCache;
@@ -70,6 +70,31 @@ impl Dataset {
     #[must_use]
     pub fn manifest(&self) -> &DatasetManifest {
         &self.inner.manifest
+    }
+
+    /// What pins a run to this dataset: [`DatasetManifest::digest`].
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.manifest().digest()
+    }
+
+    /// Whether the dataset was made with the options `given`. Options are compared as they are
+    /// written, not the files that they find: those may have changed since, and look different
+    /// from elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::OtherSource`] with the options that differ.
+    pub fn check_source(&self, given: &spec::Source) -> Result<()> {
+        let manifest = self.manifest();
+        let differences = manifest.source.differences(given);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(Error::OtherSource {
+            dataset: manifest.name.clone(),
+            place: self.inner.store.place(&dataset_prefix(&manifest.name)),
+            differences: differences.join(", "),
+        })
     }
 
     /// The tokenizer that made the tokens; read once.
@@ -219,7 +244,7 @@ pub(super) fn unigram_loss(train: &[u64], validation: &[u64]) -> f64 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{ShardEntry, SourceSummary, SplitManifest, TokenType};
+    use super::super::{ShardEntry, SplitManifest, TokenType, testing};
     use super::*;
 
     /// A dataset of `tokens` in shards of `shard_tokens`, the validation split alike.
@@ -243,22 +268,7 @@ mod tests {
             }
         }
         let [train, validation] = splits;
-        let manifest = DatasetManifest {
-            version: DatasetManifest::VERSION,
-            name: "d".into(),
-            vocabulary_size: 1000,
-            tokenizer_digest: Digest::of(b"{}"),
-            dtype: TokenType::U16,
-            train,
-            validation,
-            unigram_loss: None,
-            source: SourceSummary {
-                options: looptrain_proto::spec::Source::default(),
-                files: 0,
-                duplicates: 0,
-                unreadable: 0,
-            },
-        };
+        let manifest = DatasetManifest { train, validation, ..testing::manifest("d", 0, 0) };
         store
             .put("datasets/d/manifest.json", serde_json::to_vec(&manifest).unwrap())
             .await

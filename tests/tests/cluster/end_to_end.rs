@@ -4,16 +4,6 @@ use serde_json::Value;
 
 use crate::support::{Running, Scratch, repository};
 
-fn metrics(scratch: &Scratch) -> Vec<Value> {
-    let mut files: Vec<_> = std::fs::read_dir(scratch.path("store/runs/small/metrics"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    files.sort();
-    let text: String = files.iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
 #[test]
 fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     let scratch = Scratch::new();
@@ -25,8 +15,10 @@ fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     for words in ["validation at step 14", "perplexity", "unigram model", "sample: pub fn "] {
         assert!(end.stdout.contains(words), "{words}: {end:?}");
     }
+    assert!(end.stderr.contains("validation at step 7:"), "{end:?}");
+    assert!(!end.stderr.contains("validation at step 14:"), "said once: {end:?}");
 
-    let lines = metrics(&scratch);
+    let lines = scratch.metrics();
     let steps: Vec<u64> = lines.iter().map(|line| line["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, (1..=14).collect::<Vec<_>>(), "one line per committed step");
     for line in &lines {
@@ -61,6 +53,24 @@ fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     ];
     let text = scratch.run(&text);
     assert!(text.code == Some(0) && text.stdout.starts_with("fn "), "{text:?}");
+}
+
+#[test]
+fn a_coordinator_and_workers_that_are_started_apart_train_together() {
+    let scratch = Scratch::new();
+    let listen = ["coordinator", "spec.toml", "--listen", "127.0.0.1:0"];
+    let mut coordinator = Running::start(scratch.command(&listen));
+    let line = coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
+    let url = line.rsplit(' ').next().unwrap();
+    let worker = ["worker", "--coordinator", url, "--threads", "1"];
+    let workers = [(); 2].map(|()| Running::start(scratch.command(&worker)));
+    for end in workers.map(Running::end) {
+        assert_eq!(end.code, Some(0), "{end:?}");
+        assert!(end.stderr.contains(&format!("joins {url}; compute threads: 1")), "{end:?}");
+        assert!(end.stderr.contains("ended: all 14 steps are done"), "{end:?}");
+        assert!(!end.stderr.contains('\x1b'), "no colours in a pipe: {end:?}");
+    }
+    assert_eq!(coordinator.end().code, Some(0));
 }
 
 #[test]

@@ -3,6 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod chaos;
+mod elastic;
 mod end_to_end;
+mod left_behind;
 mod same_bits;
 mod support;

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// No run of these tests takes nearly this long.
@@ -77,6 +78,20 @@ impl Scratch {
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// The lines of the run's log, in order. A writer that is killed may leave the file it was
+    /// writing under a name of its own (`...jsonl#1`), which is no object of the store.
+    pub(crate) fn metrics(&self) -> Vec<Value> {
+        let mut files: Vec<_> = std::fs::read_dir(self.path("store/runs/small/metrics"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+            .collect();
+        files.sort();
+        let read = |file: &PathBuf| std::fs::read_to_string(file).unwrap();
+        let text: String = files.iter().map(read).collect();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// A `looptrain` command in this directory.
@@ -154,6 +169,14 @@ impl Running {
         }
     }
 
+    /// Takes no more notice of the lines that are there already.
+    pub(crate) fn skip(&mut self) {
+        while let Ok(line) = self.lines.try_recv() {
+            self.stderr.push_str(&line);
+            self.stderr.push('\n');
+        }
+    }
+
     /// Sends a signal, such as `INT`.
     pub(crate) fn signal(&self, name: &str) {
         signal(self.id(), name);
@@ -186,11 +209,50 @@ impl Drop for Running {
     }
 }
 
+/// A port of the loopback that nobody listens on.
+pub(crate) fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 /// Sends a signal to a process.
 pub(crate) fn signal(process: u32, name: &str) {
     let kill = format!("kill -{name} {process}");
     let status = Command::new("sh").args(["-c", &kill]).status().unwrap();
     assert!(status.success(), "cannot send {name} to {process}");
+}
+
+/// Process ids of the children of `parent`.
+pub(crate) fn workers_of(parent: u32) -> Vec<u32> {
+    std::fs::read_dir(format!("/proc/{parent}/task"))
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).ok())
+        .flat_map(|text| {
+            text.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()
+        })
+        .collect()
+}
+
+/// What the system says a process is doing: `R`unning, `S`leeping, s`T`opped, `Z`ombie, ...;
+/// `None` when there is no such process.
+pub(crate) fn state(process: u32) -> Option<char> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name before it, in parentheses, may hold anything.
+    text.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// Whether a process has ended, reaped or not.
+pub(crate) fn is_gone(process: u32) -> bool {
+    matches!(state(process), None | Some('Z' | 'X'))
+}
+
+/// Waits for what is to happen within a few seconds.
+#[track_caller]
+pub(crate) fn wait_until(happened: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !happened() {
+        assert!(begin.elapsed() < Duration::from_secs(5), "it has not happened");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// The text of the tests: the project's own sources, as a TOML list.

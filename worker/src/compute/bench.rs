@@ -17,6 +17,7 @@ use looptrain_storage::Tensor;
 use super::sums;
 use crate::reduce::exact::{FixedPoint, OutOfRange};
 use crate::state;
+use crate::transfer::Shelf;
 
 /// Bytes of slot gradients that are kept for a retry of their step.
 const KEPT_BYTES: usize = 512 << 20;
@@ -89,10 +90,12 @@ pub(crate) struct Bench {
     /// The buffer of the last step, to be used again.
     spare: Vec<i64>,
     optimizer_seconds: f64,
+    /// What joiners may fetch.
+    shelf: Shelf,
 }
 
 impl Bench {
-    pub(super) fn new(spec: Arc<Spec>, threads: usize) -> Self {
+    pub(super) fn new(spec: Arc<Spec>, threads: usize, shelf: Shelf) -> Self {
         Self {
             layout: Layout::new(&spec.model),
             engine: Engine::new(&spec.model, threads),
@@ -101,6 +104,7 @@ impl Bench {
             kept: Kept::default(),
             spare: Vec::new(),
             optimizer_seconds: 0.0,
+            shelf,
             spec,
         }
     }
@@ -112,6 +116,11 @@ impl Bench {
     /// The committed step whose state is here.
     pub(crate) fn held(&self) -> Option<Step> {
         self.state.as_ref().map(|state| state.step)
+    }
+
+    /// The step whose reduced gradient waits for its commit.
+    pub(crate) fn prepared(&self) -> Option<Step> {
+        self.prepared.as_ref().map(|prepared| prepared.step)
     }
 
     /// The held state, if it is what `action` on `step` needs.
@@ -136,6 +145,20 @@ impl Bench {
         self.state = Some(state);
         self.prepared = None;
         self.kept = Kept::default();
+        self.shelf.clear();
+    }
+
+    /// Puts a copy of the held state where joiners can fetch it; the updates of later commits
+    /// follow.
+    pub(crate) fn offer(&self, step: Step) -> Result<(), ComputeError> {
+        let state = self.state_of(Some(step), "offer", step)?;
+        self.shelf.put(state.clone());
+        Ok(())
+    }
+
+    /// Nobody fetches any more.
+    pub(crate) fn withdraw(&self) {
+        self.shelf.clear();
     }
 
     /// Digest of the held weights.
@@ -249,17 +272,23 @@ impl Bench {
 
     /// Applies the prepared update.
     pub(crate) fn commit(&mut self, step: Step) -> Result<(), ComputeError> {
-        let start = Instant::now();
         let wrong = ComputeError::WrongStep { held: self.held(), action: "commit", step };
-        let ready = self.prepared.take_if(|prepared| prepared.step == step);
-        let (Some(prepared), Some(state)) = (ready, self.state.as_mut()) else {
-            return Err(wrong);
-        };
+        let prepared = self.prepared.take_if(|prepared| prepared.step == step).ok_or(wrong)?;
+        self.update(step, prepared.gradient)
+    }
+
+    /// Applies the reduced gradient of the step after the held one.
+    pub(crate) fn update(&mut self, step: Step, gradient: Vec<f32>) -> Result<(), ComputeError> {
+        let start = Instant::now();
+        let wrong = ComputeError::WrongStep { held: self.held(), action: "update to", step };
+        let before = self.state.as_mut().filter(|state| state.step.next() == step);
+        let state = before.ok_or(wrong)?;
         let _span = tracing::info_span!("optimizer", %step).entered();
         let rate = self.spec.learning_rate(step);
-        self.engine.update(state, &prepared.gradient, &self.spec.optimizer, rate);
+        self.engine.update(state, &gradient, &self.spec.optimizer, rate);
         self.engine.load(&state.weights);
         self.kept = Kept::default();
+        self.shelf.add(step, gradient);
         self.optimizer_seconds = start.elapsed().as_secs_f64();
         Ok(())
     }

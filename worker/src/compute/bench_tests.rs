@@ -4,7 +4,7 @@ use super::*;
 use crate::testing::tiny_spec;
 
 fn bench(threads: usize) -> Bench {
-    let mut bench = Bench::new(Arc::new(tiny_spec("memory://")), threads);
+    let mut bench = Bench::new(Arc::new(tiny_spec("memory://")), threads, Shelf::default());
     bench.initialise();
     bench
 }

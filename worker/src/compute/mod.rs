@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 pub(crate) use bench::{Bench, ComputeError, Part};
 
 use crate::WorkerError;
+use crate::transfer::Shelf;
 
 type Job = Box<dyn FnOnce(&mut Bench) + Send>;
 
@@ -26,21 +27,29 @@ type Job = Box<dyn FnOnce(&mut Bench) + Send>;
 #[derive(Debug)]
 pub(crate) struct Compute {
     jobs: mpsc::Sender<Job>,
+    shelf: Shelf,
 }
 
 impl Compute {
     pub(crate) fn start(spec: Arc<Spec>, threads: usize) -> Result<Self, WorkerError> {
         let (jobs, queue) = mpsc::channel::<Job>();
+        let shelf = Shelf::default();
+        let filled = shelf.clone();
         thread::Builder::new()
             .name("looptrain-compute".into())
             .spawn(move || {
-                let mut bench = Bench::new(spec, threads);
+                let mut bench = Bench::new(spec, threads, filled);
                 for job in queue {
                     job(&mut bench);
                 }
             })
             .map_err(|_| WorkerError::Compute)?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, shelf })
+    }
+
+    /// What peers may fetch of the state.
+    pub(crate) fn shelf(&self) -> &Shelf {
+        &self.shelf
     }
 
     /// Queues a job at once; the future gives its answer.

@@ -6,9 +6,9 @@
 
 use looptrain_model::SlotStatistics;
 use looptrain_proto::v1::StepStatistics;
-use looptrain_proto::{EVALUATION_FRACTION_BITS, spec};
+use looptrain_proto::{EVALUATION_FRACTION_BITS, MAX_SLOTS, spec};
 
-use crate::reduce::exact::{FixedPoint, MAX_SLOTS};
+use crate::reduce::exact::FixedPoint;
 
 /// Statistics are means of a few nats at most, so they need range more than fraction bits.
 const STATISTICS_FRACTION_BITS: u32 = 32;

@@ -5,8 +5,7 @@
 //! error names the element, and nothing ever wraps. So any number of slots may be added by any
 //! number of ranks in any grouping, and every bit of the sum is the same.
 
-/// Slots that may be summed, over all ranks, without a wrap.
-pub const MAX_SLOTS: u32 = 1 << 16;
+use looptrain_proto::MAX_SLOTS;
 
 /// An encoded value is at most 2^50 in magnitude, where [`ROUNDER`] still rounds exactly, and at
 /// most so large that all slots together stay within 2^62.

@@ -1,10 +1,11 @@
 //! The connection to the coordinator: dialling, the join, and the outgoing half of the stream.
 
+use std::error::Error;
 use std::time::Duration;
 
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::worker_message::Kind;
-use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Welcome, WorkerMessage};
+use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Refused, Welcome, WorkerMessage};
 use looptrain_proto::v1::{Failed, coordinator_message};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -15,11 +16,15 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::WorkerError;
 
-/// Messages that may wait for the coordinator to read them: hours of heartbeats' worth is no use,
-/// but a coordinator that is stopped for some minutes shall find its worker still there.
+/// Messages that may wait for the coordinator to read them: more votes than a worker has to give
+/// until a coordinator that does not read is taken for gone (below). Heartbeats that find no room
+/// are left out.
 const OUTGOING: usize = 512;
 
-/// An unanswered HTTP/2 ping every this long, for this long, means that the coordinator is gone.
+/// A coordinator whose process ends closes the connection, and the worker ends at once. One whose
+/// machine is gone, or whose process is stopped, is found by HTTP/2 pings, one every
+/// `KEEP_ALIVE_EVERY`: when an answer takes longer than `KEEP_ALIVE_TIMEOUT`, the session is
+/// broken.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -69,7 +74,7 @@ async fn dial(url: &str, within: Duration) -> Result<Channel, WorkerError> {
 }
 
 /// The cause at the bottom: "connection refused" says more than "transport error".
-fn innermost(error: &dyn std::error::Error) -> String {
+fn innermost(error: &dyn Error) -> String {
     error.source().map_or_else(|| error.to_string(), innermost)
 }
 
@@ -101,7 +106,8 @@ impl Link {
         match first.map_err(|_| broken("it does not answer the join".into()))?? {
             Some(coordinator_message::Kind::Welcome(welcome)) => Ok((link, welcome)),
             Some(coordinator_message::Kind::Refused(refused)) => {
-                Err(WorkerError::Refused { reason: refused.reason })
+                let Refused { reason, for_now } = refused;
+                Err(WorkerError::Refused { reason, for_now })
             }
             _ => Err(link.protocol("answered the join with neither a welcome nor a refusal")),
         }
@@ -111,13 +117,15 @@ impl Link {
     pub(crate) async fn receive(
         &mut self,
     ) -> Result<Option<coordinator_message::Kind>, WorkerError> {
-        let broken =
-            |reason: &str| WorkerError::Broken { url: self.url.clone(), reason: reason.to_owned() };
-        match self.incoming.message().await {
-            Ok(Some(message)) => Ok(message.kind),
-            Ok(None) => Err(broken("it closed the session")),
-            Err(status) => Err(broken(status.message())),
-        }
+        let reason = match self.incoming.message().await {
+            Ok(Some(message)) => return Ok(message.kind),
+            Ok(None) => "it closed the session".to_owned(),
+            Err(status) => match status.source() {
+                Some(error) => innermost(error),
+                None => status.message().to_owned(),
+            },
+        };
+        Err(WorkerError::Broken { url: self.url.clone(), reason })
     }
 
     /// Queues a message. The queue is long enough for any coordinator that reads at all.

@@ -1,10 +1,10 @@
 //! The session: directives in, votes out.
 //!
-//! One task runs the loop. At most one [`Activity`] (forming, a step, an evaluation) is under way;
-//! commits are queued on the compute thread and not waited for; saves upload beside everything.
-//! A `Form` abandons the activity at once: its future is dropped, and with it the ring, so that the
-//! neighbours notice too; its computation is told to stop at the next slot. The committed state and
-//! a prepared update survive that, on the compute thread.
+//! One task runs the loop. At most one [`Activity`] (forming, a step, an evaluation, a fetch) is
+//! under way; commits are queued on the compute thread and not waited for; saves upload beside
+//! everything. A `Form` abandons the activity at once: its future is dropped, and with it the ring,
+//! so that the neighbours notice too; its computation is told to stop at the next slot. The
+//! committed state and a prepared update survive that, on the compute thread.
 
 mod failure;
 mod link;
@@ -110,7 +110,7 @@ impl Session {
                 // A new generation comes before what it makes pointless.
                 biased;
                 directive = self.link.receive() => match directive? {
-                    Some(Directive::Finish(finish)) => return self.finish(finish.reason),
+                    Some(Directive::Finish(finish)) => return self.finish(finish),
                     Some(directive) => self.obey(directive)?,
                     None => tracing::warn!("ignored a message of an unknown kind"),
                 },
@@ -123,6 +123,7 @@ impl Session {
                 }
                 Some(saved) = self.saves.join_next() => match saved {
                     Ok(saved) => self.link.send(Vote::PartSaved(saved))?,
+                    // Not by a panic of the save itself, which has an answer.
                     Err(error) => tracing::error!(%error, "a save ended unexpectedly"),
                 },
                 () = stop.cancelled(), if !leaving => {
@@ -139,9 +140,11 @@ impl Session {
         !in_step && !self.owes_commit && self.saves.is_empty()
     }
 
-    fn finish(self, reason: String) -> Result<Finished, WorkerError> {
+    fn finish(self, finish: v1::Finish) -> Result<Finished, WorkerError> {
+        let v1::Finish { reason, expelled } = finish;
         match self.reported {
             Some(detail) => Err(WorkerError::Dropped { reason, detail }),
+            None if expelled => Err(WorkerError::SentAway { reason }),
             None => Ok(Finished { reason }),
         }
     }
@@ -166,6 +169,21 @@ impl Session {
             }
             Directive::Save(order) => {
                 self.saves.spawn(self.work.save(order));
+                Ok(())
+            }
+            Directive::Offer(offer) => {
+                let (generation, step) = (offer.generation, Step(offer.step));
+                self.if_current(generation, step, |session| {
+                    session.work.offer(step);
+                    Ok(())
+                })
+            }
+            Directive::Withdraw(_) => {
+                self.work.withdraw();
+                Ok(())
+            }
+            Directive::Fetch(fetch) => {
+                self.fetch(fetch);
                 Ok(())
             }
             Directive::Welcome(_) | Directive::Refused(_) | Directive::Finish(_) => {
@@ -204,13 +222,9 @@ impl Session {
             let detail = format!("rank {rank} is no rank of generation {generation} of {world}");
             return self.fail(step, Failure::senseless(detail));
         }
-        let members = (0..).zip(form.members).map(|(rank, member)| Peer {
-            rank: Rank(rank),
-            name: member.name,
-            address: member.peer_address,
-        });
         let ring = RingId { incarnation: self.incarnation, generation };
-        let membership = Membership { ring, rank, members: members.collect(), step };
+        self.work.remember_generation(generation, form.members.len());
+        let membership = Membership { ring, rank, members: peers(form.members), step };
         tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
         let work = Arc::clone(&self.work);
         let span = tracing::info_span!("form", %generation, %step);
@@ -263,6 +277,17 @@ impl Session {
         self.commits.push(Box::pin(async move { (step, committed.await) }));
     }
 
+    /// Fetches the members' state, to be let into a generation later.
+    fn fetch(&mut self, order: v1::Fetch) {
+        let step = Step(order.step);
+        let (work, sources) = (Arc::clone(&self.work), peers(order.sources));
+        let span = tracing::info_span!("fetch", %step, sources = sources.len());
+        self.begin(step, false, move |_| {
+            async move { (None, work.fetch(step, sources).await.map(Vote::Fetched)) }
+                .instrument(span)
+        });
+    }
+
     fn evaluate(&mut self, order: v1::Evaluate) -> Result<(), Failure> {
         let collective = self.idle_collective("an evaluation")?;
         let step = Step(order.step);
@@ -311,7 +336,10 @@ impl Session {
         self.collective = collective;
         match result {
             Ok(vote) => {
-                self.owes_commit = matches!(vote, Vote::Prepared(_));
+                if let Vote::Prepared(vote) = &vote {
+                    self.work.remember_vote(vote);
+                    self.owes_commit = true;
+                }
                 self.link.send(vote)
             }
             Err(failure) => self.fail(step, failure),
@@ -336,6 +364,16 @@ impl Session {
         }
         self.link.report(failed(self.generation, step, cause, detail))
     }
+}
+
+/// Members in rank order as the ring and the transfer know them.
+fn peers(members: Vec<v1::Member>) -> Vec<Peer> {
+    let peer = |(rank, member): (u32, v1::Member)| Peer {
+        rank: Rank(rank),
+        name: member.name,
+        address: member.peer_address,
+    };
+    (0..).zip(members).map(peer).collect()
 }
 
 /// Waits for the activity; for ever when there is none.

@@ -110,6 +110,49 @@ async fn a_prepared_step_is_redone_by_a_generation_that_starts_before_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_fetches_the_state_while_the_members_train_and_catches_up_with_them() {
+    let mut other = Rig::start().await;
+    let (_workers, mut guests) = other.cluster(1).await;
+    let undisturbed = steps(&mut guests, 1, 1..=4).await;
+    let weights = rig::reform(&mut guests, 2, 4).await;
+
+    // There is no checkpoint in the store: whatever the joiner holds came from the members.
+    let mut rig = Rig::start().await;
+    let (_workers, mut guests) = rig.cluster(2).await;
+    let mut seen = steps(&mut guests, 1, 1..=1).await;
+    let _joiner = rig.worker("w2");
+    let mut joiner = rig.welcome().await;
+    guests.iter().for_each(|guest| guest.offer(1, 1));
+    let sources: Vec<v1::Join> = guests.iter().map(|guest| guest.join.clone()).collect();
+    joiner.fetch(1, &sources.iter().collect::<Vec<_>>());
+    let fetched = joiner.fetched().await;
+    assert_eq!((fetched.error.as_str(), fetched.step), ("", 1));
+    // Two more commits before the coordinator lets it in.
+    seen.extend(steps(&mut guests, 1, 2..=3).await);
+    guests.push(joiner);
+    rig::reform(&mut guests, 2, 3).await;
+    seen.extend(steps(&mut guests, 2, 4..=4).await);
+    assert_eq!(seen, undisturbed);
+    assert_eq!(rig::reform(&mut guests, 3, 4).await, weights);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_whose_sources_are_gone_says_so_and_stays() {
+    let mut rig = Rig::start().await;
+    let (mut workers, mut guests) = rig.cluster(1).await;
+    let _joiner = rig.worker("w1");
+    let mut joiner = rig.welcome().await;
+    workers.remove(0).abort();
+    let gone = guests.remove(0).join;
+    joiner.fetch(1, &[&gone]);
+    let fetched = joiner.fetched().await;
+    assert!(fetched.error.contains("no peer has the state of step 1"), "{}", fetched.error);
+    let alone = joiner.join.clone();
+    joiner.form(1, 0, &[&alone], 0);
+    assert_eq!(joiner.ready().await.step, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fresh_worker_goes_on_from_a_checkpoint_with_the_same_bits() {
     let mut rig = Rig::start().await;
     let (_workers, mut guests) = rig.cluster(2).await;
@@ -226,11 +269,108 @@ async fn a_broken_session_ends_the_worker() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_session_ends_a_worker_that_waits_for_its_neighbours() {
+    let mut rig = Rig::start().await;
+    let (mut workers, mut guests) = rig.cluster(2).await;
+    guests[0].plan(1, 1, 0..2);
+    // Long enough that the slots are computed and the ring waits for the other rank.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    drop(guests.remove(0));
+    let ended = tokio::time::timeout(Duration::from_secs(2), workers.remove(0)).await;
+    assert!(matches!(ended.unwrap().unwrap(), Err(WorkerError::Broken { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_that_lose_their_coordinator_bring_the_next_one_what_they_hold() {
+    let mut other = Rig::start().await;
+    let (_workers, mut guests) = other.cluster(1).await;
+    let undisturbed = steps(&mut guests, 1, 1..=4).await;
+
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_secs(20);
+    let (_workers, mut guests) = rig.cluster(2).await;
+    let mut seen = steps(&mut guests, 1, 1..=1).await;
+    // Both prepare step 2, and only one hears of its commit before the coordinator dies.
+    guests.iter().zip([0..2, 2..4]).for_each(|(guest, slots)| guest.plan(1, 2, slots));
+    for guest in &mut guests {
+        seen.push(guest.prepared().await.digest);
+    }
+    assert_eq!(seen.pop(), seen.last().cloned());
+    guests[0].commit(1, 2);
+    // Its answer shows that it has read the commit.
+    guests[0].save(2, 0, 1);
+    assert_eq!(guests[0].saved().await.error, "");
+    drop(guests);
+
+    let mut guests = vec![rig.guest().await, rig.guest().await];
+    guests.sort_by(|a, b| a.join.name.cmp(&b.join.name));
+    let held: Vec<v1::Held> = guests.iter().map(|guest| guest.join.held.clone().unwrap()).collect();
+    let brought: Vec<_> = held.iter().map(|held| (held.step, held.prepared)).collect();
+    assert_eq!(brought, [(2, None), (1, Some(2))]);
+    for held in &held {
+        assert_eq!((held.generation, held.world), (1, 2));
+        assert_eq!(held.recent.iter().map(|vote| vote.step).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(held.recent[1].digest, seen[1]);
+        assert_eq!(held.lineage, b"one");
+    }
+    guests.iter().for_each(|guest| guest.welcome_as(2, &rig.spec));
+    // Generations of another incarnation count anew.
+    rig::reform(&mut guests, 1, 2).await;
+    seen.extend(steps(&mut guests, 1, 3..=4).await);
+    assert_eq!(seen, undisturbed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_does_not_bring_its_state_and_data_into_a_run_that_was_begun_anew() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_secs(20);
+    let worker = rig.worker("w0");
+    drop(rig.welcome().await);
+    rig.guest().await.welcome_to(2, b"anew", &rig.spec);
+    let error = worker.await.unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::OtherRun { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_takes_no_orders_from_a_coordinator_that_was_replaced() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_secs(20);
+    let _worker = rig.worker("w0");
+    let mut guest = rig.guest().await;
+    guest.welcome_as(5, &rig.spec);
+    let alone = guest.join.clone();
+    guest.form(1, 0, &[&alone], 0);
+    guest.ready().await;
+    drop(guest);
+    let mut old = rig.guest().await;
+    old.welcome_as(4, &rig.spec);
+    assert!(old.hear().await.is_none(), "it hangs up");
+    let mut new = rig.guest().await;
+    new.welcome_as(6, &rig.spec);
+    new.form(1, 0, &[&alone], 0);
+    assert_eq!(new.ready().await.step, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_coordinator_does_not_come_back_gives_up() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_millis(300);
+    let worker = rig.worker("w0");
+    drop(rig.welcome().await);
+    rig.hang_up();
+    let error = worker.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("no coordinator answers at"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_worker_says_why() {
     let mut rig = Rig::start().await;
     let worker = rig.worker("w0");
     let guest = rig.guest().await;
-    guest.say(v1::coordinator_message::Kind::Refused(v1::Refused { reason: "too late".into() }));
+    guest.say(v1::coordinator_message::Kind::Refused(v1::Refused {
+        reason: "too late".into(),
+        for_now: false,
+    }));
     let error = worker.await.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "the coordinator refused this worker: too late");
 }

@@ -9,8 +9,11 @@ mod finish;
 mod form;
 mod join;
 mod lose;
+mod patience;
 mod random_events;
+mod return_;
 mod save;
+mod wait;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -66,6 +69,7 @@ pub(super) fn introduction(name: &str) -> v1::Join {
         threads: 1,
         peer_address: format!("{name}:1"),
         numerics: "avx2".into(),
+        held: None,
     }
 }
 
@@ -89,6 +93,8 @@ pub(super) struct Rig {
     pub(super) published: Vec<RunEvent>,
     pub(super) manifests: Vec<ManifestDraft>,
     pub(super) pinned: Vec<String>,
+    /// Where the log was told to end, and the steps that it lacked.
+    pub(super) went_on: Vec<(u64, Vec<u64>)>,
     pub(super) ignored: Vec<String>,
     pub(super) result: Option<Result<Outcome, String>>,
 }
@@ -108,6 +114,7 @@ impl Rig {
             published: Vec::new(),
             manifests: Vec::new(),
             pinned: Vec::new(),
+            went_on: Vec::new(),
             ignored: Vec::new(),
             result: None,
         }
@@ -140,6 +147,10 @@ impl Rig {
                     self.result = Some(result);
                 }
                 Action::Ignored { reason, .. } => self.ignored.push(reason),
+                Action::GoOn { from, lost } => {
+                    let lost = lost.iter().map(|record| record.step.0).collect();
+                    self.went_on.push((from.0, lost));
+                }
                 Action::Explain(_) | Action::SealMetrics => {}
             }
         }

@@ -20,7 +20,9 @@ enum Op {
     Store(bool),
     Peer(usize),
     StoreTrouble(usize),
+    FetchTrouble(usize),
     Pass(u8),
+    Crash,
     Stop,
 }
 
@@ -35,7 +37,9 @@ fn op() -> impl Strategy<Value = Op> {
         6 => prop::bool::weighted(0.85).prop_map(Op::Store),
         1 => index().prop_map(Op::Peer),
         1 => index().prop_map(Op::StoreTrouble),
+        1 => index().prop_map(Op::FetchTrouble),
         4 => (1u8..5).prop_map(Op::Pass),
+        1 => Just(Op::Crash),
         // Rare, or most runs would end before anything else can happen.
         1 => prop::bool::weighted(0.1).prop_map(|stop| if stop { Op::Stop } else { Op::Join }),
     ]
@@ -50,6 +54,12 @@ struct Fake {
     ready: u64,
     held: Option<u64>,
     prepared: Option<(u64, u64)>,
+    /// The state it lets others fetch.
+    offers: Option<u64>,
+    /// The state it fetched.
+    fetched: Option<u64>,
+    /// The reduced gradient it keeps, whatever generation it is of.
+    kept: Option<u64>,
     answers: VecDeque<Report>,
     saves: VecDeque<v1::Save>,
 }
@@ -129,7 +139,16 @@ impl World {
                     self.rig.failed(worker, Cause::Store, "cannot read");
                 }
             }
+            Op::FetchTrouble(at) => {
+                let fake = self.pick(*at).and_then(|worker| self.fakes.get_mut(&worker));
+                if let Some(Report::Fetched { result, .. }) =
+                    fake.and_then(|fake| fake.answers.front_mut())
+                {
+                    *result = Err("no peer has it".into());
+                }
+            }
             Op::Pass(tenths) => self.rig.pass(f64::from(*tenths) * 0.3),
+            Op::Crash => self.crash(),
             Op::Stop => self.rig.feed(Event::StopRequested { reason: "random".into() }),
         }
         self.check();
@@ -141,11 +160,22 @@ impl World {
             // What a worker has said of its generation is what it may be held to.
             if let Some(fake) = self.fakes.get_mut(&worker) {
                 match &answer {
-                    Report::Ready { generation, .. } => fake.ready = generation.0,
+                    Report::Ready { generation, step, .. } => {
+                        fake.ready = generation.0;
+                        if fake.generation == generation.0 {
+                            fake.held = Some(step.0);
+                            fake.fetched = None;
+                        }
+                    }
                     Report::Prepared { generation, step, .. }
                         if generation.0 == fake.generation =>
                     {
                         fake.prepared = Some((generation.0, step.0));
+                        fake.kept = Some(step.0);
+                    }
+                    Report::Fetched { step, result: Ok(()) } => {
+                        (fake.held, fake.fetched) = (Some(step.0), Some(step.0));
+                        fake.kept = None;
                     }
                     _ => {}
                 }
@@ -163,6 +193,43 @@ impl World {
         self.rig.say(worker, Report::PartSaved { step, part, parts, result });
     }
 
+    /// The coordinator dies, and another one takes over; workers come back with what they hold.
+    fn crash(&mut self) {
+        let step = *self.checkpoints.iter().max().unwrap();
+        let mark = Mark { step: Step(step), weights_digest: weights(Step(step)), record: None };
+        let resume = Resume {
+            incarnation: Incarnation(2),
+            checkpoint: (step > 0).then_some(mark),
+            numerics: Some("avx2".into()),
+            ..Resume::default()
+        };
+        self.rig.core = Core::new(self.rig.core.spec.clone(), resume);
+        self.rig.core.now = self.rig.now;
+        self.rig.manifests.clear();
+        self.stored = 0;
+        self.committed = step;
+        self.planned.clear();
+        let world = self.fakes.len() as u32;
+        for (_, mut fake) in std::mem::take(&mut self.fakes) {
+            self.names += 1;
+            let held = fake.held.map(|step| v1::Held {
+                generation: fake.generation,
+                world,
+                step,
+                prepared: fake.kept,
+                recent: Vec::new(),
+                lineage: Vec::new(),
+            });
+            let name = format!("w{}", self.names);
+            let worker = self.rig.join_as(v1::Join { held, ..introduction(&name) });
+            fake.answers.clear();
+            fake.saves.clear();
+            // Generations of another incarnation count anew.
+            (fake.read, fake.prepared, fake.generation, fake.ready) = (0, None, 0, 0);
+            self.fakes.insert(worker, fake);
+        }
+    }
+
     fn store(&mut self, good: bool) {
         let Some(draft) = self.rig.manifests.get(self.stored) else { return };
         let step = draft.step;
@@ -178,10 +245,11 @@ impl World {
     /// Lets everybody read what was sent, and checks what was published.
     fn check(&mut self) {
         self.fakes.retain(|worker, _| !self.rig.closed.contains(worker));
+        let offers: BTreeSet<u64> = self.fakes.values().filter_map(|fake| fake.offers).collect();
         for (worker, fake) in &mut self.fakes {
             let sent = self.rig.sent.get(worker).map_or(&[][..], Vec::as_slice);
             for message in &sent[fake.read..] {
-                fake.obey(message, &self.checkpoints, &mut self.planned);
+                fake.obey(message, &self.checkpoints, &offers, &mut self.planned);
             }
             fake.read = sent.len();
         }
@@ -191,19 +259,23 @@ impl World {
                     assert_eq!(record.step.0, self.committed + 1, "steps commit in order, once");
                     self.committed = record.step.0;
                 }
-                RunEvent::Rewound { to, .. } => {
-                    assert!(self.checkpoints.contains(&to.0), "back to {to}, which is not saved");
-                    assert!(to.0 < self.committed);
-                    let newest = self.checkpoints.iter().max();
-                    assert_eq!(newest, Some(&to.0), "further back than needed");
-                    self.committed = to.0;
-                    self.planned.retain(|(_, step), _| *step <= to.0);
-                }
+                RunEvent::Rewound { to, .. } => assert!(to.0 < self.committed),
                 _ => {}
             }
         }
         self.published = self.rig.published.len();
-        assert_eq!(self.rig.core.committed.0, self.committed);
+        for (from, _) in std::mem::take(&mut self.rig.went_on) {
+            let newest = self.checkpoints.iter().max().copied().unwrap_or_default();
+            assert!(from >= newest, "further back than needed");
+            let known = |fake: &Fake| fake.held == Some(from) || fake.kept == Some(from);
+            let known = from == newest || self.fakes.values().any(known);
+            assert!(known, "on from {from}, which nobody has");
+            self.committed = from;
+            self.planned.retain(|(_, step), _| *step <= from);
+        }
+        if self.rig.result.is_none() {
+            assert_eq!(self.rig.core.committed.0, self.committed);
+        }
     }
 
     /// Slots of a step whose generation was planned in full are covered once.
@@ -251,6 +323,7 @@ impl Fake {
         &mut self,
         message: &Directive,
         checkpoints: &BTreeSet<u64>,
+        offers: &BTreeSet<u64>,
         planned: &mut BTreeMap<(u64, u64), Vec<(u32, u32)>>,
     ) {
         match message {
@@ -259,10 +332,17 @@ impl Fake {
                 assert!(form.generation > self.generation, "generations only grow");
                 self.generation = form.generation;
                 self.prepared = None;
+                if self.kept == Some(form.step) {
+                    self.held = self.kept.take();
+                }
                 if self.held != Some(form.step) {
                     let there = checkpoints.contains(&form.step);
+                    // From a fetched state there is a way, as long as a member keeps the updates.
+                    let follows = |fetched: u64| {
+                        fetched <= form.step && offers.iter().any(|offered| *offered <= fetched)
+                    };
+                    let there = there || self.fetched.is_some_and(follows);
                     assert!(there, "the state of step {} is nowhere", form.step);
-                    self.held = Some(form.step);
                 }
                 let step = Step(form.step);
                 let (generation, weights_digest) = (Generation(form.generation), weights(step));
@@ -288,6 +368,7 @@ impl Fake {
                 let covered: u32 = planned[&what].iter().map(|(begin, end)| end - begin).sum();
                 assert_eq!(covered, SLOTS, "a committed step has all its slots, once");
                 self.held = Some(commit.step);
+                self.kept = None;
             }
             Directive::Evaluate(share) => {
                 assert_eq!((share.generation, Some(share.step)), (self.generation, self.held));
@@ -297,6 +378,16 @@ impl Fake {
                     sums: vec![1; 6],
                     tokens: (share.end - share.begin) * 16,
                 });
+            }
+            Directive::Offer(offer) => {
+                assert_eq!((offer.generation, Some(offer.step)), (self.generation, self.held));
+                self.offers = Some(offer.step);
+            }
+            Directive::Withdraw(_) => self.offers = None,
+            Directive::Fetch(fetch) => {
+                assert!(!fetch.sources.is_empty());
+                self.fetched = None;
+                self.answers.push_back(Report::Fetched { step: Step(fetch.step), result: Ok(()) });
             }
             Directive::Save(save) => {
                 assert_eq!((save.generation, Some(save.step)), (self.generation, self.held));

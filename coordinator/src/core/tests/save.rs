@@ -129,3 +129,14 @@ fn a_rank_that_saved_other_weights_is_sent_away() {
     assert_eq!(failed(&rig), [Step(4)]);
     assert_eq!(rig.members(), [ids[0], ids[2]]);
 }
+
+#[test]
+fn an_answer_that_comes_twice_does_not_undo_a_checkpoint_whose_manifest_is_on_its_way() {
+    let (mut rig, ids) = Rig::training(1, &[]);
+    (0..4).for_each(|_| rig.prepare_all());
+    rig.saved_all();
+    let again = Report::PartSaved { step: Step(4), part: 0, parts: 1, result: Err("503".into()) };
+    rig.say(ids[0], again);
+    rig.manifest_written();
+    assert_eq!(rig.core.checkpoint.as_ref().map(|mark| mark.step), Some(Step(4)));
+}

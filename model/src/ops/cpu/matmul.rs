@@ -1,9 +1,9 @@
 //! Matrix products on slices, with bits that depend on the shape and the instruction set alone.
 //!
 //! `gemm` sums along the inner dimension in one order per block; its block length follows the cache
-//! sizes of the machine, but is never below [`BLOCK`] when the inner dimension is that long. Cutting
-//! the inner dimension into blocks of that length here takes the caches out of the result. Threads
-//! only share out rows and columns.
+//! sizes of the machine, but is never below [`BLOCK`] when the inner dimension is that long.
+//! Cutting the inner dimension into blocks of that length here takes the caches out of the result.
+//! Threads only share out rows and columns.
 
 const BLOCK: usize = 512;
 
@@ -38,6 +38,13 @@ pub(super) struct Shape {
     pub(super) m: usize,
     pub(super) n: usize,
     pub(super) k: usize,
+}
+
+/// Whether a product `[m, k] x [k, n]` is large enough for threads to share it; smaller ones run on
+/// one thread of however many.
+#[must_use]
+pub fn is_threaded(m: usize, n: usize, k: usize) -> bool {
+    m * n * k.min(BLOCK) >= gemm::get_threading_threshold()
 }
 
 /// Whether a product may use the threads of the current rayon pool.
@@ -148,6 +155,7 @@ mod tests {
     #[test]
     fn bits_do_not_depend_on_the_number_of_threads() {
         let (m, n, k) = (190, 530, 1300);
+        assert!(is_threaded(m, n, k));
         let (a, b) = (filled(m * k, 3), filled(n * k, 4));
         let run = |threads| {
             let pool =

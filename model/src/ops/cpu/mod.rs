@@ -14,6 +14,7 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{DType, TensorData};
 use burn_flex::FlexTensor;
 
+pub use matmul::is_threaded;
 pub use simd::KernelLevel;
 
 use self::attention::{Dims, Rotary, Saved};

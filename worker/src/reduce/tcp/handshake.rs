@@ -14,15 +14,23 @@ const _: () = assert!(cfg!(target_endian = "little"));
 const MAGIC: [u8; 8] = *b"looptrng";
 const HELLO_BYTES: usize = 8 + 4 + 4 + 32 + 8 + 8 + 4;
 
-/// What the connection is for; others than rings may come.
 const PURPOSE_RING: u32 = 1;
+const PURPOSE_STATE: u32 = 2;
 
-/// Who connects, and for which ring of which run.
+/// Who connects to a worker of which run, and what for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hello {
     pub(super) run: Digest,
-    pub(super) ring: RingId,
-    pub(super) sender: Rank,
+    pub(super) purpose: Purpose,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To be the link from the rank before.
+    Ring { id: RingId, sender: Rank },
+    /// To fetch training state.
+    State,
 }
 
 /// Why a connection is not wanted; or that it is.
@@ -47,16 +55,20 @@ pub(super) enum Greeting {
 
 impl Hello {
     fn to_bytes(self) -> [u8; HELLO_BYTES] {
+        let (purpose, ring, sender) = match self.purpose {
+            Purpose::Ring { id, sender } => (PURPOSE_RING, id, sender),
+            Purpose::State => (PURPOSE_STATE, RingId::default(), Rank::default()),
+        };
         let mut bytes = [0; HELLO_BYTES];
         let mut rest = bytes.as_mut_slice();
         for field in [
             MAGIC.as_slice(),
             &PROTOCOL_VERSION.to_le_bytes(),
-            &PURPOSE_RING.to_le_bytes(),
+            &purpose.to_le_bytes(),
             &self.run.0,
-            &self.ring.incarnation.0.to_le_bytes(),
-            &self.ring.generation.0.to_le_bytes(),
-            &self.sender.0.to_le_bytes(),
+            &ring.incarnation.0.to_le_bytes(),
+            &ring.generation.0.to_le_bytes(),
+            &sender.0.to_le_bytes(),
         ] {
             let (place, behind) = rest.split_at_mut(field.len());
             place.copy_from_slice(field);
@@ -86,11 +98,12 @@ impl Hello {
         let incarnation = Incarnation(stream.read_u64_le().await?);
         let generation = Generation(stream.read_u64_le().await?);
         let sender = Rank(stream.read_u32_le().await?);
-        if purpose != PURPOSE_RING {
-            return Ok(Greeting::OtherVersion);
-        }
-        let ring = RingId { incarnation, generation };
-        Ok(Greeting::Peer(Self { run: Digest(run), ring, sender }))
+        let purpose = match purpose {
+            PURPOSE_RING => Purpose::Ring { id: RingId { incarnation, generation }, sender },
+            PURPOSE_STATE => Purpose::State,
+            _ => return Ok(Greeting::OtherVersion),
+        };
+        Ok(Greeting::Peer(Self { run: Digest(run), purpose }))
     }
 }
 
@@ -135,9 +148,12 @@ mod tests {
     #[tokio::test]
     async fn a_hello_and_every_answer_survive_the_wire() {
         let ring = RingId { incarnation: Incarnation(3), generation: Generation(u64::MAX) };
-        let hello = Hello { run: Digest::of(b"run"), ring, sender: Rank(7) };
-        let bytes = hello.to_bytes();
-        assert_eq!(Hello::receive(&mut bytes.as_slice()).await.unwrap(), Greeting::Peer(hello));
+        for purpose in [Purpose::Ring { id: ring, sender: Rank(7) }, Purpose::State] {
+            let hello = Hello { run: Digest::of(b"run"), purpose };
+            let bytes = hello.to_bytes();
+            let received = Hello::receive(&mut bytes.as_slice()).await.unwrap();
+            assert_eq!(received, Greeting::Peer(hello));
+        }
         for answer in [
             Answer::Accepted,
             Answer::OtherVersion,
@@ -155,8 +171,7 @@ mod tests {
     async fn strangers_and_other_versions_are_told_apart() {
         let http = b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n";
         assert_eq!(Hello::receive(&mut http.as_slice()).await.unwrap(), Greeting::Stranger);
-        let hello =
-            Hello { run: Digest::of(b"run"), ring: RingId::default(), sender: Rank::default() };
+        let hello = Hello { run: Digest::of(b"run"), purpose: Purpose::State };
         let mut other = hello.to_bytes();
         other[8] ^= 0xff;
         assert_eq!(Hello::receive(&mut other.as_slice()).await.unwrap(), Greeting::OtherVersion);

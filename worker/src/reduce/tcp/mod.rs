@@ -5,7 +5,8 @@
 //! which [`RingId`]: a connection for an older ring than the wanted one is refused, one for a newer
 //! ring waits until this worker hears of that ring too. Nothing here has a time-out of its own once
 //! the ring stands: a dead neighbour breaks the connection, a silent one is the coordinator's
-//! business, which sends a new generation, on which the session drops the ring in mid-flight.
+//! business, which sends a new generation, on which the session drops the ring in mid-flight. A
+//! silent coordinator breaks the session, and that drops the ring, too.
 
 mod handshake;
 mod peers;

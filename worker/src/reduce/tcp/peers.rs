@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use looptrain_proto::{Digest, Rank};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::handshake::{Answer, Greeting, Hello};
+use super::handshake::{Answer, Greeting, Hello, Purpose};
 use super::{Peer, PeerError, RingId};
 
 /// A stranger who says nothing for this long is hung up on.
@@ -53,17 +53,20 @@ impl PeerListener {
         self.address
     }
 
-    /// Accepts the peers of one run from now on.
+    /// Accepts the peers of one run from now on. Those that come for training state, not for a
+    /// ring, are handed on to the receiver.
     #[must_use]
-    pub fn serve(self, run: Digest) -> Peers {
+    pub fn serve(self, run: Digest) -> (Peers, mpsc::Receiver<TcpStream>) {
+        let (joiners, for_state) = mpsc::channel(MAX_CONNECTIONS);
         let lobby = Arc::new(Lobby {
             run,
             state: Mutex::new(State { wanted: RingId::default(), parked: BTreeMap::new() }),
             arrived: Notify::new(),
+            joiners,
         });
         let mut serving = JoinSet::new();
         serving.spawn(accept_all(self.listener, Arc::clone(&lobby)));
-        Peers { lobby, _serving: serving }
+        (Peers { lobby, _serving: serving }, for_state)
     }
 }
 
@@ -80,6 +83,7 @@ struct Lobby {
     run: Digest,
     state: Mutex<State>,
     arrived: Notify,
+    joiners: mpsc::Sender<TcpStream>,
 }
 
 #[derive(Debug)]
@@ -103,10 +107,12 @@ impl Lobby {
             Greeting::OtherVersion => return Err(Some(Answer::OtherVersion)),
             Greeting::Peer(hello) => hello,
         };
-        let state = self.state();
         if hello.run != self.run {
-            Err(Some(Answer::OtherRun))
-        } else if hello.ring < state.wanted {
+            return Err(Some(Answer::OtherRun));
+        }
+        let Purpose::Ring { id, .. } = hello.purpose else { return Ok(hello) };
+        let state = self.state();
+        if id < state.wanted {
             Err(Some(Answer::Stale(state.wanted)))
         } else if state.parked.len() >= MAX_CONNECTIONS {
             Err(Some(Answer::Busy))
@@ -126,12 +132,21 @@ impl Lobby {
                 tracing::warn!(%from, ?answer, "refused a peer connection");
                 answer.send(&mut stream).await
             }
-            Ok(hello) => {
+            Ok(Hello { purpose: Purpose::State, .. }) => {
+                // There is a place before the joiner is told so.
+                let Ok(place) = self.joiners.try_reserve() else {
+                    return Answer::Busy.send(&mut stream).await;
+                };
+                Answer::Accepted.send(&mut stream).await?;
+                place.send(stream);
+                Ok(())
+            }
+            Ok(Hello { purpose: Purpose::Ring { id, sender }, .. }) => {
                 Answer::Accepted.send(&mut stream).await?;
                 let mut state = self.state();
                 // The wanted ring may have moved on while the answer was sent.
-                if hello.ring >= state.wanted {
-                    state.parked.insert((hello.ring, hello.sender), stream);
+                if id >= state.wanted {
+                    state.parked.insert((id, sender), stream);
                     drop(state);
                     self.arrived.notify_waiters();
                 }
@@ -169,7 +184,8 @@ async fn accept_all(listener: TcpListener, lobby: Arc<Lobby>) {
 }
 
 impl Peers {
-    /// From now on connections of rings older than `ring` are refused; those that waited are closed.
+    /// From now on connections of rings older than `ring` are refused; those that waited are
+    /// closed.
     pub fn advance(&self, ring: RingId) {
         let mut state = self.lobby.state();
         state.wanted = state.wanted.max(ring);
@@ -209,8 +225,26 @@ impl Peers {
         peer: &Peer,
         within: Duration,
     ) -> Result<TcpStream, PeerError> {
+        self.dial(Purpose::Ring { id: ring, sender: own_rank }, peer, within).await
+    }
+
+    /// Connects to `peer` to fetch training state from it.
+    pub(crate) async fn connect_for_state(
+        &self,
+        peer: &Peer,
+        within: Duration,
+    ) -> Result<TcpStream, PeerError> {
+        self.dial(Purpose::State, peer, within).await
+    }
+
+    async fn dial(
+        &self,
+        purpose: Purpose,
+        peer: &Peer,
+        within: Duration,
+    ) -> Result<TcpStream, PeerError> {
         let deadline = Instant::now() + within;
-        let hello = Hello { run: self.lobby.run, ring, sender: own_rank };
+        let hello = Hello { run: self.lobby.run, purpose };
         loop {
             let attempt = timeout_at(deadline, call(&peer.address, hello)).await;
             let error = match attempt {
@@ -220,6 +254,10 @@ impl Peers {
                 }
                 Ok(Ok((_, answer))) => {
                     return Err(PeerError::Refused { peer: peer.clone(), reason: reason(answer) });
+                }
+                // A member that offers its state listens; a ring's neighbour may be on its way.
+                Ok(Err(error)) if purpose == Purpose::State => {
+                    return Err(PeerError::Lost { peer: peer.clone(), error });
                 }
                 Ok(Err(error)) => error,
                 Err(_) => io::Error::new(io::ErrorKind::TimedOut, "it does not answer"),
@@ -267,7 +305,7 @@ mod tests {
     async fn peers(run: &str) -> (Peers, SocketAddr) {
         let listener = PeerListener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.address();
-        (listener.serve(Digest::of(run.as_bytes())), address)
+        (listener.serve(Digest::of(run.as_bytes())).0, address)
     }
 
     fn peer(rank: u32, address: SocketAddr) -> Peer {

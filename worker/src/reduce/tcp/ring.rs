@@ -127,7 +127,7 @@ mod tests {
                 name: format!("w{rank}"),
                 address: listener.address().to_string(),
             });
-            all.push(listener.serve(Digest::of(b"run")));
+            all.push(listener.serve(Digest::of(b"run")).0);
         }
         (all, members)
     }

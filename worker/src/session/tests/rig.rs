@@ -57,9 +57,11 @@ impl Coordinator for Door {
 pub(super) struct Rig {
     pub(super) spec: Arc<Spec>,
     pub(super) stop: CancellationToken,
+    /// How long workers look for another coordinator.
+    pub(super) reconnect: Duration,
     url: String,
     guests: mpsc::Receiver<(Streaming<WorkerMessage>, Line)>,
-    _server: JoinSet<()>,
+    server: JoinSet<()>,
 }
 
 impl Rig {
@@ -76,13 +78,20 @@ impl Rig {
                 .await
                 .unwrap();
         });
-        Self { spec, stop: CancellationToken::new(), url, guests, _server: server }
+        let (stop, reconnect) = (CancellationToken::new(), Duration::ZERO);
+        Self { spec, stop, reconnect, url, guests, server }
+    }
+
+    /// Nobody listens any more.
+    pub(super) fn hang_up(&mut self) {
+        self.server.abort_all();
     }
 
     /// A worker on its way to this coordinator.
     pub(super) fn worker(&self, name: &str) -> Worker {
         let mut settings = WorkerSettings::new(&self.url, name);
         settings.stop = self.stop.clone();
+        settings.reconnect_timeout = self.reconnect;
         tokio::spawn(crate::run(settings))
     }
 
@@ -200,7 +209,9 @@ impl Guest {
         while !matches!(self.next().await, Some(Vote::Heartbeat(_))) {}
     }
 
-    hears!(ready: Ready, prepared: Prepared, evaluated: Evaluated, failed: Failed);
+    hears!(
+        ready: Ready, prepared: Prepared, evaluated: Evaluated, failed: Failed, fetched: Fetched
+    );
 
     pub(super) async fn saved(&mut self) -> v1::PartSaved {
         match self.parts.pop_front() {
@@ -221,19 +232,29 @@ impl Guest {
     }
 
     pub(super) fn welcome(&self, spec: &Spec) {
-        let spec = spec.to_toml();
-        self.say(Directive::Welcome(v1::Welcome { worker_id: 1, incarnation: 1, spec }));
+        self.welcome_as(1, spec);
+    }
+
+    pub(super) fn welcome_as(&self, incarnation: u64, spec: &Spec) {
+        self.welcome_to(incarnation, b"one", spec);
+    }
+
+    pub(super) fn welcome_to(&self, incarnation: u64, lineage: &[u8], spec: &Spec) {
+        let (spec, lineage) = (spec.to_toml(), lineage.to_vec());
+        self.say(Directive::Welcome(v1::Welcome { worker_id: 1, incarnation, spec, lineage }));
     }
 
     pub(super) fn form(&self, generation: u64, rank: u32, joins: &[&v1::Join], step: u64) {
-        let member = |(id, join): (u64, &&v1::Join)| v1::Member {
-            worker_id: id,
-            name: join.name.clone(),
-            peer_address: join.peer_address.clone(),
-        };
-        let members = (1..).zip(joins).map(member).collect();
-        let from_checkpoint = step > 0;
-        self.say(Directive::Form(v1::Form { generation, members, rank, step, from_checkpoint }));
+        let members = members(joins);
+        self.say(Directive::Form(v1::Form { generation, members, rank, step }));
+    }
+
+    pub(super) fn offer(&self, generation: u64, step: u64) {
+        self.say(Directive::Offer(v1::Offer { generation, step }));
+    }
+
+    pub(super) fn fetch(&self, step: u64, sources: &[&v1::Join]) {
+        self.say(Directive::Fetch(v1::Fetch { step, sources: members(sources) }));
     }
 
     pub(super) fn plan(&self, generation: u64, step: u64, slots: Range<u32>) {
@@ -255,6 +276,14 @@ impl Guest {
     }
 
     pub(super) fn finish(&self, reason: &str) {
-        self.say(Directive::Finish(v1::Finish { reason: reason.into() }));
+        self.say(Directive::Finish(v1::Finish { reason: reason.into(), expelled: false }));
     }
+}
+
+fn members(joins: &[&v1::Join]) -> Vec<v1::Member> {
+    let member = |join: &&v1::Join| v1::Member {
+        name: join.name.clone(),
+        peer_address: join.peer_address.clone(),
+    };
+    joins.iter().map(member).collect()
 }

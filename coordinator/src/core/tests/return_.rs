@@ -1,0 +1,209 @@
+//! Workers that outlive their coordinator, or their session.
+
+use super::*;
+
+/// What a worker of a world of two brings back.
+fn held(step: u64, prepared: Option<u64>) -> v1::Held {
+    v1::Held { generation: 7, world: 2, step, prepared, recent: Vec::new(), lineage: Vec::new() }
+}
+
+fn back(rig: &mut Rig, name: &str, held: v1::Held) -> WorkerId {
+    rig.join_as(v1::Join { held: Some(held), ..introduction(name) })
+}
+
+fn voted(step: u64) -> v1::Prepared {
+    v1::Prepared {
+        generation: 7,
+        step,
+        digest: gradient(Step(step)).to_vec(),
+        statistics: Some(v1::StepStatistics { loss: step as f64, ..Default::default() }),
+        sections: Some(v1::Sections { compute: 0.5, reduce: 0.25, ..Default::default() }),
+    }
+}
+
+/// A coordinator that finds the checkpoint of step 4, and `logged` steps behind it in the log.
+fn successor(logged: u64) -> Rig {
+    let mut before = Rig::training(2, &[]).0;
+    before.run_to(4 + logged);
+    let tail = (before.published.iter())
+        .filter_map(|event| match event {
+            RunEvent::Committed(record) if record.step > Step(4) => Some(record.clone()),
+            _ => None,
+        })
+        .collect();
+    let checkpoint = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None };
+    let numerics = Some("avx2".to_owned());
+    let incarnation = Incarnation(2);
+    let resume = Resume {
+        workers_may_return: true,
+        incarnation,
+        checkpoint: Some(checkpoint),
+        numerics,
+        tail,
+        ..Resume::default()
+    };
+    Rig::resumed(&[], resume)
+}
+
+#[test]
+fn workers_that_outlive_their_coordinator_go_on_where_they_were() {
+    let mut rig = successor(2);
+    let ids = ["w0", "w1"].map(|name| back(&mut rig, name, held(6, None)));
+    assert_eq!(rig.went_on, [(6, vec![])]);
+    assert_eq!((rig.form_of(ids[0]).step, rig.form_of(ids[1]).members.len()), (6, 2));
+    assert!(rig.form_of(ids[0]).generation > 7);
+    rig.run_to(10);
+    assert_eq!(rig.outcome().weights_digest, Some(weights(Step(10))));
+    let rewound = |event: &RunEvent| matches!(event, RunEvent::Rewound { .. });
+    assert!(!rig.published.iter().any(rewound));
+}
+
+#[test]
+fn a_step_that_one_committed_and_the_other_prepared_is_committed_by_both() {
+    let mut rig = successor(1);
+    back(&mut rig, "w0", held(5, Some(6)));
+    let second = back(&mut rig, "w1", held(6, None));
+    assert_eq!((rig.form_of(second).step, rig.members().len()), (6, 2));
+    rig.ready_all();
+    assert_eq!(rig.plan_of(second).step, 7);
+}
+
+#[test]
+fn a_step_that_all_prepared_and_nobody_committed_is_tried_again() {
+    let mut rig = successor(1);
+    let ids = ["w0", "w1"].map(|name| back(&mut rig, name, held(5, Some(6))));
+    assert_eq!(rig.form_of(ids[0]).step, 5);
+}
+
+#[test]
+fn steps_that_died_with_the_log_of_the_coordinator_are_known_from_the_votes() {
+    let mut rig = successor(1);
+    let recent = vec![voted(5), voted(6), voted(7)];
+    back(&mut rig, "w0", v1::Held { recent: recent.clone(), ..held(6, Some(7)) });
+    back(&mut rig, "w1", v1::Held { recent, ..held(7, None) });
+    assert_eq!(rig.went_on, [(7, vec![6, 7])]);
+    let last = rig.core.snapshot(rig.now).last.unwrap();
+    assert_eq!((last.step, last.loss, last.seconds, last.world), (Step(7), 7.0, 0.75, 2));
+    assert_eq!((last.generation, last.tokens), (Generation(7), 7 * 160));
+}
+
+#[test]
+fn without_a_worker_that_holds_it_a_logged_step_is_done_again() {
+    let mut rig = successor(2);
+    rig.join("fresh");
+    let second = rig.join("fresher");
+    rig.pass(4.0);
+    assert_eq!(rig.phase(), "waiting", "those that hold it may be on their way");
+    rig.pass(2.0);
+    assert_eq!(rig.went_on, [(4, vec![])]);
+    assert_eq!(rig.form_of(second).step, 4);
+}
+
+#[test]
+fn a_fresh_worker_beside_those_that_came_back_fetches_from_them() {
+    let mut rig = successor(2);
+    let fresh = rig.join("fresh");
+    let one = back(&mut rig, "w0", held(6, None));
+    rig.pass(6.0);
+    assert_eq!(rig.members(), [one], "the fresh one has no way to step 6 yet");
+    rig.ready_all();
+    let Directive::Fetch(fetch) = rig.last_sent(fresh).clone() else { panic!("no fetch") };
+    assert_eq!((fetch.step, fetch.sources[0].name.as_str()), (6, "w0"));
+}
+
+#[test]
+fn those_that_came_back_wait_a_moment_for_the_others() {
+    let mut rig = successor(2);
+    let one = back(&mut rig, "w0", held(6, None));
+    rig.pass(4.0);
+    assert_eq!(rig.phase(), "waiting");
+    rig.pass(2.0);
+    assert_eq!((rig.form_of(one).step, rig.members().len()), (6, 1));
+}
+
+#[test]
+fn workers_that_all_lost_their_sessions_at_once_lose_no_step() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    rig.run_to(6);
+    ids.into_iter().for_each(|worker| rig.kill(worker));
+    // The commit of step 6 reached one of them.
+    back(&mut rig, "w0", held(5, Some(6)));
+    let second = back(&mut rig, "w1", held(6, None));
+    assert_eq!(rig.form_of(second).step, 6);
+    let rewound = |event: &RunEvent| matches!(event, RunEvent::Rewound { .. });
+    assert!(!rig.published.iter().any(rewound));
+}
+
+#[test]
+fn a_step_that_this_coordinator_committed_needs_nobody_who_heard_of_it() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    rig.run_to(6);
+    ids.into_iter().for_each(|worker| rig.kill(worker));
+    let ids = ["w0", "w1"].map(|name| back(&mut rig, name, held(5, Some(6))));
+    assert_eq!(rig.form_of(ids[0]).step, 6);
+}
+
+#[test]
+fn a_worker_with_the_state_of_another_run_is_refused() {
+    let mut rig = successor(1);
+    let odd = v1::Held { lineage: vec![1], ..held(6, None) };
+    let worker = back(&mut rig, "odd", odd);
+    let Directive::Refused(refused) = rig.last_sent(worker) else { panic!("not refused") };
+    assert!(refused.reason.contains("another run") && !refused.for_now);
+}
+
+#[test]
+fn a_worker_that_is_still_on_the_roster_is_told_to_try_again() {
+    let mut rig = successor(1);
+    rig.join("w0");
+    let again = rig.join("w0");
+    let Directive::Refused(refused) = rig.last_sent(again) else { panic!("not refused") };
+    assert!(refused.for_now);
+}
+
+#[test]
+fn a_worker_that_comes_back_while_fresh_ones_are_forming_does_not_disturb_them() {
+    let mut rig = successor(2);
+    let ids = ["fresh", "fresher"].map(|name| rig.join(name));
+    rig.pass(6.0);
+    let late = back(&mut rig, "w0", held(6, None));
+    ids.into_iter().for_each(|worker| rig.ready(worker));
+    assert_eq!(rig.core.committed, Step(4));
+    rig.ready_all();
+    assert_eq!((rig.plan_of(late).step, rig.members().len()), (5, 3));
+}
+
+#[test]
+fn a_step_that_the_log_has_is_committed_by_those_that_only_prepared_it() {
+    let mut rig = successor(2);
+    let ids = ["w0", "w1"].map(|name| back(&mut rig, name, held(5, Some(6))));
+    assert_eq!((rig.form_of(ids[0]).step, rig.went_on.last()), (6, Some(&(6, vec![]))));
+}
+
+#[test]
+fn a_successor_that_is_stopped_before_anybody_came_leaves_the_log_alone() {
+    let mut rig = successor(2);
+    rig.feed(Event::StopRequested { reason: "SIGTERM".into() });
+    assert_eq!((rig.outcome().step, rig.went_on.len()), (Step(4), 0));
+}
+
+#[test]
+fn a_successor_that_is_stopped_saves_what_workers_hold_first() {
+    let mut rig = successor(2);
+    back(&mut rig, "w0", held(6, None));
+    rig.feed(Event::StopRequested { reason: "SIGTERM".into() });
+    rig.pass(6.0);
+    rig.ready_all();
+    rig.saved_all();
+    rig.manifest_written();
+    assert_eq!((rig.outcome().step, rig.outcome().stopped), (Step(6), true));
+}
+
+#[test]
+fn a_worker_that_lags_behind_the_log_does_not_pull_the_others_back() {
+    let mut rig = successor(2);
+    back(&mut rig, "lagging", held(5, None));
+    rig.pass(4.0);
+    let two = ["w0", "w1"].map(|name| back(&mut rig, name, held(6, None)));
+    assert_eq!((rig.form_of(two[0]).step, rig.members()), (6, two.to_vec()));
+}

@@ -1,0 +1,129 @@
+//! Before a generation: how many workers have to be here, and for how long others are waited for.
+//!
+//! A run that begins waits for all of its workers: whoever starts the coordinator starts them too.
+//! A run that has worked before goes on with those that are left, for the others may never come
+//! back; workers that outlived a coordinator are as many as their generation was.
+
+use std::time::Duration;
+
+use looptrain_proto::Step;
+
+use super::{Core, plural};
+use crate::records::RunEvent;
+
+/// How long the workers that are left wait for others, after the last one came or went.
+const SETTLING: Duration = Duration::from_secs(5);
+
+/// The same for a run that a new coordinator goes on with: its workers are being started too.
+const RETURNING: Duration = Duration::from_secs(60);
+
+/// A wait that lasts is spoken of this often.
+const REMIND_EVERY: Duration = Duration::from_secs(30);
+
+/// A wait for workers; times are the core's waking time.
+#[derive(Debug, Default)]
+pub(super) struct Wait {
+    /// How many are here; `None` before the first look.
+    here: Option<usize>,
+    /// Since when there are that many.
+    since: Duration,
+    /// When it was last spoken of.
+    said: Option<Duration>,
+}
+
+impl Wait {
+    /// That no worker is here yet when a coordinator starts is no news.
+    pub(super) fn for_the_first() -> Self {
+        Self { here: Some(0), since: Duration::ZERO, said: Some(Duration::ZERO) }
+    }
+}
+
+impl Core {
+    /// Waiting: forms a generation as soon as enough workers are here. To be called when one comes
+    /// or goes, and as time passes.
+    pub(super) fn settle(&mut self) {
+        if let Some(saving) = &self.saving {
+            // All parts are in and the manifest is on its way: it decides how far back to go.
+            let step = saving.step();
+            return self.explain(format!("waiting for the checkpoint of step {step}"));
+        }
+        let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
+        if self.stop.is_some() && self.best_step_at_hand() == saved {
+            // The log is left as it is: workers that hold more may come back to the next
+            // coordinator.
+            self.stand_at(saved);
+            return self.finish();
+        }
+        // Those that hold more than the checkpoint wait for the rest of their generation.
+        let (here, wanted) = match self.best_step_at_hand() > saved {
+            true => (self.holders_at_hand(), self.world_at_hand()),
+            false => (self.roster.len(), self.spec.cluster.workers as usize),
+        };
+        if self.may_be_outlived() && !self.have_waited(here) {
+            let step = self.logged;
+            return self
+                .explain(format!("waiting a moment for workers that may still hold step {step}"));
+        }
+        if here < wanted && !self.have_waited(here) {
+            return self.say_waiting(here, wanted);
+        }
+        let members = self.go_back_or_on();
+        self.anchors = members.iter().copied().collect();
+        let from = match self.committed {
+            Step(0) => "from the initial weights".into(),
+            step if self.state_is_in_reach() => format!("from the checkpoint of step {step}"),
+            step => format!("from step {step}, which workers still hold"),
+        };
+        let joined = members.len();
+        let why = format!("{joined} worker{} joined; starting {from}", plural(joined));
+        self.form(members, why);
+    }
+
+    /// How long to wait for more workers; `None` for as long as it takes.
+    fn settling_time(&self) -> Option<Duration> {
+        match (self.formed, &self.checkpoint) {
+            (true, _) => Some(SETTLING),
+            // Workers that have outlived a coordinator all come back at once.
+            (false, _) if self.world_at_hand() > 0 => Some(SETTLING),
+            (false, _) if self.roster.len() >= self.spec.cluster.workers as usize => Some(SETTLING),
+            (false, Some(_)) => Some(RETURNING),
+            (false, None) => None,
+        }
+    }
+
+    /// Whether workers may be on their way that hold more than those who are here.
+    fn may_be_outlived(&self) -> bool {
+        let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
+        let behind = self.best_step_at_hand() < self.logged;
+        self.workers_may_return && !self.formed && self.logged > saved && behind
+    }
+
+    /// Notes how many workers are here; whether others have been waited for long enough.
+    fn have_waited(&mut self, here: usize) -> bool {
+        if self.waiting.here != Some(here) {
+            self.waiting = Wait { here: Some(here), since: self.awake, said: None };
+        }
+        let waited = self.awake - self.waiting.since;
+        here > 0 && self.settling_time().is_some_and(|time| waited >= time)
+    }
+
+    fn say_waiting(&mut self, here: usize, wanted: usize) {
+        let names = self.roster.names(self.roster.ids());
+        let who = match self.roster.len() {
+            0 => "none is here".into(),
+            1 => format!("only {names} is here"),
+            all => format!("{all} are here: {names}"),
+        };
+        let then = match self.settling_time() {
+            Some(time) if here > 0 => {
+                format!("; going on without the others after {} s", time.as_secs())
+            }
+            _ => String::new(),
+        };
+        self.explain(format!("waiting for {wanted} worker{}; {who}{then}", plural(wanted)));
+        if self.waiting.said.is_none_or(|said| self.awake - said >= REMIND_EVERY) {
+            self.waiting.said = Some(self.awake);
+            self.publish(RunEvent::Waiting { here: here as u32, wanted: wanted as u32 });
+        }
+    }
+}

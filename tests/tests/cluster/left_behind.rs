@@ -1,0 +1,43 @@
+//! No worker outlives `looptrain train`, however that ends.
+
+use crate::support::{Running, Scratch, is_gone, signal, wait_until, workers_of};
+
+/// A run in the middle of a stage that takes hours, and its two workers.
+fn long_run(scratch: &Scratch) -> (Running, Vec<u32>) {
+    let arguments = [
+        &["train", "spec.toml", "--workers", "2", "--set", "stages.0.steps=1000000"][..],
+        &["--set", "cluster.worker_timeout=60"],
+    ];
+    let mut running = Running::start(scratch.command(&arguments.concat()));
+    running.wait_for(|line| line.starts_with("step "));
+    let workers = workers_of(running.id());
+    assert_eq!(workers.len(), 2);
+    assert!(!workers.iter().any(|worker| is_gone(*worker)));
+    (running, workers)
+}
+
+#[test]
+fn a_second_interrupt_ends_the_workers_too() {
+    let scratch = Scratch::new();
+    let (mut running, workers) = long_run(&scratch);
+    // Without this worker the step in flight does not end, and neither does the run.
+    signal(workers[0], "STOP");
+    running.signal("INT");
+    running.wait_for(|line| line.starts_with("stopping at the next step"));
+    running.signal("INT");
+    assert_eq!(running.end().code, Some(130));
+    wait_until(|| is_gone(workers[1]));
+    if !is_gone(workers[0]) {
+        signal(workers[0], "CONT");
+    }
+    wait_until(|| is_gone(workers[0]));
+}
+
+#[test]
+fn a_killed_parent_leaves_no_worker() {
+    let scratch = Scratch::new();
+    let (running, workers) = long_run(&scratch);
+    running.signal("KILL");
+    assert_eq!(running.end().code, None, "it died by the signal");
+    wait_until(|| workers.iter().all(|worker| is_gone(*worker)));
+}

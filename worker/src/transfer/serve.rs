@@ -1,0 +1,65 @@
+//! Answering joiners.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::shelf::Shelf;
+use super::wire::{Part, Reply, Request, send_digests};
+
+/// A joiner that asks nothing, or reads nothing, for this long is hung up on: longer than it may
+/// wait for another source's digests.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Serves what is on the shelf to every joiner that connects, until no more can.
+pub(crate) async fn serve(mut joiners: mpsc::Receiver<TcpStream>, shelf: Shelf) {
+    let mut served = JoinSet::new();
+    while let Some(joiner) = joiners.recv().await {
+        while served.try_join_next().is_some() {}
+        let shelf = shelf.clone();
+        served.spawn(async move {
+            if let Err(error) = serve_one(joiner, &shelf).await {
+                tracing::debug!(%error, "a joiner was served no further");
+            }
+        });
+    }
+}
+
+async fn serve_one(mut joiner: TcpStream, shelf: &Shelf) -> io::Result<()> {
+    loop {
+        let request = match timeout(PATIENCE, Request::receive(&mut joiner)).await? {
+            // The joiner has all it wants.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            request => request?,
+        };
+        answer(&mut joiner, shelf, request).await?;
+    }
+}
+
+async fn answer(joiner: &mut TcpStream, shelf: &Shelf, request: Request) -> io::Result<()> {
+    let goods = match shelf.find(request.item) {
+        Ok(goods) => goods,
+        Err(lack) => return timeout(PATIENCE, Reply::Lacking(lack).send(joiner)).await?,
+    };
+    match request.part {
+        Part::Digests => {
+            let hashing = Arc::clone(&goods);
+            tokio::task::spawn_blocking(move || hashing.digests().len()).await?;
+            timeout(PATIENCE, send_digests(joiner, goods.digests())).await?
+        }
+        Part::Chunk(index) => {
+            let chunk = goods.chunk(index).ok_or(io::ErrorKind::InvalidInput)?;
+            let sent = async {
+                Reply::Here { bytes: chunk.len() as u64 }.send(joiner).await?;
+                joiner.write_all(chunk).await
+            };
+            timeout(PATIENCE, sent).await?
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What a member offers to joiners.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use looptrain_model::TrainState;
+use looptrain_proto::{Digest, Step};
+
+use super::CHUNK;
+use super::wire::Item;
+
+/// Bytes of gradients that are kept for joiners in any case; beyond, as much as four times the
+/// state.
+const KEPT_BYTES: usize = 512 << 20;
+
+/// The state of one step, and the gradients of the commits after it; empty most of the time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Shelf(Arc<Mutex<Option<Offer>>>);
+
+#[derive(Debug)]
+struct Offer {
+    step: Step,
+    state: Arc<Goods>,
+    /// Of the steps after `step`, without a gap.
+    updates: BTreeMap<Step, Arc<Goods>>,
+    /// Bytes that `updates` may take.
+    room: usize,
+}
+
+/// Why an item is not here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// It may come.
+    NotYet,
+    /// It will not.
+    Gone,
+}
+
+impl Shelf {
+    fn offer(&self) -> MutexGuard<'_, Option<Offer>> {
+        // Every change is one call that cannot panic half-way.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Offers a state, in place of whatever was offered.
+    pub(crate) fn put(&self, state: TrainState) {
+        let TrainState { step, weights, first_moment, second_moment } = state;
+        let room = KEPT_BYTES.max(4 * 3 * size_of_val(weights.as_slice()));
+        let state = Arc::new(Goods::new(vec![weights, first_moment, second_moment]));
+        *self.offer() = Some(Offer { step, state, updates: BTreeMap::new(), room });
+    }
+
+    /// Adds the gradient that led to `step`, if a state before it is offered.
+    pub(crate) fn add(&self, step: Step, gradient: Vec<f32>) {
+        let mut offer = self.offer();
+        let Some(open) = offer.as_mut() else { return };
+        let newest = open.updates.keys().next_back().copied().unwrap_or(open.step);
+        let bytes = size_of_val(gradient.as_slice());
+        if bytes > open.room {
+            tracing::warn!(%step, "a joiner fetches too slowly; the state is offered no longer");
+            *offer = None;
+        } else if step == newest.next() {
+            open.room -= bytes;
+            open.updates.insert(step, Arc::new(Goods::new(vec![gradient])));
+        } else {
+            // With a gap the rest is of no use.
+            tracing::warn!(%step, %newest, "the offered state has no way to this step");
+            *offer = None;
+        }
+    }
+
+    /// Offers nothing any more.
+    pub(crate) fn clear(&self) {
+        *self.offer() = None;
+    }
+
+    pub(super) fn find(&self, item: Item) -> Result<Arc<Goods>, Lack> {
+        match (item, self.offer().as_ref()) {
+            // The coordinator's word may not have reached this worker yet.
+            (Item::State(_), None) => Err(Lack::NotYet),
+            (Item::State(step), Some(open)) => match step.cmp(&open.step) {
+                Ordering::Less => Err(Lack::Gone),
+                Ordering::Equal => Ok(Arc::clone(&open.state)),
+                Ordering::Greater => Err(Lack::NotYet),
+            },
+            (Item::Update(step), Some(open)) if step > open.step => {
+                open.updates.get(&step).map(Arc::clone).ok_or(Lack::NotYet)
+            }
+            // Who asks for it fetched a state that was offered then.
+            (Item::Update(_), _) => Err(Lack::Gone),
+        }
+    }
+}
+
+/// Buffers that may be fetched, cut into chunks that do not cross from one buffer to the next.
+#[derive(Debug)]
+pub(super) struct Goods {
+    buffers: Vec<Vec<f32>>,
+    digests: OnceLock<Vec<Digest>>,
+}
+
+impl Goods {
+    pub(super) fn new(buffers: Vec<Vec<f32>>) -> Self {
+        Self { buffers, digests: OnceLock::new() }
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = &[u8]> {
+        self.buffers.iter().flat_map(|buffer| buffer.chunks(CHUNK).map(bytemuck::cast_slice))
+    }
+
+    pub(super) fn chunk(&self, index: u32) -> Option<&[u8]> {
+        self.chunks().nth(index as usize)
+    }
+
+    /// One digest a chunk. The first call hashes everything, on the calling thread.
+    pub(super) fn digests(&self) -> &[Digest] {
+        self.digests.get_or_init(|| self.chunks().map(Digest::of).collect())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn state(step: u64) -> TrainState {
+        let buffer = |value: f32| vec![value; 3];
+        TrainState {
+            step: Step(step),
+            weights: buffer(1.0),
+            first_moment: buffer(2.0),
+            second_moment: buffer(3.0),
+        }
+    }
+
+    #[test]
+    fn a_shelf_tells_what_may_come_from_what_is_gone() {
+        let shelf = Shelf::default();
+        assert_eq!(shelf.find(Item::State(Step(5))).err(), Some(Lack::NotYet));
+        shelf.put(state(5));
+        shelf.add(Step(6), vec![0.5; 3]);
+        assert_eq!(shelf.find(Item::State(Step(5))).unwrap().digests().len(), 3);
+        assert_eq!(shelf.find(Item::Update(Step(6))).unwrap().digests().len(), 1);
+        assert_eq!(shelf.find(Item::Update(Step(7))).err(), Some(Lack::NotYet));
+        assert_eq!(shelf.find(Item::Update(Step(5))).err(), Some(Lack::Gone));
+        assert_eq!(shelf.find(Item::State(Step(4))).err(), Some(Lack::Gone));
+        assert_eq!(shelf.find(Item::State(Step(6))).err(), Some(Lack::NotYet));
+        shelf.clear();
+        assert_eq!(shelf.find(Item::State(Step(5))).err(), Some(Lack::NotYet));
+        assert_eq!(shelf.find(Item::Update(Step(7))).err(), Some(Lack::Gone));
+    }
+
+    #[test]
+    fn an_offer_that_takes_too_much_memory_is_withdrawn() {
+        let shelf = Shelf::default();
+        shelf.put(state(5));
+        shelf.offer().as_mut().unwrap().room = 24;
+        shelf.add(Step(6), vec![0.5; 3]);
+        shelf.add(Step(7), vec![0.5; 3]);
+        assert!(shelf.find(Item::Update(Step(7))).is_ok());
+        shelf.add(Step(8), vec![0.5; 3]);
+        assert_eq!(shelf.find(Item::Update(Step(7))).err(), Some(Lack::Gone));
+    }
+
+    #[test]
+    fn an_offer_with_a_gap_is_withdrawn() {
+        let shelf = Shelf::default();
+        shelf.add(Step(6), vec![0.5; 3]);
+        shelf.put(state(5));
+        shelf.add(Step(7), vec![0.5; 3]);
+        assert_eq!(shelf.find(Item::State(Step(5))).err(), Some(Lack::NotYet));
+    }
+}
