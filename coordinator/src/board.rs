@@ -92,7 +92,10 @@ impl Board {
             RunEvent::Committed(record) => {
                 state.steps.push(record.clone());
                 state.thin();
-                return;
+                if record.skipped.is_none() {
+                    return;
+                }
+                "bad"
             }
             RunEvent::Evaluated(record) => {
                 state.evaluations.retain(|kept| kept.step < record.step);
@@ -103,14 +106,20 @@ impl Board {
                 state.checkpoint_unix_ms = Some(now);
                 "good"
             }
-            RunEvent::Formed { .. } | RunEvent::Finished { .. } => "good",
+            RunEvent::Formed { .. } | RunEvent::CaughtUp { .. } | RunEvent::Finished { .. } => {
+                "good"
+            }
             RunEvent::WorkerLost { .. }
             | RunEvent::WorkerRefused { .. }
             | RunEvent::Rewound { .. }
             | RunEvent::CheckpointFailed { .. }
+            | RunEvent::Straggles { .. }
             | RunEvent::Failed { .. } => "bad",
             RunEvent::WorkerJoined { .. }
             | RunEvent::Waiting { .. }
+            | RunEvent::Draining { .. }
+            | RunEvent::Pausing { .. }
+            | RunEvent::Resumed
             | RunEvent::Stopping { .. } => "plain",
         };
         let text = event.to_string();

@@ -25,5 +25,5 @@ mod start;
 
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;
-pub use records::{EvaluationRecord, Outcome, RunEvent, SectionSeconds, StepRecord};
+pub use records::{EvaluationRecord, Outcome, RunEvent, Section, SectionSeconds, StepRecord};
 pub use start::{Running, Settings, Started, start};

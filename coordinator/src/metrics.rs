@@ -73,6 +73,8 @@ catalogue! {
     WORKERS_JOINED: Counter "looptrain.workers.joined" ["{worker}"] {} "Workers welcomed.";
     WORKERS_REFUSED: Counter "looptrain.workers.refused" ["{worker}"] {} "Workers turned away.";
     WORKERS_LOST: Counter "looptrain.workers.lost" ["{worker}"] {} "Workers that died, left or were sent away.";
+    SKIPPED: Counter "looptrain.steps.skipped" ["{step}"] {} "Steps committed without an update, for a slot had no usable gradient.";
+    STRAGGLERS: Counter "looptrain.stragglers" ["{worker}"] {"section"} "Times that a worker began to take much longer than the others in a section of its steps.";
     REWINDS: Counter "looptrain.rewinds" ["{rewind}"] {} "Times that committed steps had to be done again from a checkpoint.";
     CHECKPOINT_STEP: Gauge "looptrain.checkpoint.step" ["{step}"] {} "Step of the newest checkpoint.";
     CHECKPOINT_SIZE: Gauge "looptrain.checkpoint.size" ["By"] {} "Size of the newest checkpoint.";
@@ -146,6 +148,8 @@ instruments! {
     workers_joined: Counter<u64> = counter(WORKERS_JOINED),
     workers_refused: Counter<u64> = counter(WORKERS_REFUSED),
     workers_lost: Counter<u64> = counter(WORKERS_LOST),
+    skipped: Counter<u64> = counter(SKIPPED),
+    stragglers: Counter<u64> = counter(STRAGGLERS),
     rewinds: Counter<u64> = counter(REWINDS),
     checkpoint_step: Gauge<f64> = gauge(CHECKPOINT_STEP),
     checkpoint_size: Gauge<f64> = gauge(CHECKPOINT_SIZE),
@@ -183,7 +187,14 @@ impl Instruments {
                 self.checkpoint_duration.record(*seconds, &[]);
             }
             RunEvent::CheckpointFailed { .. } => self.checkpoint_failures.add(1, &[]),
+            RunEvent::Straggles { section, .. } => {
+                self.stragglers.add(1, &[KeyValue::new("section", section.to_string())]);
+            }
             RunEvent::Waiting { .. }
+            | RunEvent::CaughtUp { .. }
+            | RunEvent::Draining { .. }
+            | RunEvent::Pausing { .. }
+            | RunEvent::Resumed
             | RunEvent::Stopping { .. }
             | RunEvent::Finished { .. }
             | RunEvent::Failed { .. } => {}
@@ -193,6 +204,7 @@ impl Instruments {
     fn record_step(&self, record: &StepRecord) {
         self.steps.add(1, &[]);
         self.tokens.add(record.step_tokens, &[]);
+        self.skipped.add(u64::from(record.skipped.is_some()), &[]);
         self.step.record(record.step.0 as f64, &[]);
         self.run_tokens.record(record.tokens as f64, &[]);
         self.loss.record(record.loss, &[]);
@@ -209,6 +221,7 @@ impl Instruments {
             ("compute", sections.compute),
             ("reduce", sections.reduce),
             ("optimizer", sections.optimizer),
+            ("send", sections.send),
         ] {
             self.section_duration.record(seconds, &[KeyValue::new("section", name)]);
         }

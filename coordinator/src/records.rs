@@ -18,6 +18,39 @@ pub struct SectionSeconds {
     pub reduce: f64,
     /// Applying the previous commit: clip and optimizer update.
     pub optimizer: f64,
+    /// The part of `reduce` in which the connection to the next rank took no more.
+    #[serde(default)]
+    pub send: f64,
+}
+
+/// A part of a worker's step in which it can be slower than the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Section {
+    /// Waiting for tokens.
+    Data,
+    /// Forward and backward of a slot.
+    Compute,
+    /// Its connection to the next rank in the all-reduce.
+    Reduce,
+    /// Applying a commit.
+    Commit,
+}
+
+impl Section {
+    /// In the order of a step.
+    pub(crate) const ALL: [Self; 4] = [Self::Data, Self::Compute, Self::Reduce, Self::Commit];
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Data => "data",
+            Self::Compute => "compute",
+            Self::Reduce => "reduce",
+            Self::Commit => "commit",
+        })
+    }
 }
 
 impl SectionSeconds {
@@ -29,21 +62,22 @@ impl SectionSeconds {
             compute: self.compute.max(other.compute),
             reduce: self.reduce.max(other.reduce),
             optimizer: self.optimizer.max(other.optimizer),
+            send: self.send.max(other.send),
         }
     }
 }
 
 impl From<v1::Sections> for SectionSeconds {
     fn from(sections: v1::Sections) -> Self {
-        let v1::Sections { data_wait, compute, reduce, optimizer } = sections;
-        Self { data_wait, compute, reduce, optimizer }
+        let v1::Sections { data_wait, compute, reduce, optimizer, send } = sections;
+        Self { data_wait, compute, reduce, optimizer, send }
     }
 }
 
 impl From<SectionSeconds> for v1::Sections {
     fn from(sections: SectionSeconds) -> Self {
-        let SectionSeconds { data_wait, compute, reduce, optimizer } = sections;
-        Self { data_wait, compute, reduce, optimizer }
+        let SectionSeconds { data_wait, compute, reduce, optimizer, send } = sections;
+        Self { data_wait, compute, reduce, optimizer, send }
     }
 }
 
@@ -56,7 +90,8 @@ pub struct StepRecord {
     pub generation: Generation,
     /// Workers in that generation.
     pub world: u32,
-    /// Stage I loss, nats per token.
+    /// Stage I loss, nats per token. As all means here: over the slots that have usable gradients.
+    #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
     /// Cross-entropy after each loop, nats per token.
     pub loss_per_loop: Vec<f64>,
@@ -65,8 +100,9 @@ pub struct StepRecord {
     /// Mean loop of exit, from 1.
     pub mean_depth: f64,
     /// Mean entropy of the exit distribution, nats.
+    #[serde(deserialize_with = "number_or_null")]
     pub entropy: f64,
-    /// Euclidean norm of the gradient before clipping.
+    /// Euclidean norm of the gradient before clipping; 0 when the step was skipped.
     pub grad_norm: f64,
     /// Learning rate of this step.
     pub lr: f64,
@@ -80,8 +116,24 @@ pub struct StepRecord {
     pub seconds: f64,
     /// Digest of the reduced gradient, loss and statistics.
     pub digest: Digest,
+    /// Slots without a usable gradient; with any, the step changed no weight.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub bad_slots: u32,
+    /// Why the step changed no weight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
     /// Sections of the slowest ranks.
     pub sections: SectionSeconds,
+}
+
+/// JSON has no NaN, which is the mean over no slots; it is written as null.
+fn number_or_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 /// One evaluation on the validation split.
@@ -208,6 +260,40 @@ pub enum RunEvent {
         /// Why.
         reason: String,
     },
+    /// A member takes much longer than the others for a section of its steps.
+    Straggles {
+        /// Its session.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+        /// Where it is slow.
+        section: Section,
+        /// What that costs a step.
+        seconds: f64,
+    },
+    /// A member that straggled does so no longer.
+    CaughtUp {
+        /// Its session.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+        /// Where it was slow.
+        section: Section,
+    },
+    /// A worker has been told to leave.
+    Draining {
+        /// Its name.
+        name: String,
+        /// Who asked, or why.
+        reason: String,
+    },
+    /// The run will hold at the next step boundary.
+    Pausing {
+        /// Who asked, or why.
+        reason: String,
+    },
+    /// The run goes on after a pause.
+    Resumed,
     /// The run will stop at the next step boundary.
     Stopping {
         /// Who asked, or why.
@@ -243,6 +329,9 @@ impl fmt::Display for RunEvent {
                 let s = if *world == 1 { "" } else { "s" };
                 write!(f, "generation {generation}: {world} worker{s} from step {step}; {reason}")
             }
+            Self::Committed(StepRecord { step, skipped: Some(why), .. }) => {
+                write!(f, "step {step} committed without an update: {why}")
+            }
             Self::Committed(record) => write!(f, "step {} committed", record.step),
             Self::Evaluated(record) => {
                 write!(f, "step {} evaluated: validation loss {:.4}", record.step, record.loss)
@@ -255,6 +344,16 @@ impl fmt::Display for RunEvent {
                 write!(f, "checkpoint of step {step} failed: {reason}")
             }
             Self::Rewound { to, reason } => write!(f, "back to step {to}: {reason}"),
+            Self::Straggles { name, section, seconds, .. } => write!(
+                f,
+                "worker {name} straggles in {section}: {seconds:.3} s a step more than the others"
+            ),
+            Self::CaughtUp { name, section, .. } => {
+                write!(f, "worker {name} straggles in {section} no longer")
+            }
+            Self::Draining { name, reason } => write!(f, "worker {name} is to leave: {reason}"),
+            Self::Pausing { reason } => write!(f, "pausing: {reason}"),
+            Self::Resumed => write!(f, "going on after the pause"),
             Self::Stopping { reason } => write!(f, "stopping: {reason}"),
             Self::Finished { reason } => write!(f, "finished: {reason}"),
             Self::Failed { reason } => write!(f, "failed: {reason}"),
@@ -281,6 +380,8 @@ pub(crate) fn example(step: u64, loss: f64) -> StepRecord {
         cursor: Cursor::default(),
         seconds: 0.1,
         digest: Digest([0; 32]),
+        bad_slots: 0,
+        skipped: None,
         sections: SectionSeconds::default(),
     }
 }

@@ -39,6 +39,8 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
             digest: digest("Prepared", "digest", &vote.digest)?,
             statistics: vote.statistics.ok_or(Malformed::NoStatistics)?,
             sections: vote.sections.unwrap_or_default(),
+            computed_slots: vote.computed_slots,
+            detail: vote.detail,
         },
         Kind::Evaluated(share) => Report::Evaluated {
             generation: Generation(share.generation),

@@ -27,6 +27,8 @@ pub(crate) enum Input {
     Open { worker: WorkerId, join: v1::Join, session: Session },
     /// Something for the core.
     Event(Event),
+    /// Somebody wants a worker to leave; the answer is why it may not.
+    Drain { name: String, reason: String, reply: oneshot::Sender<Result<(), String>> },
     /// Somebody wants to know how things are.
     Snapshot(oneshot::Sender<Snapshot>),
     /// This process must not go on.
@@ -67,6 +69,15 @@ impl Runtime {
                         Event::Joined { worker, join }
                     }
                     Some(Input::Event(event)) => event,
+                    Some(Input::Drain { name, reason, reply }) => {
+                        let found = self.core.drainable(&name);
+                        // Whoever asked may have hung up.
+                        let _ = reply.send(found.clone().map(drop));
+                        match found {
+                            Ok(worker) => Event::DrainRequested { worker, reason },
+                            Err(_) => continue,
+                        }
+                    }
                     Some(Input::Snapshot(reply)) => {
                         // Whoever asked may have hung up.
                         let _ = reply.send(self.core.snapshot(self.started.elapsed()));
@@ -158,7 +169,8 @@ impl Runtime {
         let outcome = result?;
         let finished = match (outcome.stopped, outcome.weights_digest) {
             (false, Some(weights_digest)) => {
-                let loss = outcome.loss.unwrap_or_default();
+                // The record is JSON, which has no NaN.
+                let loss = outcome.loss.filter(|loss| loss.is_finite()).unwrap_or_default();
                 Some(Finished { step: outcome.step, weights_digest, loss })
             }
             _ => None,

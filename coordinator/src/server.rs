@@ -78,9 +78,14 @@ impl Service {
 
     async fn snapshot(&self) -> Result<Snapshot, Status> {
         let (reply, snapshot) = oneshot::channel();
-        let over = || Status::unavailable("the run is over and its coordinator is going away");
         self.inputs.send(Input::Snapshot(reply)).await.map_err(|_| over())?;
         snapshot.await.map_err(|_| over())
+    }
+
+    /// Passes an operator's order on; the newest committed step.
+    async fn order(&self, order: Event) -> Result<u64, Status> {
+        self.inputs.send(Input::Event(order)).await.map_err(|_| over())?;
+        Ok(self.snapshot().await?.step.0)
     }
 }
 
@@ -130,15 +135,49 @@ impl Coordinator for Service {
         &self,
         request: Request<v1::StopRequest>,
     ) -> Result<Response<v1::StopReply>, Status> {
-        let reason = match request.into_inner().reason {
-            empty if empty.is_empty() => "an operator asked for it".to_owned(),
-            reason => reason,
-        };
-        let over = |_| Status::unavailable("the run is over and its coordinator is going away");
-        self.inputs.send(Input::Event(Event::StopRequested { reason })).await.map_err(over)?;
-        let step = self.snapshot().await?.step.0;
+        let reason = said(request.into_inner().reason);
+        let step = self.order(Event::StopRequested { reason }).await?;
         Ok(Response::new(v1::StopReply { step }))
     }
+
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainReply>, Status> {
+        let v1::DrainRequest { worker: name, reason } = request.into_inner();
+        let (reply, answer) = oneshot::channel();
+        let drain = Input::Drain { name, reason: said(reason), reply };
+        self.inputs.send(drain).await.map_err(|_| over())?;
+        let answer = answer.await.map_err(|_| over())?;
+        answer.map_err(Status::failed_precondition)?;
+        Ok(Response::new(v1::DrainReply {}))
+    }
+
+    async fn pause(
+        &self,
+        request: Request<v1::PauseRequest>,
+    ) -> Result<Response<v1::PauseReply>, Status> {
+        let reason = said(request.into_inner().reason);
+        let step = self.order(Event::PauseRequested { reason }).await?;
+        Ok(Response::new(v1::PauseReply { step }))
+    }
+
+    async fn resume(
+        &self,
+        _: Request<v1::ResumeRequest>,
+    ) -> Result<Response<v1::ResumeReply>, Status> {
+        let step = self.order(Event::ResumeRequested).await?;
+        Ok(Response::new(v1::ResumeReply { step }))
+    }
+}
+
+/// The reason an operator gave.
+fn said(reason: String) -> String {
+    if reason.is_empty() { "an operator asked for it".to_owned() } else { reason }
+}
+
+fn over() -> Status {
+    Status::unavailable("the run is over and its coordinator is going away")
 }
 
 /// The life of a session, from its first message to its end.
@@ -207,6 +246,7 @@ fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
         entropy: last.entropy,
         grad_norm: last.grad_norm,
         tokens: last.step_tokens,
+        bad_slots: last.bad_slots,
     });
     let worker = |view: WorkerView| v1::WorkerStatus {
         worker_id: view.id.0,
@@ -216,6 +256,9 @@ fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
         slots: view.slots,
         sections: Some(view.sections.into()),
         seconds_since_heard: view.seconds_since_heard,
+        slots_per_second: view.slots_per_second.unwrap_or_default(),
+        straggles_in: view.straggles_in.map(|section| section.to_string()).unwrap_or_default(),
+        warm: view.warm,
     };
     v1::StatusReply {
         run: snapshot.run,

@@ -34,6 +34,20 @@ pub(crate) enum Command {
         looptrain status --store file://.looptrain --run quickstart --json"
     )]
     Status(Status),
+    /// Have a worker leave a run, without anybody waiting for it
+    #[command(
+        after_help = "Example: looptrain drain node7-4211 --coordinator http://127.0.0.1:7400"
+    )]
+    Drain(Drain),
+    /// Hold a run at the next step; workers keep their state
+    #[command(after_help = "Example: looptrain pause --coordinator http://127.0.0.1:7400")]
+    Pause(Pause),
+    /// Have a paused run go on
+    #[command(after_help = "Example: looptrain resume --coordinator http://127.0.0.1:7400")]
+    Resume(Resume),
+    /// Stop a run at the next step, with a checkpoint; the same start command goes on from there
+    #[command(after_help = "Example: looptrain stop --coordinator http://127.0.0.1:7400")]
+    Stop(Stop),
     /// Continue a text with the newest checkpoint of a run
     #[command(
         after_help = "Example: looptrain generate --store file://.looptrain --run quickstart \
@@ -50,6 +64,10 @@ impl Command {
             Self::Coordinator(_) => "coordinator",
             Self::Worker(_) => "worker",
             Self::Status(_) => "status",
+            Self::Drain(_) => "drain",
+            Self::Pause(_) => "pause",
+            Self::Resume(_) => "resume",
+            Self::Stop(_) => "stop",
             Self::Generate(_) => "generate",
         }
     }
@@ -134,6 +152,45 @@ pub(crate) struct Status {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    /// The worker's name, as `looptrain status` shows it
+    pub(crate) worker: String,
+    /// The coordinator's address
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// For the run's log
+    #[arg(long, default_value = "")]
+    pub(crate) reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pause {
+    /// The coordinator's address
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// For the run's log
+    #[arg(long, default_value = "")]
+    pub(crate) reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resume {
+    /// The coordinator's address
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stop {
+    /// The coordinator's address
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// For the run's log
+    #[arg(long, default_value = "")]
+    pub(crate) reason: String,
 }
 
 #[derive(Debug, Args)]

@@ -171,8 +171,13 @@ impl RunProgress {
                     bar.set_position(to.0);
                 }
             }
-            RunEvent::Waiting { .. } => print_line(&event.to_string()),
-            RunEvent::Stopping { reason } => print_line(&format!("stopping: {reason}")),
+            RunEvent::Waiting { .. }
+            | RunEvent::Straggles { .. }
+            | RunEvent::CaughtUp { .. }
+            | RunEvent::Draining { .. }
+            | RunEvent::Pausing { .. }
+            | RunEvent::Resumed
+            | RunEvent::Stopping { .. } => print_line(&event.to_string()),
             RunEvent::Finished { .. } | RunEvent::Failed { .. } => {
                 if let Some(bar) = &self.bar {
                     bar.abandon();
@@ -182,6 +187,9 @@ impl RunProgress {
     }
 
     fn committed(&mut self, record: &StepRecord) {
+        if record.skipped.is_some() {
+            print_line(&RunEvent::Committed(record.clone()).to_string());
+        }
         let seconds = match self.seconds_per_step {
             Some(mean) => mean + SMOOTHING * (record.seconds - mean),
             None => record.seconds,

@@ -43,6 +43,14 @@ pub enum WorkerError {
         /// What happened to the stream.
         reason: String,
     },
+    /// The coordinator was lost, and none came in time.
+    #[error("{reason}; {saved}")]
+    Orphaned {
+        /// Why the last attempt to join failed.
+        reason: String,
+        /// What became of the state.
+        saved: String,
+    },
     /// The run goes on without this worker, for a fault that it has not noticed itself.
     #[error("the coordinator sent this worker away: {reason}")]
     SentAway {
@@ -97,4 +105,17 @@ pub enum WorkerError {
         /// What the coordinator answered.
         reason: String,
     },
+}
+
+impl WorkerError {
+    /// Whether another attempt to join may go better.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Broken { .. }
+                | Self::Connect { .. }
+                | Self::Protocol { .. }
+                | Self::Refused { for_now: true, .. }
+        )
+    }
 }

@@ -84,11 +84,20 @@ pub async fn run(settings: WorkerSettings) -> Result<Finished, WorkerError> {
             ended => return ended,
         };
         tracing::warn!("{lost}; keeping the state and looking for a coordinator");
-        (link, incarnation) = tokio::select! {
-            back = come_back(&settings, &introduction, &work, incarnation) => back?,
+        let back = tokio::select! {
+            back = come_back(&settings, &introduction, &work, incarnation) => back,
             () = stop.cancelled() => {
-                return Ok(Finished { reason: "told to stop while there was no coordinator".into() });
+                let saved = work.save_without_coordinator(incarnation).await;
+                let reason = format!("told to stop while there was no coordinator; {saved}");
+                return Ok(Finished { reason });
             }
+        };
+        (link, incarnation) = match back {
+            Err(error) if error.may_pass() => {
+                let saved = work.save_without_coordinator(incarnation).await;
+                return Err(WorkerError::Orphaned { reason: error.to_string(), saved });
+            }
+            back => back?,
         };
         tracing::info!(%incarnation, "joined the run again");
     }
@@ -107,7 +116,7 @@ async fn come_back(
 ) -> Result<(Link, Incarnation), WorkerError> {
     let url = &settings.coordinator;
     // Whoever was fetching it is asked anew by the next coordinator.
-    work.withdraw();
+    work.withdraw(false);
     let deadline = Instant::now() + settings.reconnect_timeout;
     loop {
         let join = Join { held: work.held().await?, ..introduction.clone() };
@@ -122,8 +131,7 @@ async fn come_back(
                 return Ok((link, Incarnation(welcome.incarnation)));
             }
             Ok((link, _)) => link.protocol("has been replaced by another one that is not there"),
-            Err(error @ WorkerError::Broken { .. }) => error,
-            Err(error @ WorkerError::Refused { for_now: true, .. }) => error,
+            Err(error) if error.may_pass() => error,
             Err(error) => return Err(error),
         };
         if Instant::now() + REJOIN_PAUSE >= deadline {
@@ -178,6 +186,7 @@ async fn furnish(
         memory: Mutex::default(),
         lineage: welcome.lineage.clone(),
         checkpoints: Checkpoints::new(&store, &spec.run.name),
+        store,
         peers,
         spec,
     })

@@ -4,6 +4,10 @@
 //! steps go on. The next boundary after a guest has fetched forms a generation with it, and what it
 //! lacks by then, a step or two, it gets from the members as the ring forms. A guest that
 //! cannot fetch is let in at a checkpoint instead, which it can load.
+//!
+//! When the generation is as large as it may be, a guest that has fetched stays one: it goes on
+//! following the members' updates, a warm spare. The generation that forms when a member is lost
+//! takes it in at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -23,15 +27,32 @@ const LONGEST_HOLD: Duration = Duration::from_secs(30);
 /// Guests that fetch what the members offer.
 #[derive(Debug)]
 pub(super) struct Admission {
-    /// The state that is offered.
+    /// The newest state that is offered.
     step: Step,
     /// Who offers it.
     sources: BTreeSet<WorkerId>,
-    /// Whether they have fetched.
-    guests: BTreeMap<WorkerId, bool>,
+    guests: BTreeMap<WorkerId, Guest>,
+    /// All guests are warm, and the members have been told so.
+    updates_only: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Guest {
+    /// The state it was told to fetch.
+    asked: Step,
+    /// It has fetched it, and follows the updates.
+    warm: bool,
 }
 
 impl Core {
+    /// How many more members a generation of `members` may have.
+    pub(super) fn room_beside(&self, members: usize) -> usize {
+        match self.spec.cluster.max_workers as usize {
+            0 => usize::MAX,
+            most => most.saturating_sub(members),
+        }
+    }
+
     /// Deals with the workers that wait for a place, at a step boundary; true when that is what
     /// happens next instead of a step.
     pub(super) fn let_spares_in(&mut self) -> bool {
@@ -40,37 +61,50 @@ impl Core {
             return false;
         }
         let step = self.committed;
-        if self.state_is_in_reach() {
-            let names = self.roster.names(spares);
+        let room = self.room_beside(self.members.len());
+        if room > 0 && self.state_is_in_reach() {
+            let names = self.roster.names(spares.into_iter().take(room));
             self.reform(&format!("{names} can take part from step {step} on"));
             return true;
         }
         let fetched = self.guests_that_fetched();
-        match &self.admission {
-            Some(_) if !fetched.is_empty() => {
-                let names = self.roster.names(fetched);
-                self.reform(&format!("{names} fetched the state and can take part"));
-                return true;
-            }
-            Some(admission) if step.0 - admission.step.0 > MAX_LAG => {
-                let late = admission.guests.iter().filter(|(_, fetched)| !**fetched);
-                let late: Vec<WorkerId> = late.map(|(guest, _)| *guest).collect();
-                for guest in late {
-                    let reason = format!("it has not fetched the state in {MAX_LAG} steps");
-                    self.admit_by_checkpoint(guest, &reason);
-                }
-            }
-            Some(_) => {}
-            None => self.invite(&spares),
+        if room > 0 && !fetched.is_empty() {
+            let names = self.roster.names(fetched.into_iter().take(room));
+            self.reform(&format!("{names} fetched the state and can take part"));
+            return true;
         }
-        self.hold_for_a_checkpoint(&spares)
+        self.give_up_late_guests();
+        self.invite(&spares);
+        self.keep_updates_only();
+        room > 0 && self.hold_for_a_checkpoint(&spares)
     }
 
-    /// Has the spares fetch the members' state.
+    fn guests_that_fetch(&self) -> Vec<WorkerId> {
+        self.guests(false)
+    }
+
+    fn guests(&self, warm: bool) -> Vec<WorkerId> {
+        let guests = self.admission.iter().flat_map(|admission| &admission.guests);
+        guests.filter(|(_, guest)| guest.warm == warm).map(|(guest, _)| *guest).collect()
+    }
+
+    fn give_up_late_guests(&mut self) {
+        let offered = self.admission.as_ref().map(|admission| admission.step);
+        if offered.is_some_and(|offered| self.committed.0 - offered.0 > MAX_LAG) {
+            for guest in self.guests_that_fetch() {
+                let reason = format!("it has not fetched the state in {MAX_LAG} steps");
+                self.admit_by_checkpoint(guest, &reason);
+            }
+        }
+    }
+
+    /// Has the spares fetch the members' state that do not do so yet. While some fetch an earlier
+    /// state, later ones wait.
     fn invite(&mut self, spares: &[WorkerId]) {
-        let guests: Vec<WorkerId> =
-            spares.iter().copied().filter(|spare| !self.by_checkpoint.contains(spare)).collect();
-        if guests.is_empty() {
+        let uninvited =
+            |spare: &WorkerId| !self.by_checkpoint.contains(spare) && !self.is_guest(*spare);
+        let invited: Vec<WorkerId> = spares.iter().copied().filter(uninvited).collect();
+        if invited.is_empty() || !self.guests_that_fetch().is_empty() {
             return;
         }
         let step = self.committed;
@@ -79,14 +113,32 @@ impl Core {
             self.send(member, Directive::Offer(offer));
         }
         let addresses = self.addresses();
-        for guest in &guests {
+        for guest in &invited {
             self.forget_held(*guest);
             let fetch = Fetch { step: step.0, sources: addresses.clone() };
             self.send(*guest, Directive::Fetch(fetch));
         }
-        let sources = self.members.iter().copied().collect();
-        let guests = guests.into_iter().map(|guest| (guest, false)).collect();
-        self.admission = Some(Admission { step, sources, guests });
+        let sources: BTreeSet<WorkerId> = self.members.iter().copied().collect();
+        let mut guests = self.admission.take().map(|open| open.guests).unwrap_or_default();
+        guests.extend(invited.into_iter().map(|id| (id, Guest { asked: step, warm: false })));
+        self.admission = Some(Admission { step, sources, guests, updates_only: false });
+    }
+
+    /// Once all guests are warm, nobody needs the state itself any more.
+    fn keep_updates_only(&mut self) {
+        let all_warm = self.guests_that_fetch().is_empty();
+        let open = self.admission.as_mut().filter(|open| all_warm && !open.updates_only);
+        let Some(open) = open else { return };
+        open.updates_only = true;
+        self.withdraw(true);
+    }
+
+    fn withdraw(&mut self, keep_updates: bool) {
+        let mut members = self.members.clone();
+        members.retain(|member| self.roster.get(*member).is_some());
+        for member in members {
+            self.send(member, Directive::Withdraw(Withdraw { keep_updates }));
+        }
     }
 
     /// A checkpoint of this very step is being written, and somebody needs it: wait for it.
@@ -108,21 +160,52 @@ impl Core {
     }
 
     pub(super) fn on_fetched(&mut self, worker: WorkerId, step: Step, result: Result<(), String>) {
+        let Some(known) = self.roster.get_mut(worker) else { return };
         // An older answer may come after the members have been replaced, and the guest asked anew.
-        let admission = self.admission.as_mut().filter(|admission| step >= admission.step);
-        let Some(fetched) = admission.and_then(|admission| admission.guests.get_mut(&worker))
-        else {
-            return self.ignore(worker, format!("nobody waits for its fetch of step {step}"));
-        };
-        match result {
-            Ok(()) => {
-                *fetched = true;
+        let guest = self.admission.as_mut().and_then(|open| open.guests.get_mut(&worker));
+        let guest = guest.filter(|guest| step >= guest.asked);
+        let followed = std::mem::take(&mut known.follows);
+        match (result, guest) {
+            (Ok(()), Some(guest)) => {
+                guest.warm = true;
+                known.follows = true;
                 // Should all members be lost, this one still has what they had then.
-                if let Some(worker) = self.roster.get_mut(worker) {
-                    worker.join.held = Some(Held { step: step.0, ..Held::default() });
+                known.join.held = Some(Held { step: step.0, ..Held::default() });
+            }
+            (Err(reason), Some(guest)) if !guest.warm => self.admit_by_checkpoint(worker, &reason),
+            (Err(reason), _) if followed => {
+                known.join.held = Some(Held { step: step.0, ..Held::default() });
+                self.on_lost_its_way(worker, &reason);
+            }
+            _ => self.ignore(worker, format!("nobody waits for its fetch of step {step}")),
+        }
+    }
+
+    /// A follower holds a state, and has no way from there to that of the members.
+    fn on_lost_its_way(&mut self, worker: WorkerId, reason: &str) {
+        self.uninvite(worker);
+        let name = self.roster.name(worker);
+        let what = format!("{name} cannot catch up: {reason}");
+        if self.rank_of(worker).is_some() {
+            self.members.retain(|member| *member != worker);
+            return self.reform(&what);
+        }
+        self.explain(what);
+        if matches!(self.phase, Phase::Waiting) {
+            self.settle();
+        }
+    }
+
+    /// A worker is to catch up with the committed step. What a follower is known to hold is the
+    /// least that it holds from now on; of any other it is not known.
+    pub(super) fn note_catching_up(&mut self, worker: WorkerId) {
+        match self.is_guest(worker) {
+            true => {
+                if let Some(known) = self.roster.get_mut(worker) {
+                    known.follows = true;
                 }
             }
-            Err(reason) => self.admit_by_checkpoint(worker, &reason),
+            false => self.forget_held(worker),
         }
     }
 
@@ -139,8 +222,7 @@ impl Core {
 
     /// Guests that hold a state from which they can catch up.
     pub(super) fn guests_that_fetched(&self) -> Vec<WorkerId> {
-        let guests = self.admission.iter().flat_map(|admission| &admission.guests);
-        guests.filter(|(_, fetched)| **fetched).map(|(guest, _)| *guest).collect()
+        self.guests(true)
     }
 
     /// A worker is gone that may have been a guest or a source.
@@ -168,11 +250,7 @@ impl Core {
     /// Frees what the members offer.
     pub(super) fn end_admission(&mut self) {
         if self.admission.take().is_some() {
-            let mut members = self.members.clone();
-            members.retain(|member| self.roster.get(*member).is_some());
-            for member in members {
-                self.send(member, Directive::Withdraw(Withdraw {}));
-            }
+            self.withdraw(false);
         }
     }
 

@@ -1,5 +1,5 @@
 //! Between two steps: all members hold the committed state, and nothing is in flight but perhaps
-//! an upload. Decides, in this order, whether to save, to evaluate, to end, to let spares in, or
+//! an upload. Decides, in this order, whether to save, to evaluate, to end, to pause, to let spares in, or
 //! to go on with the next step.
 
 use super::{Core, Phase};
@@ -25,6 +25,11 @@ impl Core {
             self.phase = Phase::Holding;
             let step = self.committed;
             return self.explain(format!("waiting for the checkpoint of step {step} to end"));
+        }
+        if let Some(reason) = &self.paused {
+            let text = format!("paused at step {}: {reason}", self.committed);
+            self.phase = Phase::Holding;
+            return self.explain(text);
         }
         if !self.let_spares_in() {
             self.plan();

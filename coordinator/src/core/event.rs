@@ -15,6 +15,12 @@ pub(crate) enum Event {
     Tick,
     /// An operator wants the run to stop at the next step boundary.
     StopRequested { reason: String },
+    /// An operator wants a worker to leave.
+    DrainRequested { worker: WorkerId, reason: String },
+    /// An operator wants the run to hold at the next step boundary.
+    PauseRequested { reason: String },
+    /// An operator wants a paused run to go on.
+    ResumeRequested,
     /// The manifest of this step's checkpoint is in the store.
     CheckpointWritten { step: Step },
     /// The manifest of this step's checkpoint could not be written.
@@ -36,6 +42,8 @@ pub(crate) enum Report {
         digest: Digest,
         statistics: v1::StepStatistics,
         sections: v1::Sections,
+        computed_slots: u32,
+        detail: String,
     },
     Evaluated {
         generation: Generation,

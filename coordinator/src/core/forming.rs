@@ -72,6 +72,7 @@ impl Core {
             let fetched = self.guests_that_fetched();
             newcomers.retain(|spare| fetched.contains(spare));
         }
+        newcomers.truncate(self.room_beside(next.len()));
         next.extend(newcomers);
         let has_it = |worker: &&WorkerId| {
             self.held(**worker).is_some_and(|held| held.step == self.committed.0)
@@ -110,6 +111,7 @@ impl Core {
             self.roster.restart_patience();
         }
         self.waiting = Wait::default();
+        self.counts.clear();
         self.generation = self.generation.next();
         self.members = members;
         self.trouble = None;
@@ -122,8 +124,7 @@ impl Core {
                 step: self.committed.0,
             };
             if !self.anchors.contains(&worker) {
-                // It catches up from what it brought: nobody knows how far it gets.
-                self.forget_held(worker);
+                self.note_catching_up(worker);
             }
             self.send(worker, Directive::Form(form));
         }

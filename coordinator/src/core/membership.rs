@@ -6,6 +6,7 @@ use std::time::Duration;
 use looptrain_proto::v1::{self, Finish, Refused, Welcome};
 use looptrain_proto::{Generation, PROTOCOL_VERSION, WorkerId};
 
+use super::speed::History;
 use super::{Action, Core, Directive, Phase};
 use crate::records::{RunEvent, SectionSeconds};
 
@@ -18,6 +19,10 @@ pub(crate) struct Worker {
     pub(super) asked: Option<Duration>,
     /// Sections of its last vote.
     pub(crate) sections: SectionSeconds,
+    /// How fast it is.
+    pub(crate) history: History,
+    /// It follows the members' updates: it holds at least what it is known to hold.
+    pub(super) follows: bool,
 }
 
 /// All workers with a session: members and those who wait for a place. Ids grow with the order
@@ -73,6 +78,11 @@ impl Roster {
         self.workers.iter().map(|(id, worker)| (*id, worker))
     }
 
+    /// Workers that follow the members.
+    pub(super) fn followers(&self) -> Vec<WorkerId> {
+        self.iter().filter(|(_, worker)| worker.follows).map(|(id, _)| id).collect()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.workers.len()
     }
@@ -112,7 +122,10 @@ impl Core {
         let (name, host) = (join.name.clone(), join.host.clone());
         let heard = self.now;
         let sections = SectionSeconds::default();
-        self.roster.workers.insert(worker, Worker { join, heard, asked: None, sections });
+        let history = History::default();
+        self.roster
+            .workers
+            .insert(worker, Worker { join, heard, asked: None, sections, history, follows: false });
         self.publish(RunEvent::WorkerJoined { worker, name, host, spare });
         if !spare {
             self.settle();

@@ -24,7 +24,8 @@
 //! One file a concern: [`membership`] (joins, losses, silence), [`waiting`] (who has to be here),
 //! [`returning`] (what they bring back), [`admission`] (who joins later), [`forming`]
 //! (generations), [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints),
-//! [`patience`] (answers that do not come), [`finishing`] (stops and ends). [`boundary`] is where
+//! [`speed`] (shares and stragglers), [`patience`] (answers that do not come), [`finishing`] (stops and ends),
+//! [`orders`] (what operators ask for). [`boundary`] is where
 //! they meet: what to do between two steps.
 
 mod action;
@@ -36,10 +37,12 @@ mod event;
 mod finishing;
 mod forming;
 mod membership;
+mod orders;
 mod patience;
 mod returning;
 mod saving;
 mod shares;
+mod speed;
 mod status;
 mod step;
 #[cfg(test)]
@@ -49,6 +52,7 @@ mod waiting;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use looptrain_proto::v1::Rejected;
 use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 
 pub(crate) use action::{Action, Directive, ManifestDraft};
@@ -115,6 +119,8 @@ pub(crate) struct Core {
     phase: Phase,
     reason: String,
     waiting: waiting::Wait,
+    /// Slots of each rank in the newest plan of this generation.
+    counts: Vec<u32>,
     /// A generation of this coordinator has formed.
     formed: bool,
     trouble: Option<forming::Trouble>,
@@ -135,6 +141,8 @@ pub(crate) struct Core {
     tail: Vec<StepRecord>,
     lineage: Vec<u8>,
     workers_may_return: bool,
+    /// Steps in a row that were committed without an update.
+    skipped: u32,
     /// The newest step in the log.
     logged: Step,
     pace: step::Pace,
@@ -152,6 +160,8 @@ pub(crate) struct Core {
     held_up: Option<Duration>,
 
     stop: Option<String>,
+    /// Why the run holds at step boundaries.
+    paused: Option<String>,
 }
 
 /// What the members are doing.
@@ -203,6 +213,7 @@ impl Core {
             phase: Phase::Waiting,
             reason: "no worker has joined yet".into(),
             waiting: waiting::Wait::for_the_first(),
+            counts: Vec::new(),
             formed: false,
             trouble: None,
             fruitless: 0,
@@ -211,6 +222,7 @@ impl Core {
             last: checkpoint.as_ref().and_then(|mark| mark.record.clone()),
             weights: checkpoint.as_ref().map(|mark| (mark.step, mark.weights_digest)),
             evaluations,
+            skipped: 0,
             logged: tail.last().map_or(at, |record| record.step),
             tail,
             lineage,
@@ -225,6 +237,7 @@ impl Core {
             by_checkpoint: BTreeSet::new(),
             held_up: None,
             stop: None,
+            paused: None,
         }
     }
 
@@ -239,6 +252,9 @@ impl Core {
             _ if self.ended() => {}
             Event::Tick => self.on_tick(),
             Event::StopRequested { reason } => self.on_stop(reason),
+            Event::DrainRequested { worker, reason } => self.on_drain(worker, reason),
+            Event::PauseRequested { reason } => self.on_pause(reason),
+            Event::ResumeRequested => self.on_resume(),
             Event::CheckpointWritten { step } => self.on_checkpoint_written(step),
             Event::CheckpointRefused { step, reason } => self.on_checkpoint_refused(step, reason),
         }
@@ -260,8 +276,22 @@ impl Core {
             Report::Ready { generation, step, weights_digest } => {
                 self.on_ready(worker, generation, step, weights_digest);
             }
-            Report::Prepared { generation, step, digest, statistics, sections } => {
-                let vote = step::Vote { digest, statistics, sections: sections.into() };
+            Report::Prepared {
+                generation,
+                step,
+                digest,
+                statistics,
+                sections,
+                computed_slots,
+                detail,
+            } => {
+                let vote = step::Vote {
+                    digest,
+                    statistics,
+                    sections: sections.into(),
+                    computed_slots,
+                    detail,
+                };
                 self.on_prepared(worker, generation, step, vote);
             }
             Report::Evaluated { generation, step, sums, tokens } => {
@@ -297,8 +327,13 @@ impl Core {
         }
     }
 
+    /// A message is not acted on; its sender is told why.
     fn ignore(&mut self, worker: WorkerId, reason: impl Into<String>) {
-        self.out.push(Action::Ignored { worker, reason: reason.into() });
+        let reason = reason.into();
+        if self.roster.get(worker).is_some() && !self.ended() {
+            self.send(worker, Directive::Rejected(Rejected { reason: reason.clone() }));
+        }
+        self.out.push(Action::Ignored { worker, reason });
     }
 
     fn ended(&self) -> bool {

@@ -25,7 +25,12 @@ impl Core {
         let able = |worker: &WorkerId| {
             self.state_is_in_reach() || self.held(*worker).is_some_and(|held| reaches(held, best))
         };
-        self.roster.ids().into_iter().filter(able).collect()
+        let mut able: Vec<WorkerId> = self.roster.ids().into_iter().filter(able).collect();
+        // Of more workers than may take part, those that need no help do.
+        able.sort_by_key(|worker| !self.held(*worker).is_some_and(|held| reaches(held, best)));
+        able.truncate(self.room_beside(0));
+        able.sort_unstable();
+        able
     }
 
     /// The newest step whose state somebody has.
@@ -98,7 +103,9 @@ impl Core {
     fn record_of(&self, vote: &Prepared, world: u32) -> Option<StepRecord> {
         let digest = Digest::from_bytes(&vote.digest).ok()?;
         let (statistics, sections) = (vote.statistics.clone()?, vote.sections.unwrap_or_default());
-        let vote_of_rank = Vote { digest, statistics, sections: sections.into() };
+        let (computed_slots, detail) = (vote.computed_slots, vote.detail.clone());
+        let vote_of_rank =
+            Vote { digest, statistics, sections: sections.into(), computed_slots, detail };
         let record = self.record(Step(vote.step), digest, &[vote_of_rank]);
         Some(StepRecord {
             generation: Generation(vote.generation),
@@ -112,6 +119,7 @@ impl Core {
     pub(super) fn forget_held(&mut self, worker: WorkerId) {
         if let Some(worker) = self.roster.get_mut(worker) {
             worker.join.held = None;
+            worker.follows = false;
         }
     }
 

@@ -4,7 +4,7 @@ use looptrain_proto::{Generation, Incarnation, Rank, Step, WorkerId};
 use serde::Serialize;
 
 use super::{Core, Phase, step};
-use crate::records::{EvaluationRecord, SectionSeconds, StepRecord};
+use crate::records::{EvaluationRecord, Section, SectionSeconds, StepRecord};
 
 /// What the run looks like now.
 #[derive(Clone, Debug, Serialize)]
@@ -42,6 +42,11 @@ pub(crate) struct WorkerView {
     /// Slots of the step in flight.
     pub(crate) slots: u32,
     pub(crate) sections: SectionSeconds,
+    pub(crate) slots_per_second: Option<f64>,
+    /// The section in which it is slower than the others.
+    pub(crate) straggles_in: Option<Section>,
+    /// Without a place, but following the members' state.
+    pub(crate) warm: bool,
     pub(crate) seconds_since_heard: f64,
 }
 
@@ -51,9 +56,10 @@ impl Core {
         let (phase, in_flight) = match &self.phase {
             Phase::Waiting => ("waiting", None),
             Phase::Forming(_) => ("forming", None),
-            Phase::Training(round) => ("training", Some(round.step)),
+            Phase::Training(round) => ("training", Some(round)),
             Phase::Evaluating(_) => ("evaluating", None),
             Phase::Holding if self.ending() => ("finishing", None),
+            Phase::Holding if self.paused.is_some() => ("paused", None),
             Phase::Holding => ("waiting", None),
             Phase::Ended { failed: false } => ("finished", None),
             Phase::Ended { failed: true } => ("failed", None),
@@ -64,12 +70,10 @@ impl Core {
             }
             _ => self.reason.clone(),
         };
-        let world = self.members.len();
+        let warm = self.guests_that_fetched();
         let view = |(id, worker): (WorkerId, &super::membership::Worker)| {
             let rank = self.rank_of(id);
-            let slots = rank
-                .zip(in_flight)
-                .map_or(0, |(rank, step)| step::slots(&self.spec, step, rank, world).len() as u32);
+            let slots = rank.zip(in_flight).map_or(0, |(rank, round)| round.slots(rank));
             WorkerView {
                 id,
                 name: worker.join.name.clone(),
@@ -79,6 +83,9 @@ impl Core {
                 rank: rank.map(|rank| Rank(rank as u32)),
                 slots,
                 sections: worker.sections,
+                slots_per_second: worker.history.speed(),
+                straggles_in: worker.history.straggles_in(),
+                warm: rank.is_none() && warm.contains(&id),
                 seconds_since_heard: now.saturating_sub(worker.heard).as_secs_f64(),
             }
         };

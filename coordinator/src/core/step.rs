@@ -1,24 +1,30 @@
 //! The life of a step: slots shared out, votes, the commit decision.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Duration;
 
 use looptrain_proto::v1::{Commit, Plan, StepStatistics};
 use looptrain_proto::{Digest, Generation, Spec, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
-use super::shares::share;
 use super::{Core, Directive, Phase, plural};
 use crate::records::{RunEvent, SectionSeconds, StepRecord, mean_depth};
 
 /// Commits that the pace is measured over.
 const PACE_WINDOW: usize = 20;
 
+/// Steps in a row that may be committed without an update: after so many the weights are beyond
+/// help.
+const MAX_SKIPPED: u32 = 10;
+
 /// A planned step.
 #[derive(Debug)]
 pub(super) struct Round {
     pub(super) step: Step,
     started: Duration,
+    /// The slots of each rank.
+    shares: Vec<Range<u32>>,
     /// One place a rank.
     votes: Vec<Option<Vote>>,
 }
@@ -26,6 +32,11 @@ pub(super) struct Round {
 impl Round {
     pub(super) fn awaits(&self, rank: usize) -> bool {
         self.votes.get(rank).is_some_and(Option::is_none)
+    }
+
+    /// Slots of a rank.
+    pub(super) fn slots(&self, rank: usize) -> u32 {
+        self.shares.get(rank).map_or(0, |share| share.len() as u32)
     }
 }
 
@@ -35,6 +46,10 @@ pub(super) struct Vote {
     pub(super) digest: Digest,
     pub(super) statistics: StepStatistics,
     pub(super) sections: SectionSeconds,
+    /// Slots that it computed, not counting those it had kept.
+    pub(super) computed_slots: u32,
+    /// What it met that keeps the step from being applied.
+    pub(super) detail: String,
 }
 
 /// When the latest steps were committed: the run's speed.
@@ -62,13 +77,6 @@ impl Pace {
     }
 }
 
-/// Slots that `rank` of `world` computes in `step`; empty past the end of the run.
-pub(super) fn slots(spec: &Spec, step: Step, rank: usize, world: usize) -> std::ops::Range<u32> {
-    let slots = spec.position(step).map_or(0, |at| spec.stages[at.stage].slots);
-    let range = share(u64::from(slots), rank, world);
-    range.start as u32..range.end as u32
-}
-
 /// Tokens that steps up to and including `step` consume.
 pub(crate) fn tokens_after(spec: &Spec, step: Step) -> u64 {
     let mut left = step.0;
@@ -87,8 +95,8 @@ impl Core {
     pub(super) fn plan(&mut self) {
         let step = self.committed.next();
         let world = self.members.len();
-        for (rank, worker) in self.members.clone().into_iter().enumerate() {
-            let slots = slots(&self.spec, step, rank, world);
+        let shares = self.share_out(step);
+        for (worker, slots) in self.members.clone().into_iter().zip(&shares) {
             let plan = Plan {
                 generation: self.generation.0,
                 step: step.0,
@@ -97,7 +105,8 @@ impl Core {
             };
             self.send(worker, Directive::Plan(plan));
         }
-        self.phase = Phase::Training(Round { step, started: self.now, votes: vec![None; world] });
+        let (started, votes) = (self.now, vec![None; world]);
+        self.phase = Phase::Training(Round { step, started, shares, votes });
         self.explain(format!("generation {}: {world} worker{}", self.generation, plural(world)));
     }
 
@@ -151,6 +160,7 @@ impl Core {
             self.send(worker, Directive::Commit(commit));
         }
         let seconds = (self.now - started).as_secs_f64();
+        self.observe(votes, seconds);
         let record = StepRecord { seconds, ..self.record(step, digest, votes) };
         self.committed = step;
         self.logged = step;
@@ -159,7 +169,14 @@ impl Core {
         self.trouble = None;
         self.pace.commit(self.now, record.tokens);
         self.last = Some(record.clone());
+        self.skipped = if record.skipped.is_some() { self.skipped + 1 } else { 0 };
+        let why = record.skipped.clone().unwrap_or_default();
         self.publish(RunEvent::Committed(record));
+        if self.skipped >= MAX_SKIPPED {
+            return self.fail(format!(
+                "{MAX_SKIPPED} steps in a row had to be skipped, the last one since {why}"
+            ));
+        }
         self.proceed();
     }
 
@@ -168,8 +185,9 @@ impl Core {
     pub(super) fn record(&self, step: Step, digest: Digest, votes: &[Vote]) -> StepRecord {
         // The statistics are part of the digest: all ranks hold the same.
         let before = Step(step.0.saturating_sub(1));
-        let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, .. } =
+        let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, bad_slots, .. } =
             votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
+        let skipped = (bad_slots > 0).then(|| why_skipped(bad_slots, votes));
         let sections = votes.iter().map(|vote| vote.sections);
         StepRecord {
             step,
@@ -187,7 +205,19 @@ impl Core {
             cursor: self.spec.cursor_after(step),
             seconds: 0.0,
             digest,
+            bad_slots,
+            skipped,
             sections: sections.fold(SectionSeconds::default(), SectionSeconds::max),
         }
+    }
+}
+
+/// What kept a step from being applied, as the ranks that met it say.
+fn why_skipped(bad_slots: u32, votes: &[Vote]) -> String {
+    let details: Vec<&str> =
+        votes.iter().map(|vote| vote.detail.as_str()).filter(|detail| !detail.is_empty()).collect();
+    match details.is_empty() {
+        true => format!("{bad_slots} slot{} with no usable gradient", plural(bad_slots as usize)),
+        false => details.join("; "),
     }
 }

@@ -64,6 +64,12 @@ impl Core {
             return self
                 .explain(format!("waiting a moment for workers that may still hold step {step}"));
         }
+        // Their members are gone, which they notice at once, and then they say how far they got.
+        let followers = self.roster.followers();
+        if !followers.is_empty() && !self.have_waited(here.max(1)) {
+            let names = self.roster.names(followers);
+            return self.explain(format!("waiting to hear which step {names} holds"));
+        }
         if here < wanted && !self.have_waited(here) {
             return self.say_waiting(here, wanted);
         }

@@ -163,6 +163,12 @@ pub(crate) async fn work(
             Some(down::Kind::Refused(refused)) => return refused.reason,
             Some(down::Kind::Finish(finish)) => return finish.reason,
             Some(down::Kind::Commit(_) | down::Kind::Offer(_) | down::Kind::Withdraw(_)) => {}
+            Some(down::Kind::Rejected(_)) => {}
+            Some(down::Kind::Drain(drain)) => {
+                session.say(up::Kind::Leave(v1::Leave { reason: drain.reason })).await;
+                while session.hear().await.is_some() {}
+                return "left".into();
+            }
             Some(down::Kind::Fetch(fetch)) => {
                 let (step, error) = (fetch.step, String::new());
                 session.say(up::Kind::Fetched(v1::Fetched { step, error })).await;
@@ -211,8 +217,11 @@ fn vote(plan: v1::Plan, odd: bool) -> up::Kind {
             entropy: 0.5,
             grad_norm: 2.0,
             tokens: 160,
+            bad_slots: 0,
         }),
         sections: Some(v1::Sections { compute: 0.01, ..v1::Sections::default() }),
+        computed_slots: plan.slot_end - plan.slot_begin,
+        detail: String::new(),
     })
 }
 

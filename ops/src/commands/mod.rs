@@ -2,6 +2,7 @@
 
 mod coordinator;
 mod generate;
+mod orders;
 mod status;
 mod train;
 mod worker;
@@ -17,6 +18,10 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Coordinator(args) => coordinator::run(args, telemetry).await,
         Command::Worker(args) => worker::run(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Drain(args) => orders::drain(args).await,
+        Command::Pause(args) => orders::pause(args).await,
+        Command::Resume(args) => orders::resume(args).await,
+        Command::Stop(args) => orders::stop(args).await,
         Command::Generate(args) => generate::run(args).await,
     }
 }

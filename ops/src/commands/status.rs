@@ -40,7 +40,10 @@ fn to_json(reply: &StatusReply) -> Value {
                 "name": worker.name,
                 "host": worker.host,
                 "rank": worker.rank,
+                "warm": worker.warm,
                 "slots": worker.slots,
+                "slots_per_second": worker.slots_per_second,
+                "straggles_in": worker.straggles_in,
                 "seconds_since_heard": worker.seconds_since_heard,
             })
         })

@@ -77,8 +77,17 @@ pub enum Reduction {
 pub struct Cluster {
     /// Workers to wait for before the first step; `train` starts this many processes.
     pub workers: u32,
+    /// Workers that train at a time; others wait as warm spares, which follow the run and take the
+    /// place of a lost one at once. 0 for no limit.
+    pub max_workers: u32,
     /// A worker silent for this many seconds is dead.
     pub worker_timeout: f64,
+    /// A worker is reported as a straggler when a section of its steps (data, compute, reduce,
+    /// commit) takes this many times what it takes the others.
+    pub straggler_factor: f64,
+    /// A worker that computes less than this share of what the others do is told to leave;
+    /// 0 for none.
+    pub drain_below: f64,
     /// How gradients are summed over ranks.
     pub reduction: Reduction,
     /// Fraction bits of the fixed-point gradient: a slot's gradient is rounded to multiples of
@@ -88,7 +97,15 @@ pub struct Cluster {
 
 impl Default for Cluster {
     fn default() -> Self {
-        Self { workers: 2, worker_timeout: 3.0, reduction: Reduction::Exact, fraction_bits: 40 }
+        Self {
+            workers: 2,
+            max_workers: 0,
+            worker_timeout: 3.0,
+            straggler_factor: 2.0,
+            drain_below: 0.0,
+            reduction: Reduction::Exact,
+            fraction_bits: 40,
+        }
     }
 }
 
@@ -153,11 +170,32 @@ pub struct Optimizer {
     pub weight_decay: f64,
     /// Upper bound of the gradient's global Euclidean norm.
     pub clip_norm: f64,
+    /// What happens to a step with a loss or gradient that is not finite or leaves the fixed-point
+    /// range.
+    pub non_finite: NonFinite,
+}
+
+/// What happens to a step whose loss or gradient is no usable number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFinite {
+    /// The run ends with a message that names slot, sequences and tensor or loop.
+    Stop,
+    /// The step is committed without an update: its data is consumed, weights and moments stay; the
+    /// step log says so. Ten such steps in a row end the run.
+    Skip,
 }
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            clip_norm: 1.0,
+            non_finite: NonFinite::Stop,
+        }
     }
 }
 

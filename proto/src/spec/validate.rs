@@ -73,6 +73,25 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
         "must be between 1 and {MAX_WORKERS}, not {}",
         cluster.workers
     );
+    let most = cluster.max_workers;
+    require!(
+        most == 0 || (cluster.workers..=MAX_WORKERS).contains(&most),
+        "cluster.max_workers",
+        "must be 0 or between cluster.workers = {} and {MAX_WORKERS}, not {most}",
+        cluster.workers
+    );
+    let factor = cluster.straggler_factor;
+    require!(
+        factor.is_finite() && factor > 1.0,
+        "cluster.straggler_factor",
+        "must be above 1, not {factor}"
+    );
+    let share = cluster.drain_below;
+    require!(
+        (0.0..1.0).contains(&share),
+        "cluster.drain_below",
+        "must be at least 0 and below 1, not {share}"
+    );
     let timeout = cluster.worker_timeout;
     require!(
         (0.1..=MAX_TIMEOUT).contains(&timeout),

@@ -7,5 +7,6 @@ mod chaos;
 mod elastic;
 mod end_to_end;
 mod left_behind;
+mod operate;
 mod same_bits;
 mod support;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use looptrain_model::{Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState};
+use looptrain_proto::spec::NonFinite;
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::Tensor;
@@ -46,6 +47,10 @@ pub(crate) struct Contribution {
     pub(crate) sums: Vec<i64>,
     /// Time it took.
     pub(crate) seconds: f64,
+    /// Slots that were computed; the others were kept from an earlier try.
+    pub(crate) computed: usize,
+    /// What keeps the step from being applied, under a spec that skips such steps.
+    pub(crate) detail: String,
 }
 
 /// What is reported of a reduced step.
@@ -66,7 +71,8 @@ pub(crate) struct Part {
     pub(crate) layout: Layout,
 }
 
-/// A reduced gradient that waits for its commit.
+/// A reduced gradient that waits for its commit; filled with NaN, which no sum of integers gives, it
+/// stands for a step that is skipped, here and wherever updates go.
 struct Prepared {
     step: Step,
     gradient: Vec<f32>,
@@ -156,9 +162,13 @@ impl Bench {
         Ok(())
     }
 
-    /// Nobody fetches any more.
-    pub(crate) fn withdraw(&self) {
-        self.shelf.clear();
+    /// Nobody fetches the state any more, or anything.
+    pub(crate) fn withdraw(&self, keep_updates: bool) {
+        if keep_updates {
+            self.shelf.keep_updates();
+        } else {
+            self.shelf.clear();
+        }
     }
 
     /// Digest of the held weights.
@@ -196,7 +206,7 @@ impl Bench {
 
         let mut sum = std::mem::take(&mut self.spare);
         sum.clear();
-        sum.resize(parameters + sums::statistics_len(stage.loops), 0);
+        sum.resize(parameters + sums::tail_len(stage.loops), 0);
         let adding = Adding {
             spec: &self.spec,
             layout: &self.layout,
@@ -204,10 +214,10 @@ impl Bench {
             stage,
             fixed: FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots),
         };
-        let (mut slots, mut missing) = (Vec::new(), Vec::new());
+        let (mut slots, mut missing, mut bad) = (Vec::new(), Vec::new(), Vec::new());
         for (slot, batch) in (first_slot..).zip(batches) {
             match self.kept.outputs.get(&slot) {
-                Some(output) => adding.add(&mut sum, slot, output)?,
+                Some(output) => adding.take(&mut sum, slot, output, &mut bad)?,
                 None => {
                     slots.push(slot);
                     missing.push(batch);
@@ -215,15 +225,15 @@ impl Bench {
             }
         }
         if !missing.is_empty() {
-            let shared = Mutex::new((&mut sum, &mut self.kept.outputs, Ok(()), 0));
+            let shared = Mutex::new((&mut sum, &mut self.kept.outputs, &mut bad, Ok(()), 0));
             self.engine.gradients(
                 &StageSettings::from(stage),
                 &missing,
                 cancelled,
                 &|index, output| {
                     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                    let (sum, kept, result, done) = &mut *shared;
-                    if let Err(error) = adding.add(sum, slots[index], &output) {
+                    let (sum, kept, bad, result, done) = &mut *shared;
+                    if let Err(error) = adding.take(sum, slots[index], &output, bad) {
                         // The step is lost; the slots not yet begun need not be computed.
                         *result = Err(error);
                         cancelled.store(true, Ordering::Relaxed);
@@ -240,21 +250,30 @@ impl Bench {
                 return Err(ComputeError::Cancelled);
             }
         }
-        Ok(Contribution { sums: sum, seconds: start.elapsed().as_secs_f64() })
+        // In the order of slots, whatever thread was first.
+        bad.sort_unstable();
+        let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Contribution { sums: sum, seconds, computed: missing.len(), detail })
     }
 
     /// Takes the reduced buffer of the step after the held one; the update waits for its commit.
     pub(crate) fn prepare(
         &mut self,
         step: Step,
-        reduced: Vec<i64>,
+        mut reduced: Vec<i64>,
     ) -> Result<Report, ComputeError> {
         self.state_of(step.0.checked_sub(1).map(Step), "prepare", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
         let parameters = self.layout.parameters();
-        let (found, expected) = (reduced.len(), parameters + sums::statistics_len(stage.loops));
+        let (found, expected) = (reduced.len(), parameters + sums::tail_len(stage.loops));
         if found != expected {
             return Err(ComputeError::Length { step, found, expected });
+        }
+        let skip = reduced.last().is_some_and(|bad_slots| *bad_slots != 0);
+        if skip {
+            // How far the bad slots were added depends on who computed them.
+            reduced[..parameters].fill(0);
         }
         let digest = Digest::of(bytemuck::cast_slice(&reduced));
         let mut gradient = match self.prepared.take() {
@@ -264,6 +283,9 @@ impl Bench {
         let fixed = FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots);
         fixed.decode(&reduced[..parameters], f64::from(stage.slots), &mut gradient);
         let norm = self.engine.norm(&gradient);
+        if skip {
+            gradient.fill(f32::NAN);
+        }
         let statistics = sums::step_statistics(&reduced[parameters..], stage, norm);
         self.prepared = Some(Prepared { step, gradient });
         self.spare = reduced;
@@ -284,9 +306,13 @@ impl Bench {
         let before = self.state.as_mut().filter(|state| state.step.next() == step);
         let state = before.ok_or(wrong)?;
         let _span = tracing::info_span!("optimizer", %step).entered();
-        let rate = self.spec.learning_rate(step);
-        self.engine.update(state, &gradient, &self.spec.optimizer, rate);
-        self.engine.load(&state.weights);
+        if gradient.first().is_some_and(|value| value.is_nan()) {
+            state.step = step;
+        } else {
+            let rate = self.spec.learning_rate(step);
+            self.engine.update(state, &gradient, &self.spec.optimizer, rate);
+            self.engine.load(&state.weights);
+        }
         self.kept = Kept::default();
         self.shelf.add(step, gradient);
         self.optimizer_seconds = start.elapsed().as_secs_f64();
@@ -353,19 +379,44 @@ struct Adding<'a> {
 }
 
 impl Adding<'_> {
-    fn add(&self, sum: &mut [i64], slot: u32, output: &SlotOutput) -> Result<(), ComputeError> {
-        let (gradient, statistics) = sum.split_at_mut(self.layout.parameters());
-        sums::add_statistics(statistics, &output.statistics)
-            .map_err(|(what, value)| self.not_finite(slot, what, value))?;
-        self.fixed.encode_add(gradient, &output.gradient).map_err(|OutOfRange { index, value }| {
-            let what = match self.layout.owner(index) {
-                Some((tensor, element)) => {
-                    format!("the gradient of {}, element {element}", tensor.name)
+    /// Adds a slot. One that cannot be added is counted, and described in `bad`, under a spec that
+    /// skips the step then.
+    fn take(
+        &self,
+        sum: &mut [i64],
+        slot: u32,
+        output: &SlotOutput,
+        bad: &mut Vec<(u32, String)>,
+    ) -> Result<(), ComputeError> {
+        match (self.add(sum, slot, output), self.spec.optimizer.non_finite) {
+            (Err(error), NonFinite::Skip) => {
+                bad.push((slot, error.to_string()));
+                if let Some(count) = sum.last_mut() {
+                    *count += 1;
                 }
-                None => format!("the gradient's element {index}"),
-            };
-            self.not_finite(slot, what, f64::from(value))
-        })
+                Ok(())
+            }
+            (added, _) => added,
+        }
+    }
+
+    fn add(&self, sum: &mut [i64], slot: u32, output: &SlotOutput) -> Result<(), ComputeError> {
+        let (gradient, tail) = sum.split_at_mut(self.layout.parameters());
+        let statistics = sums::encoded(&output.statistics)
+            .map_err(|(what, value)| self.not_finite(slot, what, value))?;
+        self.fixed.encode_add(gradient, &output.gradient).map_err(
+            |OutOfRange { index, value }| {
+                let what = match self.layout.owner(index) {
+                    Some((tensor, element)) => {
+                        format!("the gradient of {}, element {element}", tensor.name)
+                    }
+                    None => format!("the gradient's element {index}"),
+                };
+                self.not_finite(slot, what, f64::from(value))
+            },
+        )?;
+        tail.iter_mut().zip(statistics).for_each(|(sum, value)| *sum += value);
+        Ok(())
     }
 
     fn not_finite(&self, slot: u32, what: String, value: f64) -> ComputeError {

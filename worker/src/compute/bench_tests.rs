@@ -134,3 +134,53 @@ fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
     let (nothing, none) = bench(1).evaluate(Step(0), &[], &on).unwrap();
     assert!(nothing.iter().all(|sum| *sum == 0) && none == 0);
 }
+
+/// A bench of a run that skips steps, and batches of which slot 2 has a token that the model's
+/// weights turn into NaN.
+fn skipping(threads: usize) -> (Bench, Vec<SlotBatch>) {
+    let mut spec = tiny_spec("memory://");
+    spec.optimizer.non_finite = NonFinite::Skip;
+    let mut bench = Bench::new(Arc::new(spec), threads, Shelf::default());
+    let mut state = TrainState::initial(&bench.spec.model, 7);
+    let tensors = bench.layout.tensors().iter();
+    let embedding = tensors.clone().find(|tensor| tensor.name.contains("embed_tokens")).unwrap();
+    let embedding = embedding.range();
+    let poison = embedding.len() / 300 * 299;
+    state.weights[embedding][poison] = f32::NAN;
+    bench.adopt(state);
+    let mut batches = batches(0..4);
+    batches.iter_mut().flat_map(|batch| &mut batch.tokens).for_each(|token| *token %= 299);
+    batches[2].tokens[0] = 299;
+    (bench, batches)
+}
+
+#[test]
+fn a_step_with_a_bad_slot_is_the_same_for_every_split_and_changes_nothing_but_the_step() {
+    let on = AtomicBool::new(false);
+    let (mut whole, batches) = skipping(2);
+    let all = whole.contribute(Step(1), 0, batches.clone(), &on).unwrap();
+    assert!(all.detail.contains("step 1, slot 2"), "{}", all.detail);
+    let report = whole.prepare(Step(1), all.sums).unwrap();
+    assert_eq!((report.statistics.bad_slots, report.statistics.grad_norm), (1, 0.0));
+    assert!(report.statistics.loss.is_finite(), "the mean over the other slots");
+    for cut in 0..=4 {
+        let (mut left, mut right) = (skipping(1).0, skipping(1).0);
+        let a = left.contribute(Step(1), 0, batches[..cut].to_vec(), &on).unwrap();
+        let b = right.contribute(Step(1), cut as u32, batches[cut..].to_vec(), &on).unwrap();
+        assert_eq!(a.detail.is_empty(), cut <= 2);
+        let split = left.prepare(Step(1), added(&a.sums, &b.sums)).unwrap();
+        assert_eq!(split.digest, report.digest, "cut at {cut}");
+        // A retry, all of it kept from the first try.
+        let again = left.contribute(Step(1), 0, batches[..cut].to_vec(), &on).unwrap();
+        assert_eq!((again.computed, again.detail), (0, a.detail));
+    }
+    let before = whole.state.clone().unwrap();
+    whole.commit(Step(1)).unwrap();
+    let after = whole.state.clone().unwrap();
+    assert_eq!(after.step, Step(1));
+    let bits = |state: &TrainState| -> Vec<u32> {
+        let buffers = [&state.weights, &state.first_moment, &state.second_moment];
+        buffers.into_iter().flatten().map(|value| value.to_bits()).collect()
+    };
+    assert!(bits(&after) == bits(&before));
+}

@@ -3,6 +3,7 @@
 //! One all-reduce carries both. First one element per parameter in the gradient's fixed point,
 //! then the statistics in their own: loss, a cross-entropy per loop, an exit probability per loop,
 //! entropy. Each slot adds its means, so dividing by the number of slots gives the step's means.
+//! The last element counts slots that have no usable gradient, and add nothing else.
 
 use looptrain_model::SlotStatistics;
 use looptrain_proto::v1::StepStatistics;
@@ -16,6 +17,11 @@ const STATISTICS_FRACTION_BITS: u32 = 32;
 /// Elements of the statistics of one stage.
 pub(super) fn statistics_len(loops: usize) -> usize {
     2 + 2 * loops
+}
+
+/// Elements of the buffer of a step beside the gradient.
+pub(super) fn tail_len(loops: usize) -> usize {
+    statistics_len(loops) + 1
 }
 
 pub(super) fn statistics_fixed_point() -> FixedPoint {
@@ -34,31 +40,30 @@ fn flattened(statistics: &SlotStatistics) -> impl Iterator<Item = (f64, String)>
         .chain(std::iter::once((statistics.entropy, "the entropy".to_owned())))
 }
 
-/// Adds a slot's statistics; gives name and value of the first that is no finite, moderate number.
-pub(super) fn add_statistics(
-    sums: &mut [i64],
-    statistics: &SlotStatistics,
-) -> Result<(), (String, f64)> {
+/// A slot's statistics as integers; gives name and value of the first that is no finite, moderate
+/// number.
+pub(super) fn encoded(statistics: &SlotStatistics) -> Result<Vec<i64>, (String, f64)> {
     let fixed = statistics_fixed_point();
-    for (sum, (value, name)) in sums.iter_mut().zip(flattened(statistics)) {
-        *sum += fixed.encode(value).ok_or((name, value))?;
-    }
-    Ok(())
+    flattened(statistics).map(|(value, name)| fixed.encode(value).ok_or((name, value))).collect()
 }
 
-/// The step's means from the reduced statistics.
-pub(super) fn step_statistics(sums: &[i64], stage: &spec::Stage, grad_norm: f64) -> StepStatistics {
+/// The step's means from the reduced statistics: over the slots that have them, so that without
+/// any, loss and entropy are NaN and the rest is empty.
+pub(super) fn step_statistics(tail: &[i64], stage: &spec::Stage, grad_norm: f64) -> StepStatistics {
     let fixed = statistics_fixed_point();
-    let slots = f64::from(stage.slots);
-    let mean = |index: usize| fixed.decode_one(sums[index], slots);
     let loops = stage.loops;
+    let bad_slots = tail[statistics_len(loops)];
+    let good_slots = i64::from(stage.slots) - bad_slots;
+    let mean = |index: usize| fixed.decode_one(tail[index], good_slots as f64);
+    let per_loop = if good_slots > 0 { loops } else { 0 };
     StepStatistics {
         loss: mean(0),
-        loss_per_loop: (1..=loops).map(mean).collect(),
-        exit_pdf: (loops + 1..=2 * loops).map(mean).collect(),
+        loss_per_loop: (1..=per_loop).map(mean).collect(),
+        exit_pdf: (loops + 1..=loops + per_loop).map(mean).collect(),
         entropy: mean(2 * loops + 1),
         grad_norm,
         tokens: stage.step_tokens(),
+        bad_slots: bad_slots as u32,
     }
 }
 
@@ -98,11 +103,13 @@ mod tests {
     fn the_means_over_slots_come_back_in_their_places() {
         let mut stage = tiny_spec("memory://").stages.remove(0);
         (stage.loops, stage.slots) = (2, 2);
-        let mut sums = vec![0; statistics_len(2)];
-        add_statistics(&mut sums, &statistics(3.0)).unwrap();
-        add_statistics(&mut sums, &statistics(4.0)).unwrap();
+        let add = |a: &[i64], b: &[i64]| a.iter().zip(b).map(|(a, b)| a + b).collect::<Vec<_>>();
+        let (first, second) = (encoded(&statistics(3.0)), encoded(&statistics(4.0)));
+        let mut sums = add(&first.unwrap(), &second.unwrap());
+        sums.push(0);
+        assert_eq!(sums.len(), tail_len(2));
         let step = step_statistics(&sums, &stage, 1.25);
-        assert_eq!(step.loss, 3.5);
+        assert_eq!((step.loss, step.bad_slots), (3.5, 0));
         assert_eq!(step.loss_per_loop, [2.0, 1.5]);
         assert_eq!(step.exit_pdf, [0.25, 0.75]);
         assert_eq!((step.entropy, step.grad_norm), (0.5, 1.25));
@@ -114,11 +121,25 @@ mod tests {
         let mut bad = statistics(1.0);
         bad.loss_per_loop[1] = f64::NAN;
         let mut sums = vec![0; statistics_len(2)];
-        assert_eq!(add_statistics(&mut sums, &bad).unwrap_err().0, "the cross-entropy of loop 2");
+        assert_eq!(encoded(&bad).unwrap_err().0, "the cross-entropy of loop 2");
         assert_eq!(
             add_evaluation(&mut sums, &bad, 4).unwrap_err().0,
             "the cross-entropy of loop 2"
         );
+    }
+
+    #[test]
+    fn means_are_over_the_slots_that_have_them() {
+        let mut stage = tiny_spec("memory://").stages.remove(0);
+        (stage.loops, stage.slots) = (2, 3);
+        let mut sums = encoded(&statistics(3.0)).unwrap();
+        sums.push(2);
+        let step = step_statistics(&sums, &stage, 0.0);
+        assert_eq!((step.loss, step.entropy, step.bad_slots), (3.0, 0.5, 2));
+        let mut sums = vec![0; statistics_len(2)];
+        sums.push(3);
+        let step = step_statistics(&sums, &stage, 0.0);
+        assert!(step.loss.is_nan() && step.loss_per_loop.is_empty() && step.exit_pdf.is_empty());
     }
 
     #[test]

@@ -14,6 +14,8 @@ use crate::state::StateError;
 pub(super) enum Failure {
     /// Told to the coordinator, which decides what happens.
     Told(Cause, String),
+    /// This worker holds the state of a step from which there is no way to the members'.
+    Behind(Step, String),
     /// This worker cannot go on.
     Fatal(WorkerError),
     /// A newer directive has taken its place.

@@ -8,6 +8,7 @@
 
 mod failure;
 mod link;
+mod orphan;
 mod work;
 
 #[cfg(test)]
@@ -78,6 +79,8 @@ pub(crate) struct Session {
     saves: JoinSet<PartSaved>,
     /// What this worker last reported in the generation, unless it was a neighbour's fault.
     reported: Option<String>,
+    /// Why this worker is to leave.
+    leaving: Option<String>,
 }
 
 impl Session {
@@ -93,15 +96,14 @@ impl Session {
             commits: FuturesUnordered::new(),
             saves: JoinSet::new(),
             reported: None,
+            leaving: None,
         }
     }
 
     /// Carries out directives until the run is over or `stop` says to leave.
     pub(crate) async fn run(mut self, stop: &CancellationToken) -> Result<Finished, WorkerError> {
-        let mut leaving = false;
         loop {
-            if leaving && self.may_leave() {
-                let reason = "told to stop".to_owned();
+            if let Some(reason) = self.leaving.clone().filter(|_| self.may_leave()) {
                 self.link.send(Vote::Leave(v1::Leave { reason: reason.clone() }))?;
                 self.link.close(FAREWELL).await;
                 return Ok(Finished { reason });
@@ -126,12 +128,16 @@ impl Session {
                     // Not by a panic of the save itself, which has an answer.
                     Err(error) => tracing::error!(%error, "a save ended unexpectedly"),
                 },
-                () = stop.cancelled(), if !leaving => {
-                    tracing::info!("told to stop; leaving at the next safe moment");
-                    leaving = true;
+                () = stop.cancelled(), if self.leaving.is_none() => {
+                    self.leave("told to stop".to_owned());
                 }
             }
         }
+    }
+
+    fn leave(&mut self, reason: String) {
+        tracing::info!(reason, "leaving at the next safe moment");
+        self.leaving.get_or_insert(reason);
     }
 
     /// Nobody waits for anything of this worker but its next step.
@@ -178,8 +184,19 @@ impl Session {
                     Ok(())
                 })
             }
-            Directive::Withdraw(_) => {
-                self.work.withdraw();
+            Directive::Withdraw(withdraw) => {
+                self.work.withdraw(withdraw.keep_updates);
+                Ok(())
+            }
+            Directive::Drain(drain) => {
+                self.leave(drain.reason);
+                Ok(())
+            }
+            Directive::Rejected(rejected) => {
+                tracing::info!(
+                    reason = rejected.reason,
+                    "the coordinator did not act on a message"
+                );
                 Ok(())
             }
             Directive::Fetch(fetch) => {
@@ -223,7 +240,7 @@ impl Session {
             return self.fail(step, Failure::senseless(detail));
         }
         let ring = RingId { incarnation: self.incarnation, generation };
-        self.work.remember_generation(generation, form.members.len());
+        self.work.remember_generation(generation, rank, form.members.len());
         let membership = Membership { ring, rank, members: peers(form.members), step };
         tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
         let work = Arc::clone(&self.work);
@@ -288,6 +305,15 @@ impl Session {
         });
     }
 
+    /// Goes on from the fetched state as the members do, until there is a place.
+    fn follow(&mut self, step: Step) {
+        let work = Arc::clone(&self.work);
+        let span = tracing::info_span!("follow", %step);
+        self.begin(step, false, move |_| {
+            async move { (None, work.follow(step).await.map(Vote::Fetched)) }.instrument(span)
+        });
+    }
+
     fn evaluate(&mut self, order: v1::Evaluate) -> Result<(), Failure> {
         let collective = self.idle_collective("an evaluation")?;
         let step = Step(order.step);
@@ -336,9 +362,15 @@ impl Session {
         self.collective = collective;
         match result {
             Ok(vote) => {
-                if let Vote::Prepared(vote) = &vote {
-                    self.work.remember_vote(vote);
-                    self.owes_commit = true;
+                match &vote {
+                    Vote::Prepared(vote) => {
+                        self.work.remember_vote(vote);
+                        self.owes_commit = true;
+                    }
+                    Vote::Fetched(fetched) if fetched.error.is_empty() => {
+                        self.follow(Step(fetched.step));
+                    }
+                    _ => {}
                 }
                 self.link.send(vote)
             }
@@ -351,6 +383,10 @@ impl Session {
         let (cause, detail) = match failure {
             Failure::Abandoned => return Ok(()),
             Failure::Told(cause, detail) => (cause, detail),
+            Failure::Behind(held, error) => {
+                tracing::warn!(%held, "cannot catch up with the members: {error}");
+                return self.link.send(Vote::Fetched(v1::Fetched { step: held.0, error }));
+            }
             Failure::Fatal(error) => {
                 let detail = error.to_string();
                 // Best effort: the session may be what broke.

@@ -137,6 +137,35 @@ async fn a_joiner_fetches_the_state_while_the_members_train_and_catches_up_with_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_warm_spare_follows_the_updates_says_where_it_is_when_they_end_and_takes_over() {
+    let mut other = Rig::start().await;
+    let (_workers, mut guests) = other.cluster(1).await;
+    let undisturbed = steps(&mut guests, 1, 1..=4).await;
+
+    let mut rig = Rig::start().await;
+    let (mut workers, mut guests) = rig.cluster(1).await;
+    let mut seen = steps(&mut guests, 1, 1..=1).await;
+    let _spare = rig.worker("w1");
+    let mut spare = rig.welcome().await;
+    guests[0].offer(1, 1);
+    spare.fetch(1, &[&guests[0].join.clone()]);
+    assert_eq!(spare.fetched().await.error, "");
+    guests[0].withdraw(true);
+    seen.extend(steps(&mut guests, 1, 2..=3).await);
+    // The last update has to reach the spare before its source dies: it is asked for at once.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    workers.remove(0).abort();
+    drop(guests);
+    let lost = spare.fetched().await;
+    assert_eq!(lost.step, 3, "{}", lost.error);
+    assert!(lost.error.contains("no peer has the update to step 4"), "{}", lost.error);
+    let mut guests = vec![spare];
+    rig::reform(&mut guests, 2, 3).await;
+    seen.extend(steps(&mut guests, 2, 4..=4).await);
+    assert_eq!(seen, undisturbed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_joiner_whose_sources_are_gone_says_so_and_stays() {
     let mut rig = Rig::start().await;
     let (mut workers, mut guests) = rig.cluster(1).await;
@@ -243,6 +272,24 @@ async fn a_worker_told_to_stop_leaves_after_the_commit_it_owes() {
     assert!(matches!(guest.hear().await, Some(Vote::Leave(_))));
     drop(guest);
     assert_eq!(worker.await.unwrap().unwrap().reason, "told to stop");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drained_worker_leaves_after_its_commit_and_its_save() {
+    let mut rig = Rig::start().await;
+    let (mut workers, mut guests) = rig.cluster(1).await;
+    let guest = &mut guests[0];
+    guest.save(0, 0, 1);
+    guest.plan(1, 1, 0..4);
+    guest.drain("maintenance");
+    guest.prepared().await;
+    guest.commit(1, 1);
+    assert!(
+        matches!(guest.hear().await, Some(Vote::Leave(leave)) if leave.reason == "maintenance")
+    );
+    assert_eq!(guest.saved().await.error, "", "it was heard before the farewell");
+    drop(guests);
+    assert_eq!(workers.remove(0).await.unwrap().unwrap().reason, "maintenance");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -360,6 +407,43 @@ async fn a_worker_whose_coordinator_does_not_come_back_gives_up() {
     rig.hang_up();
     let error = worker.await.unwrap().unwrap_err().to_string();
     assert!(error.contains("no coordinator answers at"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_whose_coordinator_does_not_come_back_leave_one_checkpoint_of_the_newest_step() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_millis(300);
+    rig.claim_run().await;
+    let (workers, mut guests) = rig.cluster(2).await;
+    steps(&mut guests, 1, 1..=3).await;
+    rig.hang_up();
+    drop(guests);
+    let mut ends = Vec::new();
+    for worker in workers {
+        ends.push(worker.await.unwrap().unwrap_err().to_string());
+    }
+    assert!(ends[0].ends_with("; saved the state of step 3 as a checkpoint"), "{ends:?}");
+    assert!(ends[1].ends_with("; the state of step 3 is saved as a checkpoint"), "{ends:?}");
+    let checkpoints = rig.checkpoints();
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(3)]);
+    let (manifest, _) = checkpoints.load(Step(3)).await.unwrap();
+    assert_eq!(manifest.trajectory, rig.spec.trajectory_digest());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_of_a_run_that_was_begun_anew_leave_nothing_in_it() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_millis(300);
+    // The second claim begins the run anew, while the workers know incarnation 1.
+    rig.claim_run().await;
+    rig.claim_run().await;
+    let (mut workers, mut guests) = rig.cluster(1).await;
+    steps(&mut guests, 1, 1..=1).await;
+    rig.hang_up();
+    drop(guests);
+    let end = workers.remove(0).await.unwrap().unwrap_err().to_string();
+    assert!(end.ends_with("begun anew, so that the state is of no use"), "{end}");
+    assert_eq!(rig.checkpoints().list().await.unwrap(), []);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use looptrain_model::{Layout, TrainState};
+use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{self, Evaluated, Fetched, Held, PartSaved, Prepared, Ready, Sections};
 use looptrain_proto::{Digest, Generation, Rank, Spec, Step};
-use looptrain_storage::Checkpoints;
+use looptrain_storage::{Checkpoints, Store};
 use tracing::Instrument;
 
 use super::failure::Failure;
@@ -32,12 +33,19 @@ const FORM_TIME: Duration = Duration::from_secs(30);
 /// How long a joiner waits for what the members were told to offer.
 const OFFER_TIME: Duration = Duration::from_secs(10);
 
+/// How long a follower waits for one update before it asks again.
+const FOLLOW_TIME: Duration = Duration::from_secs(5);
+
+/// Sources that are asked for an update: enough to notice that one of them is wrong.
+const UPDATE_SOURCES: usize = 3;
+
 /// What all directives use.
 #[derive(Debug)]
 pub(crate) struct Work {
     pub(crate) spec: Arc<Spec>,
     pub(crate) feed: Feed,
     pub(crate) compute: Compute,
+    pub(crate) store: Store,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) peers: Peers,
     /// From whom the held state was fetched: they have the updates that it lacks.
@@ -54,9 +62,20 @@ const REMEMBERED: usize = 256;
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     generation: Generation,
+    rank: Rank,
     world: u32,
     /// On the latest steps, in order.
     votes: VecDeque<Prepared>,
+}
+
+/// How far a worker came with the members' updates.
+enum Caught {
+    /// To the committed step.
+    Up,
+    /// It holds this state, for this reason.
+    Behind(Step, String),
+    /// It holds nothing that was fetched.
+    Unrelated,
 }
 
 /// Why something could not be fetched.
@@ -100,9 +119,18 @@ impl Work {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn remember_generation(&self, generation: Generation, world: usize) {
+    pub(super) fn remember_generation(&self, generation: Generation, rank: Rank, world: usize) {
         let mut memory = self.memory();
-        (memory.generation, memory.world) = (generation, world as u32);
+        (memory.generation, memory.rank, memory.world) = (generation, rank, world as u32);
+    }
+
+    /// The newest generation that this worker was told of, and its rank there.
+    pub(super) fn generation(&self) -> Generation {
+        self.memory().generation
+    }
+
+    pub(super) fn rank(&self) -> Rank {
+        self.memory().rank
     }
 
     pub(super) fn remember_vote(&self, vote: &Prepared) {
@@ -152,8 +180,8 @@ impl Work {
         if !self.compute.submit(move |bench| bench.reach(step)).await? {
             if step == Step(0) {
                 self.compute.submit(Bench::initialise).await?;
-            } else if !self.catch_up_to(step).await? {
-                self.load(step).instrument(tracing::info_span!("load", %step)).await?;
+            } else {
+                self.reach_from_elsewhere(step).await?;
             }
         }
         Ok(self.compute.submit(move |bench| bench.weights_digest(step)).await??)
@@ -192,21 +220,46 @@ impl Work {
         let parameters = Layout::new(&self.spec.model).parameters();
         let (item, lengths) = (Item::State(step), [parameters; 3]);
         let fetched = transfer::fetch(&self.peers, sources, item, &lengths, OFFER_TIME).await?;
-        let buffers = fetched.ok_or(FetchError::NotOffered { step })?;
+        let buffers = fetched.ok_or(FetchError::NotOffered { item })?;
         let [weights, first_moment, second_moment] =
-            <[_; 3]>::try_from(buffers).map_err(|_| FetchError::NotOffered { step })?;
+            <[_; 3]>::try_from(buffers).map_err(|_| FetchError::NotOffered { item })?;
         let state = TrainState { step, weights, first_moment, second_moment };
         Ok(self.compute.submit(move |bench| bench.adopt(state)).await?)
+    }
+
+    /// Goes on from the held state as the members commit, for as long as one of them has the
+    /// updates; then says how far it came.
+    pub(super) async fn follow(&self, mut held: Step) -> Result<Fetched, Failure> {
+        loop {
+            match self.fetch_update(held.next(), FOLLOW_TIME).await {
+                Ok(true) => held = held.next(),
+                Ok(false) => {}
+                Err(Fault::Fetch(error)) => {
+                    return Ok(Fetched { step: held.0, error: error.to_string() });
+                }
+                Err(Fault::Own(failure)) => return Err(failure),
+            }
+        }
     }
 
     /// Fetches and applies the update to `step`; false when no member has committed it yet.
     async fn fetch_update(&self, step: Step, wait: Duration) -> Result<bool, Fault> {
         let sources = || self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut asked = sources().clone();
         let parameters = Layout::new(&self.spec.model).parameters();
         let item = Item::Update(step);
-        let fetched = transfer::fetch(&self.peers, &mut asked, item, &[parameters], wait).await;
-        *sources() = asked;
+        let fetched = loop {
+            let mut asked = sources().clone();
+            let mut others = asked.split_off(asked.len().min(UPDATE_SOURCES));
+            let fetched = transfer::fetch(&self.peers, &mut asked, item, &[parameters], wait).await;
+            let more = !others.is_empty();
+            asked.append(&mut others);
+            *sources() = asked;
+            match fetched {
+                // Those that were asked are gone.
+                Err(FetchError::NoSource { .. }) if more => {}
+                fetched => break fetched,
+            }
+        };
         let Some(gradient) = fetched?.and_then(|mut buffers| buffers.pop()) else {
             return Ok(false);
         };
@@ -214,23 +267,42 @@ impl Work {
         Ok(true)
     }
 
-    /// Goes from a fetched state to the committed one; false when there is no such way.
-    async fn catch_up_to(&self, step: Step) -> Result<bool, Failure> {
+    /// From the members' updates, or from a checkpoint.
+    async fn reach_from_elsewhere(&self, step: Step) -> Result<(), Failure> {
+        let caught = self.catch_up_to(step).await?;
+        if matches!(caught, Caught::Up) {
+            return Ok(());
+        }
+        let loaded = self.load(step).instrument(tracing::info_span!("load", %step)).await;
+        match (caught, loaded) {
+            // There is no such checkpoint; but what is held may be of use.
+            (Caught::Behind(held, why), Err(Failure::Told(Cause::Store, _))) => {
+                Err(Failure::Behind(held, why))
+            }
+            (_, loaded) => loaded,
+        }
+    }
+
+    /// Goes from a fetched state to the committed one.
+    async fn catch_up_to(&self, step: Step) -> Result<Caught, Failure> {
         let held = self.compute.submit(|bench| bench.held()).await?;
         let none = self.sources.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
-        let Some(mut held) = held.filter(|held| *held < step && !none) else { return Ok(false) };
+        let Some(mut held) = held.filter(|_| !none) else { return Ok(Caught::Unrelated) };
+        if held > step {
+            return Ok(Caught::Behind(held, format!("it is beyond step {step} already")));
+        }
         while held < step {
             match self.fetch_update(held.next(), OFFER_TIME).await {
                 Ok(true) => held = held.next(),
-                Ok(false) => return Ok(false),
-                Err(Fault::Fetch(error)) => {
-                    tracing::warn!(%error, "cannot catch up with the members");
-                    return Ok(false);
+                Ok(false) => {
+                    let why = FetchError::NotOffered { item: Item::Update(held.next()) };
+                    return Ok(Caught::Behind(held, why.to_string()));
                 }
+                Err(Fault::Fetch(error)) => return Ok(Caught::Behind(held, error.to_string())),
                 Err(Fault::Own(failure)) => return Err(failure),
             }
         }
-        Ok(true)
+        Ok(Caught::Up)
     }
 
     /// Puts the committed state where joiners can fetch it.
@@ -244,9 +316,9 @@ impl Work {
         }));
     }
 
-    /// Frees what was offered.
-    pub(crate) fn withdraw(&self) {
-        drop(self.compute.submit(|bench| bench.withdraw()));
+    /// Frees what was offered, or all but the newest updates.
+    pub(crate) fn withdraw(&self, keep_updates: bool) {
+        drop(self.compute.submit(move |bench| bench.withdraw(keep_updates)));
     }
 
     async fn load(&self, step: Step) -> Result<(), Failure> {
@@ -289,7 +361,7 @@ impl Work {
         let start = Instant::now();
         let mut sums = contribution.sums;
         let span = tracing::info_span!("reduce", world = collective.world());
-        collective.all_reduce(step.0, &mut sums).instrument(span).await?;
+        let blocked = collective.all_reduce(step.0, &mut sums).instrument(span).await?;
         let reduce = start.elapsed().as_secs_f64();
 
         let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;
@@ -303,7 +375,10 @@ impl Work {
                 compute: contribution.seconds,
                 reduce,
                 optimizer: report.optimizer_seconds,
+                send: blocked.as_secs_f64(),
             }),
+            computed_slots: contribution.computed as u32,
+            detail: contribution.detail,
         })
     }
 
@@ -358,7 +433,7 @@ impl Work {
         .instrument(tracing::info_span!("save", %step, part))
     }
 
-    async fn upload(
+    pub(super) async fn upload(
         &self,
         step: Step,
         part: usize,

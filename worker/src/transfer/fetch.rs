@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use looptrain_proto::{Digest, Step};
+use looptrain_proto::Digest;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
@@ -28,8 +28,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(10);
 /// Why an item could not be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FetchError {
-    #[error("no peer offers the state of step {step} in time")]
-    NotOffered { step: Step },
+    #[error("no peer offers the {item} in time")]
+    NotOffered { item: Item },
     #[error("no peer has the {item}: {reasons}")]
     NoSource { item: String, reasons: String },
     #[error("the peers disagree on the {item}, and there is no majority: {names}")]
@@ -64,7 +64,7 @@ pub(crate) async fn fetch(
     lengths: &[usize],
     wait: Duration,
 ) -> Result<Option<Vec<Vec<f32>>>, FetchError> {
-    let name = describe(item);
+    let name = item.to_string();
     let chunks = lengths.iter().map(|length| length.div_ceil(CHUNK)).sum();
     let asked = join_all(sources.iter().map(|peer| ask(peers, peer, item, chunks, wait))).await;
     let (mut holding, mut reasons, mut patient) = (Vec::new(), Vec::new(), false);
@@ -119,13 +119,6 @@ pub(crate) async fn fetch(
             let reasons = reasons.join("; ");
             Err(FetchError::Incomplete { item: name, left, reasons })
         }
-    }
-}
-
-fn describe(item: Item) -> String {
-    match item {
-        Item::State(step) => format!("state of step {step}"),
-        Item::Update(step) => format!("update to step {step}"),
     }
 }
 

@@ -14,18 +14,39 @@ use super::wire::Item;
 /// state.
 const KEPT_BYTES: usize = 512 << 20;
 
-/// The state of one step, and the gradients of the commits after it; empty most of the time.
+/// Updates that are kept for joiners that hold a state and follow: they lag by a step or two.
+const KEPT_FOR_FOLLOWERS: usize = 8;
+
+/// The state of one step, and the gradients of the newest commits; empty most of the time.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Shelf(Arc<Mutex<Option<Offer>>>);
 
 #[derive(Debug)]
 struct Offer {
+    /// The newest state that was offered, and the state while joiners may fetch it.
     step: Step,
-    state: Arc<Goods>,
-    /// Of the steps after `step`, without a gap.
+    state: Option<Arc<Goods>>,
+    /// Without a gap; of all steps after `step` while the state is here.
     updates: BTreeMap<Step, Arc<Goods>>,
     /// Bytes that `updates` may take.
     room: usize,
+}
+
+impl Offer {
+    fn newest(&self) -> Step {
+        self.updates.keys().next_back().copied().unwrap_or(self.step)
+    }
+
+    /// Without the state, the newest updates are all that is of use.
+    fn shrink(&mut self) {
+        while self.state.is_none() && self.updates.len() > KEPT_FOR_FOLLOWERS {
+            self.updates.pop_first();
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.updates.values().map(|goods| goods.bytes()).sum()
+    }
 }
 
 /// Why an item is not here.
@@ -43,26 +64,41 @@ impl Shelf {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Offers a state, in place of whatever was offered.
+    /// Offers a state in place of an older one. Updates that lead to it stay, for joiners that hold
+    /// an older one and follow.
     pub(crate) fn put(&self, state: TrainState) {
         let TrainState { step, weights, first_moment, second_moment } = state;
         let room = KEPT_BYTES.max(4 * 3 * size_of_val(weights.as_slice()));
-        let state = Arc::new(Goods::new(vec![weights, first_moment, second_moment]));
-        *self.offer() = Some(Offer { step, state, updates: BTreeMap::new(), room });
+        let state = Some(Arc::new(Goods::new(vec![weights, first_moment, second_moment])));
+        let mut offer = self.offer();
+        let before = offer.take().filter(|open| open.newest() == step);
+        let mut updates = before.map(|open| open.updates).unwrap_or_default();
+        while updates.len() > KEPT_FOR_FOLLOWERS {
+            updates.pop_first();
+        }
+        *offer = Some(Offer { step, state, updates, room });
+    }
+
+    /// Nobody fetches the state any more; who holds one follows the updates.
+    pub(crate) fn keep_updates(&self) {
+        if let Some(open) = self.offer().as_mut() {
+            open.state = None;
+            open.shrink();
+        }
     }
 
     /// Adds the gradient that led to `step`, if a state before it is offered.
     pub(crate) fn add(&self, step: Step, gradient: Vec<f32>) {
         let mut offer = self.offer();
         let Some(open) = offer.as_mut() else { return };
-        let newest = open.updates.keys().next_back().copied().unwrap_or(open.step);
-        let bytes = size_of_val(gradient.as_slice());
-        if bytes > open.room {
-            tracing::warn!(%step, "a joiner fetches too slowly; the state is offered no longer");
-            *offer = None;
-        } else if step == newest.next() {
-            open.room -= bytes;
+        let newest = open.newest();
+        if step == newest.next() {
             open.updates.insert(step, Arc::new(Goods::new(vec![gradient])));
+            if open.state.is_some() && open.bytes() > open.room {
+                tracing::warn!(%step, "a joiner fetches too slowly; the state is offered no longer");
+                open.state = None;
+            }
+            open.shrink();
         } else {
             // With a gap the rest is of no use.
             tracing::warn!(%step, %newest, "the offered state has no way to this step");
@@ -81,14 +117,16 @@ impl Shelf {
             (Item::State(_), None) => Err(Lack::NotYet),
             (Item::State(step), Some(open)) => match step.cmp(&open.step) {
                 Ordering::Less => Err(Lack::Gone),
-                Ordering::Equal => Ok(Arc::clone(&open.state)),
+                Ordering::Equal => open.state.clone().ok_or(Lack::Gone),
                 Ordering::Greater => Err(Lack::NotYet),
             },
-            (Item::Update(step), Some(open)) if step > open.step => {
-                open.updates.get(&step).map(Arc::clone).ok_or(Lack::NotYet)
-            }
+            (Item::Update(step), Some(open)) => match open.updates.get(&step) {
+                Some(update) => Ok(Arc::clone(update)),
+                None if step > open.newest() => Err(Lack::NotYet),
+                None => Err(Lack::Gone),
+            },
             // Who asks for it fetched a state that was offered then.
-            (Item::Update(_), _) => Err(Lack::Gone),
+            (Item::Update(_), None) => Err(Lack::Gone),
         }
     }
 }
@@ -107,6 +145,10 @@ impl Goods {
 
     fn chunks(&self) -> impl Iterator<Item = &[u8]> {
         self.buffers.iter().flat_map(|buffer| buffer.chunks(CHUNK).map(bytemuck::cast_slice))
+    }
+
+    fn bytes(&self) -> usize {
+        self.buffers.iter().map(|buffer| size_of_val(buffer.as_slice())).sum()
     }
 
     pub(super) fn chunk(&self, index: u32) -> Option<&[u8]> {
@@ -152,15 +194,38 @@ mod tests {
     }
 
     #[test]
-    fn an_offer_that_takes_too_much_memory_is_withdrawn() {
+    fn a_state_whose_updates_take_too_much_memory_is_withdrawn() {
         let shelf = Shelf::default();
         shelf.put(state(5));
-        shelf.offer().as_mut().unwrap().room = 24;
-        shelf.add(Step(6), vec![0.5; 3]);
-        shelf.add(Step(7), vec![0.5; 3]);
+        shelf.offer().as_mut().unwrap().room = 12 * KEPT_FOR_FOLLOWERS;
+        let last = 6 + KEPT_FOR_FOLLOWERS as u64;
+        for step in 6..last {
+            shelf.add(Step(step), vec![0.5; 3]);
+        }
+        assert!(shelf.find(Item::State(Step(5))).is_ok());
+        shelf.add(Step(last), vec![0.5; 3]);
+        assert_eq!(shelf.find(Item::State(Step(5))).err(), Some(Lack::Gone));
+        assert_eq!(shelf.find(Item::Update(Step(6))).err(), Some(Lack::Gone));
         assert!(shelf.find(Item::Update(Step(7))).is_ok());
-        shelf.add(Step(8), vec![0.5; 3]);
-        assert_eq!(shelf.find(Item::Update(Step(7))).err(), Some(Lack::Gone));
+    }
+
+    #[test]
+    fn followers_find_the_newest_updates_also_after_another_state_was_offered() {
+        let shelf = Shelf::default();
+        shelf.put(state(5));
+        shelf.keep_updates();
+        assert_eq!(shelf.find(Item::State(Step(5))).err(), Some(Lack::Gone));
+        for step in 6..30 {
+            shelf.add(Step(step), vec![0.5; 3]);
+            assert!(shelf.find(Item::Update(Step(step))).is_ok());
+            assert_eq!(shelf.find(Item::Update(Step(step + 1))).err(), Some(Lack::NotYet));
+        }
+        assert_eq!(shelf.find(Item::Update(Step(21))).err(), Some(Lack::Gone));
+        shelf.put(state(29));
+        assert!(shelf.find(Item::State(Step(29))).is_ok());
+        assert!(shelf.find(Item::Update(Step(29))).is_ok());
+        shelf.put(state(40));
+        assert_eq!(shelf.find(Item::Update(Step(29))).err(), Some(Lack::Gone));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Requests and replies on a connection for state, little-endian like everything between peers.
 
+use std::fmt;
+
 use looptrain_proto::{Digest, Step};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -14,6 +16,15 @@ pub(crate) enum Item {
     State(Step),
     /// The reduced gradient that led to a step.
     Update(Step),
+}
+
+impl fmt::Display for Item {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State(step) => write!(f, "state of step {step}"),
+            Self::Update(step) => write!(f, "update to step {step}"),
+        }
+    }
 }
 
 /// What of the item.

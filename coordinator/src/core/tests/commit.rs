@@ -59,16 +59,20 @@ fn a_vote_on_another_step_does_not_count() {
     assert_eq!(rig.core.committed, Step(0));
 }
 
+/// A vote on a gradient that nobody else has.
+fn odd_vote(rig: &Rig) -> Report {
+    let mut vote = rig.vote(Generation(1), Step(1));
+    if let Report::Prepared { digest, .. } = &mut vote {
+        *digest = Digest::of(b"cosmic ray");
+    }
+    vote
+}
+
 #[test]
 fn a_rank_whose_gradient_differs_is_sent_away_and_the_step_is_retried() {
     let (mut rig, ids) = Rig::training(3, &[]);
-    let Report::Prepared { generation, step, statistics, sections, .. } =
-        rig.vote(Generation(1), Step(1))
-    else {
-        unreachable!()
-    };
-    let digest = Digest::of(b"cosmic ray");
-    rig.say(ids[0], Report::Prepared { generation, step, digest, statistics, sections });
+    let odd = odd_vote(&rig);
+    rig.say(ids[0], odd);
     rig.prepare(ids[1]);
     rig.prepare(ids[2]);
     assert!(rig.commits(ids[1]).is_empty());
@@ -84,13 +88,8 @@ fn a_rank_whose_gradient_differs_is_sent_away_and_the_step_is_retried() {
 fn two_unequal_gradients_end_the_run() {
     let (mut rig, ids) = Rig::training(2, &[]);
     rig.prepare(ids[0]);
-    let Report::Prepared { generation, step, statistics, sections, .. } =
-        rig.vote(Generation(1), Step(1))
-    else {
-        unreachable!()
-    };
-    let digest = Digest::of(b"cosmic ray");
-    rig.say(ids[1], Report::Prepared { generation, step, digest, statistics, sections });
+    let odd = odd_vote(&rig);
+    rig.say(ids[1], odd);
     assert!(rig.failure().contains("no majority"));
     assert!(matches!(rig.last_sent(ids[0]), Directive::Finish(_)));
 }
@@ -115,4 +114,51 @@ fn a_step_of_another_stage_takes_that_stages_slots_and_tokens() {
     rig.prepare_all();
     let Some(RunEvent::Committed(record)) = rig.published.last() else { panic!("no record") };
     assert_eq!((record.tokens, record.cursor.stage, record.cursor.sequences), (256, 1, 6));
+}
+
+/// All vote on a step that changes no weight.
+fn skip(rig: &mut Rig) {
+    for (rank, worker) in rig.members().into_iter().enumerate() {
+        let mut vote = rig.vote(rig.core.generation, rig.core.committed.next());
+        if let Report::Prepared { statistics, detail, .. } = &mut vote {
+            statistics.bad_slots = 1;
+            // Only who computed the slot can tell.
+            detail.push_str(["", "the loss is NaN at step 1, slot 3"][rank]);
+        }
+        rig.say(worker, vote);
+    }
+}
+
+#[test]
+fn a_step_without_a_usable_gradient_is_committed_and_its_record_says_why_it_changes_nothing() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    skip(&mut rig);
+    assert_eq!((rig.core.committed, rig.commits(ids[0])), (Step(1), vec![1]));
+    let record = rig.core.snapshot(rig.now).last.unwrap();
+    assert_eq!(record.skipped.as_deref(), Some("the loss is NaN at step 1, slot 3"));
+    let json = serde_json::to_value(&record).unwrap();
+    assert_eq!((&json["bad_slots"], json["skipped"].is_string()), (&1.into(), true));
+    rig.prepare_all();
+    assert_eq!(rig.core.snapshot(rig.now).last.unwrap().skipped, None);
+}
+
+#[test]
+fn ten_skipped_steps_in_a_row_end_the_run() {
+    let long = ["stages.0.steps=40", "checkpoint.every_steps=90", "evaluation.every_steps=90"];
+    let (mut rig, _) = Rig::training(2, &long);
+    (0..9).for_each(|_| skip(&mut rig));
+    rig.prepare_all();
+    (0..9).for_each(|_| skip(&mut rig));
+    assert!(rig.result.is_none());
+    skip(&mut rig);
+    assert!(rig.failure().contains("10 steps in a row had to be skipped"), "{}", rig.failure());
+}
+
+#[test]
+fn a_record_without_a_loss_survives_the_log() {
+    let record =
+        StepRecord { loss: f64::NAN, entropy: f64::NAN, ..crate::records::example(3, 1.0) };
+    let line = serde_json::to_string(&record).unwrap();
+    let read: StepRecord = serde_json::from_str(&line).unwrap();
+    assert!(read.loss.is_nan() && read.entropy.is_nan() && read.step == Step(3), "{line}");
 }

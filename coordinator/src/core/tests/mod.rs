@@ -9,10 +9,13 @@ mod finish;
 mod form;
 mod join;
 mod lose;
+mod orders;
 mod patience;
 mod random_events;
 mod return_;
 mod save;
+mod spare;
+mod speed;
 mod wait;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -212,8 +215,11 @@ impl Rig {
                 entropy: 0.5,
                 grad_norm: 2.0,
                 tokens: 160,
+                bad_slots: 0,
             },
             sections: v1::Sections { compute: 0.1, ..v1::Sections::default() },
+            computed_slots: 0,
+            detail: String::new(),
         }
     }
 

@@ -56,7 +56,7 @@ struct Fake {
     prepared: Option<(u64, u64)>,
     /// The state it lets others fetch.
     offers: Option<u64>,
-    /// The state it fetched.
+    /// The state it has come to, following the members from the one it fetched.
     fetched: Option<u64>,
     /// The reduced gradient it keeps, whatever generation it is of.
     kept: Option<u64>,
@@ -77,9 +77,11 @@ struct World {
 }
 
 impl World {
-    fn new(workers: u32) -> Self {
+    fn new(workers: u32, spares: Option<u32>) -> Self {
+        let most = spares.map_or(0, |spares| workers + spares);
+        let given = [format!("cluster.workers={workers}"), format!("cluster.max_workers={most}")];
         Self {
-            rig: Rig::new(&[&format!("cluster.workers={workers}")]),
+            rig: Rig::new(&given.each_ref().map(String::as_str)),
             fakes: BTreeMap::new(),
             names: 0,
             published: 0,
@@ -253,6 +255,7 @@ impl World {
             }
             fake.read = sent.len();
         }
+        self.follow();
         for event in &self.rig.published[self.published..] {
             match event {
                 RunEvent::Committed(record) => {
@@ -275,6 +278,29 @@ impl World {
         }
         if self.rig.result.is_none() {
             assert_eq!(self.rig.core.committed.0, self.committed);
+        }
+    }
+
+    /// Followers keep up with the members that offer, and say so when none is left.
+    fn follow(&mut self) {
+        let offering = |fake: &&Fake| fake.offers.is_some() && fake.fetched.is_none();
+        let newest = self.fakes.values().filter(offering).filter_map(|fake| fake.held).max();
+        let mut lost = Vec::new();
+        for (worker, fake) in &mut self.fakes {
+            match (fake.fetched, newest) {
+                (Some(at), Some(newest)) => {
+                    (fake.held, fake.fetched) = (Some(at.max(newest)), Some(at.max(newest)));
+                }
+                (Some(at), None) => lost.push((*worker, at)),
+                _ => {}
+            }
+        }
+        for (worker, at) in lost {
+            if let Some(fake) = self.fakes.get_mut(&worker) {
+                fake.fetched = None;
+            }
+            let result = Err("no peer has the update".to_owned());
+            self.rig.say(worker, Report::Fetched { step: Step(at), result });
         }
     }
 
@@ -328,6 +354,7 @@ impl Fake {
     ) {
         match message {
             Directive::Welcome(_) | Directive::Finish(_) | Directive::Refused(_) => {}
+            Directive::Rejected(_) | Directive::Drain(_) => {}
             Directive::Form(form) => {
                 assert!(form.generation > self.generation, "generations only grow");
                 self.generation = form.generation;
@@ -360,6 +387,8 @@ impl Fake {
                     digest: gradient(Step(plan.step)),
                     statistics: v1::StepStatistics::default(),
                     sections: v1::Sections::default(),
+                    computed_slots: plan.slot_end - plan.slot_begin,
+                    detail: String::new(),
                 });
             }
             Directive::Commit(commit) => {
@@ -383,6 +412,7 @@ impl Fake {
                 assert_eq!((offer.generation, Some(offer.step)), (self.generation, self.held));
                 self.offers = Some(offer.step);
             }
+            Directive::Withdraw(withdraw) if withdraw.keep_updates => {}
             Directive::Withdraw(_) => self.offers = None,
             Directive::Fetch(fetch) => {
                 assert!(!fetch.sources.is_empty());
@@ -403,9 +433,10 @@ proptest! {
     #[test]
     fn whatever_happens_no_step_is_lost_or_done_twice_and_the_run_ends(
         workers in 1u32..4,
+        spares in prop::option::of(0u32..2),
         ops in prop::collection::vec(op(), 0..400),
     ) {
-        let mut world = World::new(workers);
+        let mut world = World::new(workers, spares);
         for op in &ops {
             if world.rig.result.is_some() {
                 break;

@@ -18,6 +18,7 @@ fn voted(step: u64) -> v1::Prepared {
         digest: gradient(Step(step)).to_vec(),
         statistics: Some(v1::StepStatistics { loss: step as f64, ..Default::default() }),
         sections: Some(v1::Sections { compute: 0.5, reduce: 0.25, ..Default::default() }),
+        ..Default::default()
     }
 }
 

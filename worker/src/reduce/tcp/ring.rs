@@ -73,7 +73,11 @@ impl Ring {
     }
 
     /// See [`Collective::all_reduce`].
-    pub(crate) async fn all_reduce(&mut self, tag: u64, sums: &mut [i64]) -> Result<(), PeerError> {
+    pub(crate) async fn all_reduce(
+        &mut self,
+        tag: u64,
+        sums: &mut [i64],
+    ) -> Result<Duration, PeerError> {
         if std::mem::replace(&mut self.spent, true) {
             return Err(PeerError::Spent);
         }
@@ -91,8 +95,9 @@ impl Ring {
                 },
             },
         )?;
+        let blocked = transfer.blocked();
         self.spent = false;
-        Ok(())
+        Ok(blocked)
     }
 }
 
@@ -155,7 +160,7 @@ mod tests {
     async fn reduce(rings: &mut [Collective], tag: u64, elements: usize) -> Vec<Vec<i64>> {
         try_join_all(rings.iter_mut().enumerate().map(|(rank, ring)| async move {
             let mut sums = values(rank, elements);
-            ring.all_reduce(tag, &mut sums).await.map(|()| sums)
+            ring.all_reduce(tag, &mut sums).await.map(|_| sums)
         }))
         .await
         .unwrap()

@@ -14,6 +14,7 @@ use std::io;
 use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -79,6 +80,9 @@ pub(super) struct Transfer<'a> {
     received: Place,
     /// Bytes of a broken word at the start of the scratch buffer.
     carried: usize,
+    /// Since when the socket to the next rank has been full, and for how long it was before.
+    full_since: Option<Instant>,
+    full: Duration,
 }
 
 impl<'a> Transfer<'a> {
@@ -103,6 +107,24 @@ impl<'a> Transfer<'a> {
             sent: Place::default(),
             received: Place::default(),
             carried: 0,
+            full_since: None,
+            full: Duration::ZERO,
+        }
+    }
+
+    /// How long there was something to send that the socket did not take.
+    pub(super) fn blocked(&self) -> Duration {
+        self.full
+    }
+
+    fn note_write(&mut self, count: usize) {
+        match (count, self.full_since) {
+            (0, None) => self.full_since = Some(Instant::now()),
+            (0, Some(_)) => {}
+            (_, since) => {
+                self.full += since.map_or(Duration::ZERO, |since| since.elapsed());
+                self.full_since = None;
+            }
         }
     }
 
@@ -165,6 +187,7 @@ impl<'a> Transfer<'a> {
             }
             let bytes = &bytemuck::cast_slice::<i64, u8>(&self.sums[segment])[..ready];
             let count = written(Pin::new(next).poll_write(cx, &bytes[self.sent.bytes..]))?;
+            self.note_write(count);
             self.sent.bytes += count;
             return Ok(count > 0);
         }

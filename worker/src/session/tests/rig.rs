@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use looptrain_proto::Spec;
 use looptrain_proto::v1::coordinator_message::Kind as Directive;
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::worker_message::Kind as Vote;
 use looptrain_proto::v1::{self, CoordinatorMessage, WorkerMessage};
+use looptrain_proto::{Incarnation, Spec};
+use looptrain_storage::{Checkpoints, Register, RunRecord, Store};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
@@ -52,6 +53,27 @@ impl Coordinator for Door {
     async fn stop(&self, _: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
+
+    async fn drain(
+        &self,
+        _: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainReply>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn pause(
+        &self,
+        _: Request<v1::PauseRequest>,
+    ) -> Result<Response<v1::PauseReply>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn resume(
+        &self,
+        _: Request<v1::ResumeRequest>,
+    ) -> Result<Response<v1::ResumeReply>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
 }
 
 pub(super) struct Rig {
@@ -85,6 +107,22 @@ impl Rig {
     /// Nobody listens any more.
     pub(super) fn hang_up(&mut self) {
         self.server.abort_all();
+    }
+
+    /// Writes a record as a coordinator does that begins the run, or begins it anew.
+    pub(super) async fn claim_run(&self) {
+        let (store, run) = (Store::open(&self.spec.run.store).unwrap(), &self.spec.run.name);
+        let trajectory = self.spec.trajectory_digest();
+        let begin = |before: Option<&RunRecord>| {
+            let begun = before.map_or(Incarnation(1), |record| record.incarnation.next());
+            Ok(RunRecord { begun, ..RunRecord::new(trajectory, self.spec.to_toml(), &[]) })
+        };
+        Register::claim(&store, run, begin).await.unwrap();
+    }
+
+    pub(super) fn checkpoints(&self) -> Checkpoints {
+        let store = Store::open(&self.spec.run.store).unwrap();
+        Checkpoints::new(&store, &self.spec.run.name)
     }
 
     /// A worker on its way to this coordinator.
@@ -251,6 +289,14 @@ impl Guest {
 
     pub(super) fn offer(&self, generation: u64, step: u64) {
         self.say(Directive::Offer(v1::Offer { generation, step }));
+    }
+
+    pub(super) fn withdraw(&self, keep_updates: bool) {
+        self.say(Directive::Withdraw(v1::Withdraw { keep_updates }));
+    }
+
+    pub(super) fn drain(&self, reason: &str) {
+        self.say(Directive::Drain(v1::Drain { reason: reason.into() }));
     }
 
     pub(super) fn fetch(&self, step: u64, sources: &[&v1::Join]) {
