@@ -62,7 +62,7 @@ impl Core {
             }
         }
         if next.is_empty() {
-            self.members.clear();
+            self.set_members(Vec::new());
             self.end_admission();
             self.phase = Phase::Waiting;
             return self.settle();
@@ -89,7 +89,7 @@ impl Core {
     /// Workers without a place in the generation.
     pub(super) fn spares(&self) -> Vec<WorkerId> {
         let mut spares = self.roster.ids();
-        spares.retain(|worker| !self.members.contains(worker));
+        spares.retain(|worker| self.rank_of(*worker).is_none());
         spares
     }
 
@@ -111,7 +111,7 @@ impl Core {
         }
         self.waiting = Wait::default();
         self.generation = self.generation.next();
-        self.members = members;
+        self.set_members(members);
         self.trouble = None;
         let ring = self.addresses();
         for (rank, worker) in self.members.clone().into_iter().enumerate() {

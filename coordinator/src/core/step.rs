@@ -21,6 +21,8 @@ pub(super) struct Round {
     started: Duration,
     /// One place a rank.
     votes: Vec<Option<Vote>>,
+    /// Places that are empty.
+    missing: usize,
 }
 
 impl Round {
@@ -97,7 +99,8 @@ impl Core {
             };
             self.send(worker, Directive::Plan(plan));
         }
-        self.phase = Phase::Training(Round { step, started: self.now, votes: vec![None; world] });
+        let votes = vec![None; world];
+        self.phase = Phase::Training(Round { step, started: self.now, votes, missing: world });
         self.explain(format!("generation {}: {world} worker{}", self.generation, plural(world)));
     }
 
@@ -122,8 +125,12 @@ impl Core {
         if let Some(worker) = self.roster.get_mut(worker) {
             worker.sections = vote.sections;
         }
-        round.votes[rank] = Some(vote);
-        if let Some(votes) = round.votes.iter().cloned().collect::<Option<Vec<Vote>>>() {
+        if round.votes[rank].replace(vote).is_none() {
+            round.missing -= 1;
+        }
+        if round.missing == 0 {
+            // Looked at once a step and not once a vote, of which there may be thousands.
+            let votes: Vec<Vote> = round.votes.iter().flatten().cloned().collect();
             let started = round.started;
             self.decide(step, started, &votes);
         }
