@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{Form, Member};
-use looptrain_proto::{Digest, Generation, Step, WorkerId};
+use looptrain_proto::{Digest, Generation, Members, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
 use super::waiting::Wait;
@@ -113,7 +113,7 @@ impl Core {
         self.generation = self.generation.next();
         self.set_members(members);
         self.trouble = None;
-        let ring = self.addresses();
+        let ring = Members::from(self.addresses());
         for (rank, worker) in self.members.clone().into_iter().enumerate() {
             let form = Form {
                 generation: self.generation.0,
