@@ -11,6 +11,25 @@ use crate::WorkerError;
 use crate::compute::{Compute, ComputeError};
 use crate::data::Data;
 
+/// What a step took.
+#[derive(Clone, Copy, Debug)]
+pub struct BareStep {
+    /// Forward and backward of all slots, into fixed point.
+    pub compute: Duration,
+    /// From the reduced sums to the gradient, their digest and statistics.
+    pub prepare: Duration,
+    /// Clip, optimizer, and the new weights in the model.
+    pub update: Duration,
+}
+
+impl BareStep {
+    /// All of it.
+    #[must_use]
+    pub fn whole(&self) -> Duration {
+        self.compute + self.prepare + self.update
+    }
+}
+
 /// Why steps could not be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum BareError {
@@ -32,9 +51,8 @@ impl From<ComputeError> for BareError {
 }
 
 /// Runs the first `steps` steps of the spec from its initial weights on `threads` threads, and
-/// returns how long each took: all slots, the reduced gradient, its digest and statistics, and the
-/// update, one after the other on the compute thread. The tokens are read before, from the store
-/// that the spec names.
+/// returns how long each took, one after the other on the compute thread. The tokens are read
+/// before, from the store that the spec names.
 ///
 /// # Errors
 /// When data cannot be read, the spec has fewer steps, or a value leaves the fixed-point range.
@@ -42,7 +60,7 @@ pub async fn bare_steps(
     spec: Spec,
     threads: usize,
     steps: u64,
-) -> Result<Vec<Duration>, BareError> {
+) -> Result<Vec<BareStep>, BareError> {
     let spec = Arc::new(spec);
     let store = Store::open(&spec.run.store).map_err(WorkerError::from)?;
     let data = Data::open(Arc::clone(&spec), &store).await.map_err(WorkerError::from)?;
@@ -63,9 +81,15 @@ pub async fn bare_steps(
         for (step, batches) in work {
             let start = Instant::now();
             let sums = bench.contribute(step, 0, batches, &never)?.sums;
+            let computed = Instant::now();
             bench.prepare(step, sums)?;
+            let prepared = Instant::now();
             bench.commit(step)?;
-            times.push(start.elapsed());
+            times.push(BareStep {
+                compute: computed - start,
+                prepare: prepared - computed,
+                update: prepared.elapsed(),
+            });
         }
         Ok::<_, ComputeError>(times)
     });
@@ -82,7 +106,7 @@ mod tests {
     async fn every_step_of_the_spec_is_taken_and_no_more() {
         let (spec, _store) = tiny_store().await;
         let times = bare_steps(Spec::clone(&spec), 1, 4).await.unwrap();
-        assert!(times.len() == 4 && times.iter().all(|time| !time.is_zero()));
+        assert!(times.len() == 4 && times.iter().all(|step| step.compute < step.whole()));
         let error = bare_steps(Spec::clone(&spec), 1, 5).await.unwrap_err();
         assert_eq!(error.to_string(), "the spec has no step 5");
     }

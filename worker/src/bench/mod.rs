@@ -5,5 +5,5 @@
 mod bare;
 mod transfer;
 
-pub use bare::{BareError, bare_steps};
+pub use bare::{BareError, BareStep, bare_steps};
 pub use transfer::{TransferError, Transfers};

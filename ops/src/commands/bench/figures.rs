@@ -56,7 +56,10 @@ mod tests {
     #[test]
     fn a_quantile_is_a_sample_that_so_many_do_not_exceed() {
         let samples = Samples::new((1..=200).rev().map(f64::from).collect());
-        assert_eq!((samples.median(), samples.quantile(0.99), samples.max()), (100.0, 198.0, 200.0));
+        assert_eq!(
+            (samples.median(), samples.quantile(0.99), samples.max()),
+            (100.0, 198.0, 200.0)
+        );
         let one = Samples::new(vec![7.0]);
         assert_eq!((one.quantile(0.0), one.median(), one.max()), (7.0, 7.0, 7.0));
         assert!(Samples::new(Vec::new()).median().is_nan());

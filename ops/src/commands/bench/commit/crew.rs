@@ -264,7 +264,8 @@ impl Worker {
                 down::Kind::Form(form) => {
                     let v1::Form { generation, step, .. } = form;
                     let weights_digest = weights();
-                    self.say(up::Kind::Ready(v1::Ready { generation, step, weights_digest })).await?;
+                    self.say(up::Kind::Ready(v1::Ready { generation, step, weights_digest }))
+                        .await?;
                 }
                 down::Kind::Evaluate(share) => self.say(evaluated(share)).await?,
                 down::Kind::Save(save) => {

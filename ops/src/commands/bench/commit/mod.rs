@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use looptrain_coordinator::{Outcome, RunEvent, Settings, Started};
-use looptrain_proto::{Digest, Spec};
+use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::Store;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
@@ -55,7 +55,7 @@ pub(super) async fn run(args: CommitBench) -> Result<Value> {
     let Started::Running(running) = looptrain_coordinator::start(settings).await? else {
         bail!("a store in memory held a finished run");
     };
-    let events = tokio::spawn(until_formed(running.events.resubscribe()));
+    let mut events = running.events.resubscribe();
     let clock = Arc::new(Clock::new(all));
     let before = resident_bytes();
 
@@ -63,12 +63,18 @@ pub(super) async fn run(args: CommitBench) -> Result<Value> {
     let start = Instant::now();
     let crew = Crew::join(running.address, workers, &store, &clock).await?;
     let joined = start.elapsed();
-    let formed = events.await.context("the task that waits for the generation failed")??;
-    let forming = formed.saturating_duration_since(start + joined);
-    let resident = resident_bytes();
+    until(&mut events, |event| matches!(event, RunEvent::Formed { .. })).await?;
+    let forming = start.elapsed() - joined;
     print_line(&format!("{all} steps, of which {WARM_UP} are not measured"));
+    let resident = tokio::spawn(async move {
+        let last = Step(u64::from(all));
+        let is_last =
+            |event: &RunEvent| matches!(event, RunEvent::Committed(record) if record.step == last);
+        until(&mut events, is_last).await.map(|()| resident_bytes())
+    });
     let followed = async { Ok::<Outcome, anyhow::Error>(running.wait().await?) };
     let (outcome, ()) = tokio::try_join!(followed, crew.work())?;
+    let resident = resident.await.context("the task that looks at the memory failed")??;
     ensure!(outcome.step.0 == u64::from(all), "the run ended at step {}", outcome.step);
 
     let measured = clock.steps(WARM_UP);
@@ -78,9 +84,8 @@ pub(super) async fn run(args: CommitBench) -> Result<Value> {
     let commit = milliseconds(crew::StepTimes::vote_to_commit);
     let votes = milliseconds(crew::StepTimes::first_to_last_vote);
     let whole = milliseconds(crew::StepTimes::commit_to_commit);
-    let per_session = resident.zip(before).map(|(now, before)| {
-        now.saturating_sub(before) / u64::from(workers)
-    });
+    let per_session =
+        resident.zip(before).map(|(now, before)| now.saturating_sub(before) / u64::from(workers));
     Ok(json!({
         "bench": "commit",
         "workers": workers,
@@ -137,11 +142,14 @@ fn spec(workers: u32, steps: u32) -> Result<Spec> {
     Ok(Spec::parse("the bench's spec", &text, &[])?)
 }
 
-/// When the generation has formed: the first one must be the only one.
-async fn until_formed(mut events: broadcast::Receiver<RunEvent>) -> Result<Instant> {
+/// Waits for an event.
+async fn until(
+    events: &mut broadcast::Receiver<RunEvent>,
+    wanted: impl Fn(&RunEvent) -> bool,
+) -> Result<()> {
     loop {
         match events.recv().await {
-            Ok(RunEvent::Formed { .. }) => return Ok(Instant::now()),
+            Ok(event) if wanted(&event) => return Ok(()),
             Ok(RunEvent::Failed { reason }) => bail!("the run failed: {reason}"),
             Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
             Err(broadcast::error::RecvError::Closed) => bail!("the coordinator is gone"),
