@@ -4,6 +4,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let file = "proto/looptrain/v1/looptrain.proto";
     println!("cargo::rerun-if-changed={file}");
     let descriptors = protox::compile([file], ["proto"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        // Written by hand, in src/form.rs.
+        .extern_path(".looptrain.v1.Form", "crate::form::Form")
+        .compile_fds(descriptors)?;
     Ok(())
 }

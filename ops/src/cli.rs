@@ -1,9 +1,13 @@
 //! What a user can type.
 
+mod bench;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+pub(crate) use bench::{Bench, CommitBench, OrchestrationBench, ReduceBench, TransferBench};
 
 /// More threads than any machine has cores; far fewer than make a system refuse.
 const MAX_THREADS: i64 = 1024;
@@ -54,6 +58,10 @@ pub(crate) enum Command {
         --prompt 'fn main() {'"
     )]
     Generate(Generate),
+    /// Measure a part of the system on this machine; one JSON line on stdout
+    #[command(after_help = "Example: looptrain bench commit --workers 2000")]
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 impl Command {
@@ -69,6 +77,7 @@ impl Command {
             Self::Resume(_) => "resume",
             Self::Stop(_) => "stop",
             Self::Generate(_) => "generate",
+            Self::Bench(_) => "bench",
         }
     }
 }

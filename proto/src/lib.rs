@@ -2,15 +2,19 @@
 //!
 //! This crate depends on nothing else of the project; every other crate speaks it.
 
+mod form;
 mod ids;
 pub mod spec;
 
+pub use form::Members;
 pub use ids::{Cursor, Digest, Generation, Incarnation, NoDigest, Rank, Step, WorkerId};
 pub use spec::{Spec, SpecError};
 
 /// Messages and services, generated from `proto/looptrain/v1/looptrain.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod v1 {
+    pub use crate::form::Form;
+
     tonic::include_proto!("looptrain.v1");
 }
 

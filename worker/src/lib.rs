@@ -9,8 +9,10 @@
 //! - `compute`: the thread that owns the model and the training state;
 //! - [`reduce`]: fixed point, and the ring that sums it over ranks;
 //! - `state`: the training state as the tensors of a checkpoint;
-//! - `transfer`: the training state from peer to peer.
+//! - `transfer`: the training state from peer to peer;
+//! - [`bench`]: entrances for measurements.
 
+pub mod bench;
 mod compute;
 mod data;
 mod error;

@@ -187,7 +187,9 @@ impl Core {
         let name = self.roster.name(worker);
         let what = format!("{name} cannot catch up: {reason}");
         if self.rank_of(worker).is_some() {
-            self.members.retain(|member| *member != worker);
+            let mut others = self.members.clone();
+            others.retain(|member| *member != worker);
+            self.set_members(others);
             return self.reform(&what);
         }
         self.explain(what);

@@ -98,7 +98,8 @@ impl Core {
             return self.expel_and_reform(&[worker], &reason);
         }
         exam.shares[rank] = Some(share);
-        if let Some(shares) = exam.shares.iter().cloned().collect::<Option<Vec<Share>>>() {
+        if exam.shares.iter().all(Option::is_some) {
+            let shares: Vec<Share> = exam.shares.iter().flatten().cloned().collect();
             let seconds = (self.now - exam.started).as_secs_f64();
             let sequences = self.spec.evaluation.sequences;
             let record = add_up(step, sequences, seconds, loops, &shares);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{Form, Member};
-use looptrain_proto::{Digest, Generation, Step, WorkerId};
+use looptrain_proto::{Digest, Generation, Members, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
 use super::waiting::Wait;
@@ -62,7 +62,7 @@ impl Core {
             }
         }
         if next.is_empty() {
-            self.members.clear();
+            self.set_members(Vec::new());
             self.end_admission();
             self.phase = Phase::Waiting;
             return self.settle();
@@ -90,7 +90,7 @@ impl Core {
     /// Workers without a place in the generation.
     pub(super) fn spares(&self) -> Vec<WorkerId> {
         let mut spares = self.roster.ids();
-        spares.retain(|worker| !self.members.contains(worker));
+        spares.retain(|worker| self.rank_of(*worker).is_none());
         spares
     }
 
@@ -113,9 +113,9 @@ impl Core {
         self.waiting = Wait::default();
         self.counts.clear();
         self.generation = self.generation.next();
-        self.members = members;
+        self.set_members(members);
         self.trouble = None;
-        let ring = self.addresses();
+        let ring = Members::from(self.addresses());
         for (rank, worker) in self.members.clone().into_iter().enumerate() {
             let form = Form {
                 generation: self.generation.0,

@@ -49,7 +49,7 @@ mod step;
 mod tests;
 mod waiting;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use looptrain_proto::v1::Rejected;
@@ -114,6 +114,8 @@ pub(crate) struct Core {
     generation: Generation,
     /// Rank order; empty while waiting.
     members: Vec<WorkerId>,
+    /// Where each of them stands in that order.
+    ranks: HashMap<WorkerId, usize>,
     /// Members that come to hold the committed state without anybody's help.
     anchors: BTreeSet<WorkerId>,
     phase: Phase,
@@ -209,6 +211,7 @@ impl Core {
             numerics,
             generation,
             members: Vec::new(),
+            ranks: HashMap::new(),
             anchors: BTreeSet::new(),
             phase: Phase::Waiting,
             reason: "no worker has joined yet".into(),
@@ -341,7 +344,13 @@ impl Core {
     }
 
     fn rank_of(&self, worker: WorkerId) -> Option<usize> {
-        self.members.iter().position(|member| *member == worker)
+        self.ranks.get(&worker).copied()
+    }
+
+    /// The members of another generation, in rank order.
+    fn set_members(&mut self, members: Vec<WorkerId>) {
+        self.ranks = members.iter().copied().zip(0..).collect();
+        self.members = members;
     }
 
     fn world(&self) -> u32 {

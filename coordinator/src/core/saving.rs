@@ -127,8 +127,8 @@ impl Core {
             }
             Ok(saved) => {
                 saving.parts[part].saved = Some(saved);
-                let all = saving.parts.iter().map(|part| part.saved.clone());
-                if let Some(all) = all.collect::<Option<Vec<SavedPart>>>() {
+                if saving.parts.iter().all(|part| part.saved.is_some()) {
+                    let all = saving.parts.iter().filter_map(|part| part.saved.clone()).collect();
                     self.on_all_saved(all);
                 }
             }

@@ -27,6 +27,8 @@ pub(super) struct Round {
     shares: Vec<Range<u32>>,
     /// One place a rank.
     votes: Vec<Option<Vote>>,
+    /// Places that are empty.
+    missing: usize,
 }
 
 impl Round {
@@ -106,7 +108,7 @@ impl Core {
             self.send(worker, Directive::Plan(plan));
         }
         let (started, votes) = (self.now, vec![None; world]);
-        self.phase = Phase::Training(Round { step, started, shares, votes });
+        self.phase = Phase::Training(Round { step, started, shares, votes, missing: world });
         self.explain(format!("generation {}: {world} worker{}", self.generation, plural(world)));
     }
 
@@ -131,8 +133,12 @@ impl Core {
         if let Some(worker) = self.roster.get_mut(worker) {
             worker.sections = vote.sections;
         }
-        round.votes[rank] = Some(vote);
-        if let Some(votes) = round.votes.iter().cloned().collect::<Option<Vec<Vote>>>() {
+        if round.votes[rank].replace(vote).is_none() {
+            round.missing -= 1;
+        }
+        if round.missing == 0 {
+            // Looked at once a step and not once a vote, of which there may be thousands.
+            let votes: Vec<Vote> = round.votes.iter().flatten().cloned().collect();
             let started = round.started;
             self.decide(step, started, &votes);
         }

@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod bench;
 mod coordinator;
 mod generate;
 mod orders;
@@ -23,6 +24,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Resume(args) => orders::resume(args).await,
         Command::Stop(args) => orders::stop(args).await,
         Command::Generate(args) => generate::run(args).await,
+        Command::Bench(bench) => bench::run(bench, telemetry).await,
     }
 }
 

@@ -52,7 +52,11 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
 
 /// Follows the run with its workers beside it; when the last worker is gone before the run has
 /// ended, the run fails, for nobody will come to go on with it.
-async fn with_workers(running: Running, fleet: Fleet, run: &PreparedRun) -> Result<Outcome> {
+pub(super) async fn with_workers(
+    running: Running,
+    fleet: Fleet,
+    run: &PreparedRun,
+) -> Result<Outcome> {
     let events = running.events.resubscribe();
     let kill = CancellationToken::new();
     let mut workers: JoinHandle<Result<Vec<String>>> = tokio::spawn(fleet.run(kill.clone()));

@@ -241,7 +241,7 @@ impl Session {
         }
         let ring = RingId { incarnation: self.incarnation, generation };
         self.work.remember_generation(generation, rank, form.members.len());
-        let membership = Membership { ring, rank, members: peers(form.members), step };
+        let membership = Membership { ring, rank, members: peers(form.members.to_vec()), step };
         tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
         let work = Arc::clone(&self.work);
         let span = tracing::info_span!("form", %generation, %step);

@@ -2,13 +2,16 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
 use looptrain_proto::Digest;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::CHUNK;
@@ -45,10 +48,51 @@ struct Source {
     digests: Vec<Digest>,
 }
 
-/// A piece of the wanted buffers, and what it must hash to.
-struct Piece<'a> {
-    index: u32,
-    bytes: &'a mut [u8],
+/// Chunks that a source is asked for before the first of them has come: while one is hashed, the next
+/// is on its way.
+const ASKED: usize = 2;
+
+/// The item that is being fetched, for all its sources.
+struct Job {
+    item: Item,
+    chunks: Vec<Place>,
+    /// One a chunk.
+    digests: Vec<Digest>,
+    /// Chunks that nobody has been asked for yet.
+    waiting: Mutex<VecDeque<usize>>,
+}
+
+/// Where the elements of a chunk belong.
+struct Place {
+    buffer: usize,
+    elements: Range<usize>,
+}
+
+/// A chunk that is what it should be, on its way into its buffer.
+struct Verified {
+    chunk: usize,
+    values: Vec<f32>,
+    /// Takes the memory, for another one.
+    back: mpsc::Sender<Vec<f32>>,
+}
+
+impl Job {
+    fn new(item: Item, lengths: &[usize], digests: Vec<Digest>) -> Self {
+        let chunks: Vec<Place> = (lengths.iter().enumerate())
+            .flat_map(|(buffer, &length)| {
+                let place =
+                    move |start| Place { buffer, elements: start..length.min(start + CHUNK) };
+                (0..length).step_by(CHUNK).map(place)
+            })
+            .collect();
+        let waiting = Mutex::new((0..chunks.len()).collect());
+        Self { item, chunks, digests, waiting }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<usize>> {
+        // Every change is one call that cannot panic half-way.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Fetches buffers of `lengths` elements; `None` when after `wait` no source has the item yet,
@@ -90,36 +134,44 @@ pub(crate) async fn fetch(
         .map_err(|names| FetchError::Disagreement { item: name.clone(), names })?;
     let digests = holding[0].digests.clone();
 
+    let job = Arc::new(Job::new(item, lengths, digests));
     let mut buffers: Vec<Vec<f32>> = lengths.iter().map(|&length| vec![0.0; length]).collect();
-    let pieces = buffers.iter_mut().flat_map(|buffer| buffer.chunks_mut(CHUNK));
-    let pieces: VecDeque<Piece<'_>> = (0..)
-        .zip(pieces)
-        .map(|(index, chunk)| Piece { index, bytes: bytemuck::cast_slice_mut(chunk) })
-        .collect();
-    let queue = Mutex::new(pieces);
-    let left = || queue.lock().unwrap_or_else(PoisonError::into_inner).len();
-    // Again while a source is left: one that fails late puts back what others have run out of.
-    while left() > 0 && !holding.is_empty() {
-        let worked =
-            join_all(holding.into_iter().map(|source| drain(source, item, &digests, &queue)));
-        holding = Vec::new();
-        for result in worked.await {
-            match result {
-                Ok(source) => holding.push(source),
-                Err(reason) => {
+    let mut left = job.chunks.len();
+    // Each source in a task of its own, since all of them hash; gone when this future is dropped.
+    let mut draining = JoinSet::new();
+    let (verified, mut arriving) = mpsc::channel::<Verified>(1);
+    while left > 0 {
+        // At first, and again when one that fails late has put back what others have run out of.
+        if !job.waiting().is_empty() {
+            for source in holding.drain(..) {
+                draining.spawn(drain(source, Arc::clone(&job), verified.clone()));
+            }
+        }
+        tokio::select! {
+            // Before the end of a source that sent something comes what it sent.
+            biased;
+            Some(Verified { chunk, values, back }) = arriving.recv() => {
+                let Place { buffer, elements } = &job.chunks[chunk];
+                buffers[*buffer][elements.clone()].copy_from_slice(&values);
+                left -= 1;
+                // A source that needs no more chunks is gone.
+                let _ = back.try_send(values);
+            }
+            drained = draining.join_next() => match drained {
+                Some(Ok(Ok(source))) => holding.push(source),
+                Some(Ok(Err(reason))) => {
                     tracing::warn!("a source of the {name} is given up: {reason}");
                     reasons.push(reason);
                 }
-            }
+                Some(Err(error)) => reasons.push(error.to_string()),
+                None => {
+                    let reasons = reasons.join("; ");
+                    return Err(FetchError::Incomplete { item: name, left, reasons });
+                }
+            },
         }
     }
-    match left() {
-        0 => Ok(Some(buffers)),
-        left => {
-            let reasons = reasons.join("; ");
-            Err(FetchError::Incomplete { item: name, left, reasons })
-        }
-    }
+    Ok(Some(buffers))
 }
 
 /// Connects to a peer and asks for the item's digests until it has the item or the time is over.
@@ -181,43 +233,64 @@ fn majority(holding: Vec<Source>) -> Result<Vec<Source>, String> {
     }
 }
 
-/// Works on the queue until it is empty; a source that fails puts its piece back and is not heard
-/// of again.
+/// Gets chunks until none is waiting; a source that fails puts back what it was asked for and is not
+/// heard of again.
 async fn drain(
     mut source: Source,
-    item: Item,
-    digests: &[Digest],
-    queue: &Mutex<VecDeque<Piece<'_>>>,
+    job: Arc<Job>,
+    verified: mpsc::Sender<Verified>,
 ) -> Result<Source, String> {
-    loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let Some(mut piece) = next else { return Ok(source) };
-        let received = receive(&mut source.stream, item, &mut piece, digests);
-        let fault = match timeout(ANSWER_TIME, received).await {
-            Ok(Ok(())) => continue,
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "it does not answer".to_owned(),
-        };
-        queue.lock().unwrap_or_else(PoisonError::into_inner).push_front(piece);
-        return Err(format!("{}: {fault}", source.peer));
+    let mut asked = VecDeque::new();
+    match get(&mut source.stream, &job, &mut asked, &verified).await {
+        Ok(()) => Ok(source),
+        Err(error) => {
+            job.waiting().extend(asked);
+            Err(format!("{}: {error}", source.peer))
+        }
     }
 }
 
-async fn receive(
+async fn get(
     stream: &mut TcpStream,
-    item: Item,
-    piece: &mut Piece<'_>,
-    digests: &[Digest],
+    job: &Job,
+    asked: &mut VecDeque<usize>,
+    verified: &mpsc::Sender<Verified>,
 ) -> io::Result<()> {
-    let request = Request { item, part: Part::Chunk(piece.index) };
-    match call(stream, request).await? {
-        Reply::Here { bytes } if bytes == piece.bytes.len() as u64 => {}
+    // One is filled while the other is copied from; the sender stays here, so that both come back.
+    let (back, mut spent) = mpsc::channel(2);
+    while back.try_send(Vec::new()).is_ok() {}
+    loop {
+        while asked.len() < ASKED {
+            let Some(chunk) = job.waiting().pop_front() else { break };
+            asked.push_back(chunk);
+            let part = Part::Chunk(u32::try_from(chunk).map_err(|_| invalid("too many chunks"))?);
+            in_time(Request { item: job.item, part }.send(stream)).await?;
+        }
+        let Some(&chunk) = asked.front() else { return Ok(()) };
+        let mut values = spent.recv().await.unwrap_or_default();
+        values.resize(job.chunks[chunk].elements.len(), 0.0);
+        in_time(receive(stream, bytemuck::cast_slice_mut(&mut values))).await?;
+        if Digest::of(bytemuck::cast_slice(&values)) != job.digests[chunk] {
+            return Err(invalid("a chunk is damaged"));
+        }
+        let arrived = Verified { chunk, values, back: back.clone() };
+        verified.send(arrived).await.map_err(|_| invalid("nobody wants it any more"))?;
+        asked.pop_front();
+    }
+}
+
+async fn in_time<T>(answer: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer"));
+    timeout(ANSWER_TIME, answer).await.unwrap_or_else(late)
+}
+
+/// The answer to the oldest request for a chunk.
+async fn receive(stream: &mut TcpStream, chunk: &mut [u8]) -> io::Result<()> {
+    match Reply::receive(stream).await? {
+        Reply::Here { bytes } if bytes == chunk.len() as u64 => {}
         Reply::Here { .. } => return Err(invalid("it sends a chunk of another size")),
         Reply::Lacking(_) => return Err(invalid("it does not have it any more")),
     }
-    stream.read_exact(piece.bytes).await?;
-    if Digest::of(piece.bytes) != digests[piece.index as usize] {
-        return Err(invalid("a chunk is damaged"));
-    }
+    stream.read_exact(chunk).await?;
     Ok(())
 }

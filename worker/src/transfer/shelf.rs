@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 
 use looptrain_model::TrainState;
 use looptrain_proto::{Digest, Step};
@@ -16,6 +17,10 @@ const KEPT_BYTES: usize = 512 << 20;
 
 /// Updates that are kept for joiners that hold a state and follow: they lag by a step or two.
 const KEPT_FOR_FOLLOWERS: usize = 8;
+
+/// Threads that hash what is offered: a joiner waits for it, and more would take too much from the
+/// training.
+const HASHERS: usize = 4;
 
 /// The state of one step, and the gradients of the newest commits; empty most of the time.
 #[derive(Clone, Debug, Default)]
@@ -155,9 +160,22 @@ impl Goods {
         self.chunks().nth(index as usize)
     }
 
-    /// One digest a chunk. The first call hashes everything, on the calling thread.
+    /// One digest a chunk. The first call hashes everything, on some threads, and blocks.
     pub(super) fn digests(&self) -> &[Digest] {
-        self.digests.get_or_init(|| self.chunks().map(Digest::of).collect())
+        self.digests.get_or_init(|| {
+            let chunks: Vec<&[u8]> = self.chunks().collect();
+            let threads = thread::available_parallelism().map_or(1, usize::from).min(HASHERS);
+            let share = chunks.len().div_ceil(threads).max(1);
+            let hash = |chunks: &[&[u8]]| -> Vec<Digest> {
+                chunks.iter().map(|chunk| Digest::of(chunk)).collect()
+            };
+            thread::scope(|scope| {
+                let shares: Vec<_> =
+                    chunks.chunks(share).map(|share| scope.spawn(move || hash(share))).collect();
+                let joined = shares.into_iter().map(|share| share.join());
+                joined.flat_map(|digests| digests.expect("hashing does not panic")).collect()
+            })
+        })
     }
 }
 

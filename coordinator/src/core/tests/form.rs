@@ -16,6 +16,14 @@ fn a_generation_forms_when_enough_workers_are_here() {
 }
 
 #[test]
+fn the_members_of_a_generation_are_one_list_for_all_of_them() {
+    let mut rig = Rig::new(&["cluster.workers=3"]);
+    let ids = ["w0", "w1", "w2"].map(|name| rig.join(name));
+    let lists = ids.map(|worker| rig.form_of(worker).members.as_ptr());
+    assert_eq!(lists, [lists[0]; 3], "thousands of copies of thousands of members take gigabytes");
+}
+
+#[test]
 fn training_starts_when_all_are_ready_and_not_before() {
     let mut rig = Rig::new(&[]);
     let (first, second) = (rig.join("w0"), rig.join("w1"));

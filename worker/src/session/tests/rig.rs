@@ -283,7 +283,7 @@ impl Guest {
     }
 
     pub(super) fn form(&self, generation: u64, rank: u32, joins: &[&v1::Join], step: u64) {
-        let members = members(joins);
+        let members = members(joins).into();
         self.say(Directive::Form(v1::Form { generation, members, rank, step }));
     }
 

@@ -1,0 +1,79 @@
+//! What can be measured.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::MAX_THREADS;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// From the last vote on a step to the last commit: a coordinator and its sessions over gRPC on
+    /// the loopback, with workers that compute nothing
+    #[command(after_help = "Example: looptrain bench commit --workers 2000 --steps 300")]
+    Commit(CommitBench),
+    /// Training state from peer to peer over the loopback: served, fetched, hashed, verified
+    #[command(after_help = "Example: looptrain bench transfer --mib 1024 --sources 2")]
+    Transfer(TransferBench),
+    /// The ring all-reduce of a gradient over the loopback, and its way into fixed point and back
+    #[command(after_help = "Example: looptrain bench reduce --mib 256 --ranks 2")]
+    Reduce(ReduceBench),
+    /// What the control plane costs: the same steps bare in one process, and as a local run
+    #[command(after_help = "Example: looptrain bench orchestration examples/quickstart.toml\n\
+        The run of the spec is left alone: one of another name is begun anew, in the same store.")]
+    Orchestration(OrchestrationBench),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CommitBench {
+    /// Sessions
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) workers: u32,
+    /// Steps that are measured
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TransferBench {
+    /// Size of the state: weights and both moments
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) mib: u32,
+    /// Peers that offer it
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) sources: u32,
+    /// Times that it is fetched; the figures are of the median
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReduceBench {
+    /// Size of the sums on each rank, 64 bits a parameter
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) mib: u32,
+    /// Ranks in the ring
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
+    pub(crate) ranks: u32,
+    /// Times that they are reduced; the figures are of the median
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OrchestrationBench {
+    /// The run spec, a TOML file
+    pub(crate) spec: PathBuf,
+    /// Override a key of the spec; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Steps that are measured, of each of the four runs
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+    /// Worker processes of the local run
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) workers: u32,
+    /// CPU threads, of the bare steps and of all workers together; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
+    pub(crate) threads: Option<u32>,
+}

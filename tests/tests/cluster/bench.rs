@@ -1,0 +1,90 @@
+//! `looptrain bench`: one line of JSON with figures that can be.
+
+use serde_json::Value;
+
+use super::support::{End, Scratch};
+
+/// The one line of a bench.
+#[track_caller]
+fn figures(end: &End) -> Value {
+    assert_eq!(end.code, Some(0), "{end:?}");
+    let lines: Vec<&str> = end.stdout.lines().collect();
+    assert_eq!(lines.len(), 1, "{end:?}");
+    let figures: Value = serde_json::from_str(lines[0]).unwrap();
+    assert!(figures["machine"]["threads"].as_u64().unwrap() > 0, "{figures}");
+    figures
+}
+
+/// A figure that a measurement cannot have missed.
+#[track_caller]
+fn positive(figures: &Value, pointer: &str) -> f64 {
+    let value = figures.pointer(pointer).and_then(Value::as_f64);
+    value.filter(|value| *value > 0.0).unwrap_or_else(|| panic!("{pointer} of {figures}"))
+}
+
+#[test]
+fn the_time_from_the_last_vote_to_the_last_commit_is_measured_with_real_sessions() {
+    let figures =
+        figures(&Scratch::new().run(&["bench", "commit", "--workers", "20", "--steps", "30"]));
+    assert_eq!((&figures["bench"], &figures["workers"]), (&"commit".into(), &20.into()));
+    let quantile = |name: &str| positive(&figures, &format!("/vote_to_commit_ms/{name}"));
+    assert!(quantile("p50") <= quantile("p99") && quantile("p99") <= quantile("max"));
+    assert!(quantile("p50") < positive(&figures, "/step_ms_p50"), "{figures}");
+    for field in ["/joins_per_second", "/form_seconds", "/resident_bytes_per_session"] {
+        positive(&figures, field);
+    }
+}
+
+#[test]
+fn a_state_is_fetched_from_several_sources_and_its_speed_measured() {
+    let arguments = ["bench", "transfer", "--mib", "16", "--sources", "2", "--rounds", "2"];
+    let figures = figures(&Scratch::new().run(&arguments));
+    assert_eq!((&figures["bench"], &figures["sources"]), (&"transfer".into(), &2.into()));
+    let bytes = positive(&figures, "/bytes");
+    assert!((16e6..17e6).contains(&bytes), "{figures}");
+    let typical = positive(&figures, "/gigabytes_per_second");
+    assert!(typical <= positive(&figures, "/best_gigabytes_per_second"), "{figures}");
+}
+
+#[test]
+fn an_all_reduce_is_measured_beside_its_fixed_point() {
+    let arguments = ["bench", "reduce", "--mib", "8", "--ranks", "3", "--rounds", "3"];
+    let figures = figures(&Scratch::new().run(&arguments));
+    assert_eq!((&figures["bench"], &figures["ranks"]), (&"reduce".into(), &3.into()));
+    let bus = positive(&figures, "/bus_gigabytes_per_second") * 1e9;
+    let formula = 4.0 / 3.0 * positive(&figures, "/bytes") / positive(&figures, "/reduce_seconds");
+    assert!((bus / formula - 1.0).abs() < 0.1, "{figures}");
+    for field in ["/encode_seconds", "/decode_seconds"] {
+        positive(&figures, field);
+    }
+}
+
+#[test]
+fn the_same_steps_are_measured_bare_and_in_a_local_run_that_leaves_the_specs_run_alone() {
+    let scratch = Scratch::new();
+    let figures = figures(&scratch.run(&["bench", "orchestration", "spec.toml", "--steps", "5"]));
+    assert_eq!(figures["bench"], "orchestration");
+    assert_eq!((&figures["steps"], &figures["step"]["slots"]), (&5.into(), &6.into()));
+    let (bare, local) = (positive(&figures, "/bare_ms/p50"), positive(&figures, "/local_ms/p50"));
+    let ratio = positive(&figures, "/ratio");
+    assert!((local / bare / ratio - 1.0).abs() < 0.01, "{figures}");
+    assert!(positive(&figures, "/bare_ms/compute") < bare, "{figures}");
+    assert!(positive(&figures, "/local_ms/compute") < local, "{figures}");
+    assert!(figures["control_plane_ms"].is_number(), "{figures}");
+    for kind in ["bare_ms", "local_ms"] {
+        assert_eq!(figures["rounds"][kind].as_array().unwrap().len(), 2, "{figures}");
+    }
+    assert!(scratch.path("store/runs/small-bench").is_dir());
+    assert!(!scratch.path("store/runs/small").exists());
+}
+
+#[test]
+fn more_sessions_than_the_system_has_files_for_are_refused_with_the_remedy() {
+    // In a shell whose limit cannot be raised any more.
+    let program = env!("CARGO_BIN_EXE_looptrain-under-test");
+    let script = format!("ulimit -n 100; exec {program} bench commit --workers 50");
+    let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("50 sessions") && error.contains("ulimit -n"), "{error}");
+}

@@ -1,0 +1,9 @@
+//! Entrances for measurements: parts of a worker, run by themselves with the code that workers run.
+//!
+//! Nothing of a worker knows of this module.
+
+mod bare;
+mod transfer;
+
+pub use bare::{BareError, BareStep, bare_steps};
+pub use transfer::{TransferError, Transfers};
