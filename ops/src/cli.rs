@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::fault::Fault;
+
 /// More threads than any machine has cores; far fewer than make a system refuse.
 const MAX_THREADS: i64 = 1024;
 
@@ -66,6 +68,9 @@ pub(crate) struct SpecArgs {
     /// Forget what the store holds of this run and begin anew; datasets stay
     #[arg(long)]
     pub(crate) fresh: bool,
+    /// Stop after this step, with a checkpoint; the same command without it goes on from there
+    #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) until: Option<u64>,
     /// Serve the status page and /metrics on this address, such as 127.0.0.1:8080
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) dashboard: Option<SocketAddr>,
@@ -90,6 +95,15 @@ pub(crate) struct Coordinator {
     /// Address for workers
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", value_parser = address)]
     pub(crate) listen: SocketAddr,
+    /// Print every event of the run as one JSON line on stdout
+    #[arg(long)]
+    pub(crate) events: bool,
+    /// What this process does to itself at an exact moment, such as kill@decided:17; for tests
+    #[arg(long = "fault", value_name = "ACTION@MOMENT[:STEP]", hide = true, value_parser = coordinator_fault)]
+    pub(crate) faults: Vec<Fault>,
+    /// End when stdin does, so that nobody has to end it whose parent was killed
+    #[arg(long, hide = true)]
+    pub(crate) bound: bool,
 }
 
 #[derive(Debug, Args)]
@@ -118,6 +132,12 @@ pub(crate) struct Worker {
     /// Print warnings and errors alone
     #[arg(long)]
     pub(crate) quiet: bool,
+    /// What this process does to itself at an exact moment, such as kill@reduce:17; for tests
+    #[arg(long = "fault", value_name = "ACTION@MOMENT[:STEP]", hide = true, value_parser = worker_fault)]
+    pub(crate) faults: Vec<Fault>,
+    /// End when stdin does, so that nobody has to end it whose parent was killed
+    #[arg(long, hide = true)]
+    pub(crate) bound: bool,
 }
 
 #[derive(Debug, Args)]
@@ -160,6 +180,14 @@ pub(crate) struct Generate {
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "write IP:PORT, such as 127.0.0.1:7400".to_owned())
+}
+
+fn worker_fault(text: &str) -> Result<Fault, String> {
+    Fault::parse(text, &looptrain_worker::Moment::NAMES)
+}
+
+fn coordinator_fault(text: &str) -> Result<Fault, String> {
+    Fault::parse(text, &looptrain_coordinator::Moment::NAMES)
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -7,6 +7,7 @@
 mod cli;
 mod commands;
 mod datasets;
+mod fault;
 mod launcher;
 mod progress;
 mod signals;

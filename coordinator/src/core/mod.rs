@@ -152,6 +152,8 @@ pub(crate) struct Core {
     held_up: Option<Duration>,
 
     stop: Option<String>,
+    /// The run ends here, to go on some other time.
+    until: Option<Step>,
 }
 
 /// What the members are doing.
@@ -225,7 +227,13 @@ impl Core {
             by_checkpoint: BTreeSet::new(),
             held_up: None,
             stop: None,
+            until: None,
         }
+    }
+
+    /// The same, to be stopped at the boundary after step `until`.
+    pub(crate) fn stopping_at(self, until: Option<Step>) -> Self {
+        Self { until, ..self }
     }
 
     /// Takes one event at `now` (time since the start, never less than before) and returns what

@@ -18,6 +18,7 @@ use super::sums;
 use crate::reduce::exact::{FixedPoint, OutOfRange};
 use crate::state;
 use crate::transfer::Shelf;
+use crate::{Moment, Moments};
 
 /// Bytes of slot gradients that are kept for a retry of their step.
 const KEPT_BYTES: usize = 512 << 20;
@@ -92,10 +93,11 @@ pub(crate) struct Bench {
     optimizer_seconds: f64,
     /// What joiners may fetch.
     shelf: Shelf,
+    moments: Moments,
 }
 
 impl Bench {
-    pub(super) fn new(spec: Arc<Spec>, threads: usize, shelf: Shelf) -> Self {
+    pub(super) fn new(spec: Arc<Spec>, threads: usize, shelf: Shelf, moments: Moments) -> Self {
         Self {
             layout: Layout::new(&spec.model),
             engine: Engine::new(&spec.model, threads),
@@ -105,6 +107,7 @@ impl Bench {
             spare: Vec::new(),
             optimizer_seconds: 0.0,
             shelf,
+            moments,
             spec,
         }
     }
@@ -232,6 +235,7 @@ impl Bench {
                         kept.insert(slots[index], output);
                     }
                     *done += 1;
+                    self.moments.at(Moment::Compute(step));
                 },
             );
             let (.., result, done) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);

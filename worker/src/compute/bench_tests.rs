@@ -4,7 +4,8 @@ use super::*;
 use crate::testing::tiny_spec;
 
 fn bench(threads: usize) -> Bench {
-    let mut bench = Bench::new(Arc::new(tiny_spec("memory://")), threads, Shelf::default());
+    let mut bench =
+        Bench::new(Arc::new(tiny_spec("memory://")), threads, Shelf::default(), Moments::default());
     bench.initialise();
     bench
 }

@@ -18,13 +18,13 @@ use looptrain_storage::Checkpoints;
 use tracing::Instrument;
 
 use super::failure::Failure;
-use crate::WorkerError;
 use crate::compute::{Bench, Compute, ComputeError, Part};
 use crate::feed::Feed;
 use crate::reduce::Collective;
 use crate::reduce::tcp::{Peer, Peers, Ring, RingId};
 use crate::state::{self, StateError};
 use crate::transfer::{self, FetchError, Item};
+use crate::{Moment, Moments, WorkerError};
 
 /// How long a ring may take to form; the coordinator gives up earlier when a member is dead.
 const FORM_TIME: Duration = Duration::from_secs(30);
@@ -45,6 +45,7 @@ pub(crate) struct Work {
     pub(crate) memory: Mutex<Memory>,
     /// Of the run that this worker was welcomed to.
     pub(crate) lineage: Vec<u8>,
+    pub(crate) moments: Moments,
 }
 
 /// Votes that a worker remembers: more than a coordinator that dies may have failed to log.
@@ -170,6 +171,7 @@ impl Work {
         let fetched = async {
             self.fetch_state(step, &mut sources).await?;
             *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
+            self.moments.at(Moment::Fetched(step));
             let mut held = step;
             while self.fetch_update(held.next(), Duration::ZERO).await? {
                 held = held.next();
@@ -289,7 +291,8 @@ impl Work {
         let start = Instant::now();
         let mut sums = contribution.sums;
         let span = tracing::info_span!("reduce", world = collective.world());
-        collective.all_reduce(step.0, &mut sums).instrument(span).await?;
+        let under_way = || self.moments.at(Moment::Reduce(step));
+        collective.all_reduce_watched(step.0, &mut sums, &under_way).instrument(span).await?;
         let reduce = start.elapsed().as_secs_f64();
 
         let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;

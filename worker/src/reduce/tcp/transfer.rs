@@ -79,6 +79,8 @@ pub(super) struct Transfer<'a> {
     received: Place,
     /// Bytes of a broken word at the start of the scratch buffer.
     carried: usize,
+    /// To be called when numbers have gone out.
+    under_way: Option<&'a (dyn Fn() + Sync)>,
 }
 
 impl<'a> Transfer<'a> {
@@ -103,7 +105,14 @@ impl<'a> Transfer<'a> {
             sent: Place::default(),
             received: Place::default(),
             carried: 0,
+            under_way: None,
         }
+    }
+
+    /// Calls `under_way` once, when the first numbers have gone out. The sum is not complete then:
+    /// a rank gets its own numbers back, added up, only after it has sent them.
+    pub(super) fn watched(self, under_way: &'a (dyn Fn() + Sync)) -> Self {
+        Self { under_way: Some(under_way), ..self }
     }
 
     fn rounds(&self) -> usize {
@@ -166,6 +175,9 @@ impl<'a> Transfer<'a> {
             let bytes = &bytemuck::cast_slice::<i64, u8>(&self.sums[segment])[..ready];
             let count = written(Pin::new(next).poll_write(cx, &bytes[self.sent.bytes..]))?;
             self.sent.bytes += count;
+            if let Some(under_way) = self.under_way.take_if(|_| count > 0) {
+                under_way();
+            }
             return Ok(count > 0);
         }
         Ok(false)
