@@ -42,6 +42,12 @@ pub(crate) enum Command {
         --prompt 'fn main() {'"
     )]
     Generate(Generate),
+    /// Hurt a local cluster at random and see whether the weights come out the same
+    #[command(after_help = "Example: looptrain chaos examples/tiny.toml --seed 7 --minutes 2 \
+        --workers 4 --json\nThe same seed is the same schedule. Exit status 1 and a line that \
+        names seed and event when the\nweights differ from those of an undisturbed run, or when \
+        no step is committed for 30 s.")]
+    Chaos(Chaos),
 }
 
 impl Command {
@@ -53,6 +59,7 @@ impl Command {
             Self::Worker(_) => "worker",
             Self::Status(_) => "status",
             Self::Generate(_) => "generate",
+            Self::Chaos(_) => "chaos",
         }
     }
 }
@@ -176,6 +183,35 @@ pub(crate) struct Generate {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Chaos {
+    /// The run spec, a TOML file; the runs are others of its store, begun anew and removed
+    pub(crate) spec: PathBuf,
+    /// Override a key of the spec; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Decides what happens, and when
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// For how long things happen; about one every five seconds
+    #[arg(long, default_value_t = 1.0, value_parser = minutes)]
+    pub(crate) minutes: f64,
+    /// Workers in the beginning; the spec's cluster.workers by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) workers: Option<u32>,
+    /// CPU threads that the workers share; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
+    pub(crate) threads: Option<u32>,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn minutes(text: &str) -> Result<f64, String> {
+    let given = text.parse().ok().filter(|given: &f64| (0.05..=1e5).contains(given));
+    given.ok_or_else(|| "it must be a number of minutes, 0.05 or more".to_owned())
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {

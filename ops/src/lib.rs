@@ -4,6 +4,7 @@
 //! Everything else in the project only emits telemetry and obeys cancellation tokens; SDKs, signal
 //! handlers and the allocator are installed here.
 
+mod chaos;
 mod cli;
 mod commands;
 mod datasets;

@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod chaos;
 mod coordinator;
 mod generate;
 mod status;
@@ -18,6 +19,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Worker(args) => worker::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Generate(args) => generate::run(args).await,
+        Command::Chaos(args) => chaos::run(args).await,
     }
 }
 

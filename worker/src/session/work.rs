@@ -49,7 +49,7 @@ pub(crate) struct Work {
 }
 
 /// Votes that a worker remembers: more than a coordinator that dies may have failed to log.
-const REMEMBERED: usize = 256;
+const REMEMBERED: usize = 1024;
 
 /// What a worker can tell the next coordinator of its time with the last one.
 #[derive(Debug, Default)]
