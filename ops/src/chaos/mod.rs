@@ -61,7 +61,7 @@ impl Plan {
         let (disturbed, calm) = (self.run_name("chaos"), self.run_name("calm"));
         if let Err(error) = self.compare(&disturbed, &calm, stop, &mut report).await {
             if stop.is_cancelled() {
-                return Err(error);
+                anyhow::bail!("interrupted; seed {} proves nothing so far", self.seed);
             }
             report.failure = Some(format!("seed {}: {error:#}", self.seed));
         }

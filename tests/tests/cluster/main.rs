@@ -4,8 +4,12 @@
 
 mod bad_input;
 mod chaos;
+mod cluster;
 mod elastic;
 mod end_to_end;
 mod left_behind;
+mod moments;
+mod network;
 mod same_bits;
 mod support;
+mod tool;
