@@ -17,6 +17,7 @@ mod error;
 mod journal;
 mod keeper;
 pub mod metrics;
+mod moment;
 mod records;
 mod reports;
 mod runtime;
@@ -25,5 +26,6 @@ mod start;
 
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;
+pub use moment::{Moment, OnMoment};
 pub use records::{EvaluationRecord, Outcome, RunEvent, Section, SectionSeconds, StepRecord};
 pub use start::{Running, Settings, Started, start};

@@ -17,6 +17,7 @@ use crate::error::CoordinatorError;
 use crate::journal::Entry;
 use crate::keeper::Note;
 use crate::metrics::Instruments;
+use crate::moment::Watch;
 use crate::records::{Outcome, RunEvent};
 use crate::server::Session;
 
@@ -48,6 +49,8 @@ pub(crate) struct Runtime {
     pub(crate) instruments: Instruments,
     pub(crate) sessions: HashMap<WorkerId, Session>,
     pub(crate) started: Instant,
+    /// Somebody wants to know of exact moments.
+    pub(crate) watch: Option<Watch>,
 }
 
 impl Runtime {
@@ -99,7 +102,13 @@ impl Runtime {
     fn feed(&mut self, event: Event) -> Option<Result<Outcome, String>> {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
+            if let Some(watch) = &mut self.watch {
+                watch.hear(&event);
+            }
             for action in self.core.handle(self.started.elapsed(), event) {
+                if let Some(watch) = &mut self.watch {
+                    watch.before(&action);
+                }
                 match action {
                     Action::Send { worker, message } => {
                         let session = self.sessions.get(&worker);
@@ -127,6 +136,9 @@ impl Runtime {
                     }
                     Action::End(result) => return Some(result),
                 }
+            }
+            if let Some(watch) = &mut self.watch {
+                watch.done();
             }
         }
         None

@@ -21,6 +21,7 @@ use crate::error::CoordinatorError;
 use crate::journal::{Journal, read_history};
 use crate::keeper::Keeper;
 use crate::metrics::Instruments;
+use crate::moment::{OnMoment, Watch};
 use crate::records::{Outcome, RunEvent};
 use crate::runtime::Runtime;
 use crate::server::{self, Readers, Service};
@@ -54,8 +55,12 @@ pub struct Settings {
     pub dashboard: Option<SocketAddr>,
     /// Cancelled to stop the run at the next step boundary, with a checkpoint.
     pub stop: CancellationToken,
+    /// Stop the run at the boundary after this step, with a checkpoint; it can go on later.
+    pub until: Option<Step>,
     /// Renders the process's metrics as Prometheus text, for `/metrics`.
     pub render_metrics: Option<RenderMetrics>,
+    /// Called at exact moments of a step; for tests that hurt this process there.
+    pub moments: Option<OnMoment>,
 }
 
 /// What [`start`] found.
@@ -107,8 +112,18 @@ impl Running {
 /// no good checkpoint where there should be one; when an address is taken. Nothing of the run is
 /// written or removed before all of that is known to be well.
 pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
-    let Settings { spec, store, datasets, fresh, listen, dashboard, stop, render_metrics } =
-        settings;
+    let Settings {
+        spec,
+        store,
+        datasets,
+        fresh,
+        listen,
+        dashboard,
+        stop,
+        until,
+        render_metrics,
+        moments,
+    } = settings;
     let spec = Arc::new(spec);
     let run = spec.run.name.clone();
     let trajectory = spec.trajectory_digest();
@@ -199,7 +214,7 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
         tokio::spawn(dashboard::serve(listener, app, shutdown.clone()))
     });
     let runtime = Runtime {
-        core: Core::new(Spec::clone(&spec), resume),
+        core: Core::new(Spec::clone(&spec), resume).stopping_at(until),
         tick: worker_timeout / 8,
         inputs,
         stop,
@@ -210,6 +225,7 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
         instruments: Instruments::new(),
         sessions: HashMap::new(),
         started: Instant::now(),
+        watch: moments.map(Watch::new),
     };
     let outcome = tokio::spawn(supervise(runtime, address, server, page, readers, shutdown));
     Ok(Started::Running(Running {

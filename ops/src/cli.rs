@@ -9,6 +9,8 @@ use clap::{Args, Parser, Subcommand};
 
 pub(crate) use bench::{Bench, CommitBench, OrchestrationBench, ReduceBench, TransferBench};
 
+use crate::fault::Fault;
+
 /// More threads than any machine has cores; far fewer than make a system refuse.
 const MAX_THREADS: i64 = 1024;
 
@@ -62,6 +64,12 @@ pub(crate) enum Command {
     #[command(after_help = "Example: looptrain bench commit --workers 2000")]
     #[command(subcommand)]
     Bench(Bench),
+    /// Hurt a local cluster at random and see whether the weights come out the same
+    #[command(after_help = "Example: looptrain chaos examples/tiny.toml --seed 7 --minutes 2 \
+        --workers 4 --json\nThe same seed is the same schedule. Exit status 1 and a line that \
+        names seed and event when the\nweights differ from those of an undisturbed run, or when \
+        no step is committed for 30 s.")]
+    Chaos(Chaos),
 }
 
 impl Command {
@@ -78,6 +86,7 @@ impl Command {
             Self::Stop(_) => "stop",
             Self::Generate(_) => "generate",
             Self::Bench(_) => "bench",
+            Self::Chaos(_) => "chaos",
         }
     }
 }
@@ -93,6 +102,9 @@ pub(crate) struct SpecArgs {
     /// Forget what the store holds of this run and begin anew; datasets stay
     #[arg(long)]
     pub(crate) fresh: bool,
+    /// Stop after this step, with a checkpoint; the same command without it goes on from there
+    #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) until: Option<u64>,
     /// Serve the status page and /metrics on this address, such as 127.0.0.1:8080
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) dashboard: Option<SocketAddr>,
@@ -117,6 +129,15 @@ pub(crate) struct Coordinator {
     /// Address for workers
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", value_parser = address)]
     pub(crate) listen: SocketAddr,
+    /// Print every event of the run as one JSON line on stdout
+    #[arg(long)]
+    pub(crate) events: bool,
+    /// What this process does to itself at an exact moment, such as kill@decided:17; for tests
+    #[arg(long = "fault", value_name = "ACTION@MOMENT[:STEP]", hide = true, value_parser = coordinator_fault)]
+    pub(crate) faults: Vec<Fault>,
+    /// End when stdin does, so that nobody has to end it whose parent was killed
+    #[arg(long, hide = true)]
+    pub(crate) bound: bool,
 }
 
 #[derive(Debug, Args)]
@@ -145,6 +166,12 @@ pub(crate) struct Worker {
     /// Print warnings and errors alone
     #[arg(long)]
     pub(crate) quiet: bool,
+    /// What this process does to itself at an exact moment, such as kill@reduce:17; for tests
+    #[arg(long = "fault", value_name = "ACTION@MOMENT[:STEP]", hide = true, value_parser = worker_fault)]
+    pub(crate) faults: Vec<Fault>,
+    /// End when stdin does, so that nobody has to end it whose parent was killed
+    #[arg(long, hide = true)]
+    pub(crate) bound: bool,
 }
 
 #[derive(Debug, Args)]
@@ -224,8 +251,45 @@ pub(crate) struct Generate {
     pub(crate) seed: u64,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Chaos {
+    /// The run spec, a TOML file; the runs are others of its store, begun anew and removed
+    pub(crate) spec: PathBuf,
+    /// Override a key of the spec; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Decides what happens, and when
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// For how long things happen; about one every five seconds
+    #[arg(long, default_value_t = 1.0, value_parser = minutes)]
+    pub(crate) minutes: f64,
+    /// Workers in the beginning; the spec's cluster.workers by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) workers: Option<u32>,
+    /// CPU threads that the workers share; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
+    pub(crate) threads: Option<u32>,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn minutes(text: &str) -> Result<f64, String> {
+    let given = text.parse().ok().filter(|given: &f64| (0.05..=1e5).contains(given));
+    given.ok_or_else(|| "it must be a number of minutes, 0.05 or more".to_owned())
+}
+
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "write IP:PORT, such as 127.0.0.1:7400".to_owned())
+}
+
+fn worker_fault(text: &str) -> Result<Fault, String> {
+    Fault::parse(text, &looptrain_worker::Moment::NAMES)
+}
+
+fn coordinator_fault(text: &str) -> Result<Fault, String> {
+    Fault::parse(text, &looptrain_coordinator::Moment::NAMES)
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -4,9 +4,11 @@
 //! Everything else in the project only emits telemetry and obeys cancellation tokens; SDKs, signal
 //! handlers and the allocator are installed here.
 
+mod chaos;
 mod cli;
 mod commands;
 mod datasets;
+mod fault;
 mod launcher;
 mod progress;
 mod signals;

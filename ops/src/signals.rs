@@ -30,3 +30,12 @@ pub(crate) fn stop_on_signals(notice: &'static str) -> std::io::Result<Cancellat
     });
     Ok(token)
 }
+
+/// Ends this process when its stdin comes to an end: whoever started it is gone.
+pub(crate) fn end_with_stdin() {
+    std::thread::spawn(|| {
+        // An error is an end, too.
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        std::process::exit(INTERRUPTED);
+    });
+}

@@ -17,6 +17,7 @@ mod compute;
 mod data;
 mod error;
 mod feed;
+mod moment;
 pub mod reduce;
 mod session;
 mod settings;
@@ -34,6 +35,7 @@ use looptrain_storage::{Checkpoints, Store};
 
 pub use data::DataError;
 pub use error::WorkerError;
+pub use moment::{Moment, Moments};
 pub use settings::{WorkerSettings, host_name};
 
 use compute::Compute;
@@ -178,15 +180,17 @@ async fn furnish(
     let (peers, joiners) = listener.serve(Digest::of(spec.run.name.as_bytes()));
     let store = Store::open(&spec.run.store)?;
     let data = Data::open(Arc::clone(&spec), &store).await?;
-    let compute = Compute::start(Arc::clone(&spec), settings.threads)?;
+    let moments = settings.moments.clone();
+    let compute = Compute::start(Arc::clone(&spec), settings.threads, moments.clone())?;
     // Ends with the listener, which hands the joiners on.
-    tokio::spawn(transfer::serve(joiners, compute.shelf().clone()));
+    tokio::spawn(transfer::serve(joiners, compute.shelf().clone(), moments.clone()));
     Ok(Work {
         feed: Feed::new(Arc::new(data)),
         compute,
         sources: Mutex::default(),
         memory: Mutex::default(),
         lineage: welcome.lineage.clone(),
+        moments,
         checkpoints: Checkpoints::new(&store, &spec.run.name),
         store,
         peers,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::WorkerError;
+use crate::{Moments, WorkerError};
 
 /// How to run a worker.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub struct WorkerSettings {
     /// How long a worker that has lost its coordinator keeps its state and looks for a new one at
     /// the same address; with zero it ends at once.
     pub reconnect_timeout: Duration,
+    /// For tests that hurt this worker at an exact moment.
+    pub moments: Moments,
 }
 
 impl WorkerSettings {
@@ -41,6 +43,7 @@ impl WorkerSettings {
             stop: CancellationToken::new(),
             connect_timeout: Duration::from_secs(30),
             reconnect_timeout: Duration::ZERO,
+            moments: Moments::default(),
         }
     }
 }

@@ -7,7 +7,7 @@ use super::{Core, Phase};
 impl Core {
     /// Whether this is the run's last boundary.
     pub(super) fn ending(&self) -> bool {
-        self.committed >= self.total || self.stop.is_some()
+        self.committed >= self.total || self.stop.is_some() || self.is_far_enough(self.committed)
     }
 
     /// Takes the run on from a step boundary. To be called after a commit, when a generation has

@@ -1,5 +1,6 @@
 //! How a run ends: at its last step, on request at a step boundary, or with an error.
 
+use looptrain_proto::Step;
 use looptrain_proto::v1::Finish;
 
 use super::step::tokens_after;
@@ -21,6 +22,12 @@ impl Core {
         }
     }
 
+    /// Whether the run is to be stopped at `step`. Not a stop that once asked for stays: should the
+    /// state of that step be lost before a checkpoint holds it, the step is done again.
+    pub(super) fn is_far_enough(&self, step: Step) -> bool {
+        self.until.is_some_and(|until| step >= until)
+    }
+
     /// Ends the run at the committed step, which a checkpoint holds (or which is the initial
     /// state).
     pub(super) fn finish(&mut self) {
@@ -28,6 +35,7 @@ impl Core {
         let stopped = step < self.total;
         let reason = match (&self.stop, stopped) {
             (Some(why), true) => format!("stopped at step {step} of {}: {why}", self.total),
+            (None, true) => format!("stopped at step {step} of {}, as planned", self.total),
             _ => format!("all {} steps are done", self.total),
         };
         let outcome = Outcome {

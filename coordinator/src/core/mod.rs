@@ -164,6 +164,8 @@ pub(crate) struct Core {
     stop: Option<String>,
     /// Why the run holds at step boundaries.
     paused: Option<String>,
+    /// The run ends here, to go on some other time.
+    until: Option<Step>,
 }
 
 /// What the members are doing.
@@ -241,7 +243,13 @@ impl Core {
             held_up: None,
             stop: None,
             paused: None,
+            until: None,
         }
+    }
+
+    /// The same, to be stopped at the boundary after step `until`.
+    pub(crate) fn stopping_at(self, until: Option<Step>) -> Self {
+        Self { until, ..self }
     }
 
     /// Takes one event at `now` (time since the start, never less than before) and returns what

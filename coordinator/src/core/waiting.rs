@@ -48,7 +48,8 @@ impl Core {
             return self.explain(format!("waiting for the checkpoint of step {step}"));
         }
         let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
-        if self.stop.is_some() && self.best_step_at_hand() == saved {
+        let ends = self.stop.is_some() || self.is_far_enough(saved);
+        if ends && self.best_step_at_hand() == saved {
             // The log is left as it is: workers that hold more may come back to the next
             // coordinator.
             self.stand_at(saved);

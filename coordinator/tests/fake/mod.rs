@@ -59,7 +59,9 @@ pub(crate) fn settings(spec: &Spec, store: &Store, stop: &CancellationToken) -> 
         listen: "127.0.0.1:0".parse().unwrap(),
         dashboard: None,
         stop: stop.clone(),
+        until: None,
         render_metrics: None,
+        moments: None,
     }
 }
 

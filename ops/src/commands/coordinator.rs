@@ -1,14 +1,16 @@
 //! `looptrain coordinator`, and the part of it that `looptrain train` shares.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use looptrain_coordinator::{Outcome, Settings, Started};
+use looptrain_coordinator::{OnMoment, Outcome, RunEvent, Settings, Started};
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Dataset, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{Coordinator, SpecArgs};
+use crate::fault::Faults;
 use crate::progress::{RunProgress, evaluation_line, print_line};
 use crate::telemetry::Telemetry;
 use crate::{datasets, signals};
@@ -19,12 +21,17 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
         run = PreparedRun::new(&args.spec) => run?,
         () = stop.cancelled() => bail!("stopped before training began"),
     };
-    let started = run.start(args.listen, args.spec.dashboard, stop, telemetry).await?;
+    if args.bound {
+        signals::end_with_stdin();
+    }
+    let moments = (!args.faults.is_empty()).then(|| watched_by(Faults::new(args.faults)));
+    let started = run.start(args.listen, args.spec.dashboard, stop, moments, telemetry).await?;
     let outcome = match started {
         Started::Finished(outcome) => outcome,
         Started::Running(running) => {
             print_line(&format!("listening for workers on http://{}", running.address));
-            follow(running, &run.spec).await?
+            let also: fn(&RunEvent) = if args.events { print_event } else { |_| () };
+            follow(running, &run.spec, also).await?
         }
     };
     run.print_outcome(&outcome).await?;
@@ -39,6 +46,8 @@ pub(crate) struct PreparedRun {
     pub(crate) datasets: Vec<Dataset>,
     /// Begin anew, whatever the store holds of the run.
     fresh: bool,
+    /// Stop after this step.
+    until: Option<Step>,
 }
 
 impl PreparedRun {
@@ -49,7 +58,7 @@ impl PreparedRun {
         store.check_writable().await?;
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
-        Ok(Self { spec, store, datasets, fresh: args.fresh })
+        Ok(Self { spec, store, datasets, fresh: args.fresh, until: args.until.map(Step) })
     }
 
     pub(crate) async fn start(
@@ -57,6 +66,7 @@ impl PreparedRun {
         listen: SocketAddr,
         dashboard: Option<SocketAddr>,
         stop: CancellationToken,
+        moments: Option<OnMoment>,
         telemetry: &Telemetry,
     ) -> Result<Started> {
         let started = looptrain_coordinator::start(Settings {
@@ -67,7 +77,9 @@ impl PreparedRun {
             listen,
             dashboard,
             stop,
+            until: self.until,
             render_metrics: Some(telemetry.renderer()),
+            moments,
         })
         .await?;
         Ok(started)
@@ -96,15 +108,28 @@ impl PreparedRun {
     }
 }
 
+fn watched_by(faults: Faults) -> OnMoment {
+    Arc::new(move |moment| faults.at(moment.name(), moment.step()))
+}
+
+/// Prints an event as one line of JSON.
+fn print_event(event: &RunEvent) {
+    match serde_json::to_string(event) {
+        Ok(line) => println!("{line}"),
+        Err(error) => tracing::warn!("an event cannot be printed: {error}"),
+    }
+}
+
 /// What a run is pinned to.
 fn pin(dataset: &Dataset) -> (String, Digest) {
     (dataset.manifest().name.clone(), dataset.digest())
 }
 
-/// Shows a run's events until it ends.
+/// Shows a run's events until it ends; what else is to happen to each is `also`.
 pub(crate) async fn follow(
     mut running: looptrain_coordinator::Running,
     spec: &Spec,
+    also: impl Fn(&RunEvent),
 ) -> Result<Outcome> {
     if let Some(address) = running.dashboard {
         print_line(&format!("status page on http://{address}"));
@@ -117,17 +142,21 @@ pub(crate) async fn follow(
         print_line(&format!("going on from the checkpoint of step {from}"));
     }
     let mut progress = RunProgress::new(spec.total_steps(), from);
+    let mut show = |event: &RunEvent| {
+        also(event);
+        progress.show(event);
+    };
     loop {
         tokio::select! {
             biased;
             event = running.events.recv() => match event {
-                Ok(event) => progress.show(&event),
+                Ok(event) => show(&event),
                 Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
             },
             outcome = &mut running.outcome => {
                 while let Ok(event) = running.events.try_recv() {
-                    progress.show(&event);
+                    show(&event);
                 }
                 return Ok(outcome??);
             }

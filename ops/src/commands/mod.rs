@@ -1,6 +1,7 @@
 //! One file per command.
 
 mod bench;
+mod chaos;
 mod coordinator;
 mod generate;
 mod orders;
@@ -25,6 +26,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Stop(args) => orders::stop(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,
+        Command::Chaos(args) => chaos::run(args).await,
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         () = stop.cancelled() => bail!("stopped before training began"),
     };
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let started = run.start(listen, args.spec.dashboard, stop, telemetry).await?;
+    let started = run.start(listen, args.spec.dashboard, stop, None, telemetry).await?;
     let outcome = match started {
         Started::Finished(outcome) => outcome,
         Started::Running(running) => {
@@ -60,7 +60,7 @@ pub(super) async fn with_workers(
     let events = running.events.resubscribe();
     let kill = CancellationToken::new();
     let mut workers: JoinHandle<Result<Vec<String>>> = tokio::spawn(fleet.run(kill.clone()));
-    let followed = follow(running, &run.spec);
+    let followed = follow(running, &run.spec, |_| ());
     tokio::pin!(followed);
     let outcome = tokio::select! {
         biased;

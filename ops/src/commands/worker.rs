@@ -3,15 +3,19 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use looptrain_worker::{WorkerSettings, host_name};
+use looptrain_worker::{Moments, WorkerSettings, host_name};
 
 use super::all_threads;
 use crate::cli::Worker;
+use crate::fault::Faults;
 use crate::progress::print_line;
 use crate::signals;
 
 pub(crate) async fn run(args: Worker) -> Result<()> {
     let stop = signals::stop_on_signals("leaving the run after the step in flight")?;
+    if args.bound {
+        signals::end_with_stdin();
+    }
     let name = args.name.unwrap_or_else(|| format!("{}-{}", host_name(), std::process::id()));
     let threads = args.threads.unwrap_or_else(all_threads);
     if !args.quiet {
@@ -23,6 +27,11 @@ pub(crate) async fn run(args: Worker) -> Result<()> {
     settings.connect_timeout = Duration::from_secs(args.connect_timeout.into());
     settings.reconnect_timeout = Duration::from_secs(args.reconnect_timeout.into());
     settings.stop = stop;
+    if !args.faults.is_empty() {
+        let faults = Faults::new(args.faults);
+        settings.moments =
+            Moments::watched_by(move |moment| faults.at(moment.name(), moment.step()));
+    }
     let finished = looptrain_worker::run(settings).await?;
     if !args.quiet {
         print_line(&format!("ended: {}", finished.reason));

@@ -5,9 +5,13 @@
 mod bad_input;
 mod bench;
 mod chaos;
+mod cluster;
 mod elastic;
 mod end_to_end;
 mod left_behind;
+mod moments;
+mod network;
 mod operate;
 mod same_bits;
 mod support;
+mod tool;

@@ -96,8 +96,16 @@ impl Scratch {
 
     /// A `looptrain` command in this directory.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_looptrain-under-test"));
+        self.command_by(&[], arguments)
+    }
+
+    /// The same, run by another program, such as `ip netns exec NAME`.
+    pub(crate) fn command_by(&self, by: &[&str], arguments: &[&str]) -> Command {
+        let mut words = by.to_vec();
+        words.push(env!("CARGO_BIN_EXE_looptrain-under-test"));
+        let mut command = Command::new(words[0]);
         command
+            .args(&words[1..])
             .args(arguments)
             .current_dir(self.directory.path())
             .env_remove("RUST_LOG")

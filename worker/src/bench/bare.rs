@@ -73,7 +73,7 @@ pub async fn bare_steps(
         }
         work.push((step, batches));
     }
-    let compute = Compute::start(spec, threads)?;
+    let compute = Compute::start(spec, threads, Moments::default())?;
     let times = compute.submit(move |bench| {
         bench.initialise();
         let never = AtomicBool::new(false);

@@ -64,7 +64,7 @@ impl Transfers {
             peers.push(Peer { rank, name: format!("source-{rank}"), address });
             let (served, joiners) = listener.serve(run);
             let shelf = Shelf::default();
-            serving.spawn(transfer::serve(joiners, shelf.clone()));
+            serving.spawn(transfer::serve(joiners, shelf.clone(), Moments::default()));
             shelves.push(shelf);
             listening.push(served);
         }

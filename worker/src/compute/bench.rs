@@ -19,6 +19,7 @@ use super::sums;
 use crate::reduce::exact::{FixedPoint, OutOfRange};
 use crate::state;
 use crate::transfer::Shelf;
+use crate::{Moment, Moments};
 
 /// Bytes of slot gradients that are kept for a retry of their step.
 const KEPT_BYTES: usize = 512 << 20;
@@ -98,10 +99,11 @@ pub(crate) struct Bench {
     optimizer_seconds: f64,
     /// What joiners may fetch.
     shelf: Shelf,
+    moments: Moments,
 }
 
 impl Bench {
-    pub(super) fn new(spec: Arc<Spec>, threads: usize, shelf: Shelf) -> Self {
+    pub(super) fn new(spec: Arc<Spec>, threads: usize, shelf: Shelf, moments: Moments) -> Self {
         Self {
             layout: Layout::new(&spec.model),
             engine: Engine::new(&spec.model, threads),
@@ -111,6 +113,7 @@ impl Bench {
             spare: Vec::new(),
             optimizer_seconds: 0.0,
             shelf,
+            moments,
             spec,
         }
     }
@@ -242,6 +245,7 @@ impl Bench {
                         kept.insert(slots[index], output);
                     }
                     *done += 1;
+                    self.moments.at(Moment::Compute(step));
                 },
             );
             let (.., result, done) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);

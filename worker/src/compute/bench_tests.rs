@@ -4,7 +4,8 @@ use super::*;
 use crate::testing::tiny_spec;
 
 fn bench(threads: usize) -> Bench {
-    let mut bench = Bench::new(Arc::new(tiny_spec("memory://")), threads, Shelf::default());
+    let mut bench =
+        Bench::new(Arc::new(tiny_spec("memory://")), threads, Shelf::default(), Moments::default());
     bench.initialise();
     bench
 }
@@ -140,7 +141,7 @@ fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
 fn skipping(threads: usize) -> (Bench, Vec<SlotBatch>) {
     let mut spec = tiny_spec("memory://");
     spec.optimizer.non_finite = NonFinite::Skip;
-    let mut bench = Bench::new(Arc::new(spec), threads, Shelf::default());
+    let mut bench = Bench::new(Arc::new(spec), threads, Shelf::default(), Moments::default());
     let mut state = TrainState::initial(&bench.spec.model, 7);
     let tensors = bench.layout.tensors().iter();
     let embedding = tensors.clone().find(|tensor| tensor.name.contains("embed_tokens")).unwrap();

@@ -18,8 +18,8 @@ use tokio::sync::oneshot;
 
 pub(crate) use bench::{Bench, ComputeError, Part};
 
-use crate::WorkerError;
 use crate::transfer::Shelf;
+use crate::{Moments, WorkerError};
 
 type Job = Box<dyn FnOnce(&mut Bench) + Send>;
 
@@ -31,14 +31,18 @@ pub(crate) struct Compute {
 }
 
 impl Compute {
-    pub(crate) fn start(spec: Arc<Spec>, threads: usize) -> Result<Self, WorkerError> {
+    pub(crate) fn start(
+        spec: Arc<Spec>,
+        threads: usize,
+        moments: Moments,
+    ) -> Result<Self, WorkerError> {
         let (jobs, queue) = mpsc::channel::<Job>();
         let shelf = Shelf::default();
         let filled = shelf.clone();
         thread::Builder::new()
             .name("looptrain-compute".into())
             .spawn(move || {
-                let mut bench = Bench::new(spec, threads, filled);
+                let mut bench = Bench::new(spec, threads, filled, moments);
                 for job in queue {
                     job(&mut bench);
                 }
@@ -79,9 +83,13 @@ mod tests {
     use super::*;
     use crate::testing::tiny_spec;
 
+    fn start() -> Result<Compute, WorkerError> {
+        Compute::start(Arc::new(tiny_spec("memory://")), 1, Moments::default())
+    }
+
     #[tokio::test]
     async fn jobs_run_in_the_order_of_their_submission_even_when_nobody_waits() {
-        let compute = Compute::start(Arc::new(tiny_spec("memory://")), 1).unwrap();
+        let compute = start().unwrap();
         drop(compute.submit(Bench::initialise));
         let held = compute.submit(|bench| bench.held()).await.unwrap();
         assert_eq!(held, Some(looptrain_proto::Step(0)));
@@ -89,7 +97,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_on_the_thread_becomes_an_error() {
-        let compute = Compute::start(Arc::new(tiny_spec("memory://")), 1).unwrap();
+        let compute = start().unwrap();
         let result = compute.submit(|_| panic!("a panic on purpose")).await;
         assert!(matches!(result, Err::<(), _>(WorkerError::Compute)));
         assert!(compute.submit(|_| ()).await.is_err());

@@ -41,9 +41,23 @@ impl Collective {
     /// # Errors
     /// Names the neighbour that is gone or does something else; the collective is then spent.
     pub async fn all_reduce(&mut self, tag: u64, sums: &mut [i64]) -> Result<Duration, PeerError> {
+        self.all_reduce_watched(tag, sums, &|| {}).await
+    }
+
+    /// The same; `under_way` is called once, when numbers have gone out and the sum is not complete:
+    /// never in a world of one.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    pub async fn all_reduce_watched(
+        &mut self,
+        tag: u64,
+        sums: &mut [i64],
+        under_way: &(dyn Fn() + Sync),
+    ) -> Result<Duration, PeerError> {
         match self {
             Self::Alone => Ok(Duration::ZERO),
-            Self::Tcp(ring) => ring.all_reduce(tag, sums).await,
+            Self::Tcp(ring) => ring.all_reduce(tag, sums, under_way).await,
         }
     }
 }

@@ -37,7 +37,7 @@ pub(crate) use self::work::Work;
 use crate::compute::ComputeError;
 use crate::reduce::Collective;
 use crate::reduce::tcp::{Peer, RingId};
-use crate::{Finished, WorkerError};
+use crate::{Finished, Moment, WorkerError};
 
 /// How long a leaving worker waits for the coordinator to take notice.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -290,6 +290,7 @@ impl Session {
 
     fn commit(&mut self, step: Step) {
         self.owes_commit = false;
+        self.work.moments.at(Moment::Commit(step));
         let committed = self.work.compute.submit(move |bench| bench.commit(step));
         self.commits.push(Box::pin(async move { (step, committed.await) }));
     }
@@ -372,7 +373,11 @@ impl Session {
                     }
                     _ => {}
                 }
-                self.link.send(vote)
+                self.link.send(vote)?;
+                if self.owes_commit {
+                    self.work.moments.at(Moment::Prepared(step));
+                }
+                Ok(())
             }
             Err(failure) => self.fail(step, failure),
         }

@@ -3,6 +3,7 @@
 
 mod rig;
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use looptrain_proto::v1::{self, failed::Cause, worker_message::Kind as Vote};
@@ -10,7 +11,7 @@ use looptrain_proto::{Cursor, Digest, Step};
 use looptrain_storage::{CheckpointManifest, Checkpoints, PartEntry, Store};
 
 use self::rig::{Guest, Rig, steps};
-use crate::WorkerError;
+use crate::{Moment, Moments, WorkerError};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_worker_trains_saves_evaluates_and_finishes() {
@@ -163,6 +164,33 @@ async fn a_warm_spare_follows_the_updates_says_where_it_is_when_they_end_and_tak
     rig::reform(&mut guests, 2, 3).await;
     seen.extend(steps(&mut guests, 2, 4..=4).await);
     assert_eq!(seen, undisturbed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_watches_a_worker_is_told_of_each_moment() {
+    let mut rig = Rig::start().await;
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let note = Arc::clone(&seen);
+    rig.moments = Moments::watched_by(move |moment| note.lock().unwrap().push(moment));
+    let (_workers, mut guests) = rig.cluster(2).await;
+    steps(&mut guests, 1, 1..=1).await;
+    let _joiner = rig.worker("w2");
+    let mut joiner = rig.welcome().await;
+    guests.iter().for_each(|guest| guest.offer(1, 1));
+    let sources: Vec<v1::Join> = guests.iter().map(|guest| guest.join.clone()).collect();
+    joiner.fetch(1, &sources.iter().collect::<Vec<_>>());
+    assert_eq!(joiner.fetched().await.error, "");
+
+    let seen = seen.lock().unwrap();
+    let count = |moment| seen.iter().filter(|seen| **seen == moment).count();
+    let step = Step(1);
+    assert_eq!(count(Moment::Compute(step)), 4, "one a slot");
+    for once_a_rank in [Moment::Reduce(step), Moment::Prepared(step), Moment::Commit(step)] {
+        assert_eq!(count(once_a_rank), 2, "{once_a_rank:?}");
+    }
+    assert!((1..=3).contains(&count(Moment::Serving(step))), "one a chunk that was in time");
+    assert_eq!(count(Moment::Fetched(step)), 1);
+    assert!(seen.iter().all(|moment| Moment::NAMES.contains(&moment.name())));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,13 +19,13 @@ use looptrain_storage::{Checkpoints, Store};
 use tracing::Instrument;
 
 use super::failure::Failure;
-use crate::WorkerError;
 use crate::compute::{Bench, Compute, ComputeError, Part};
 use crate::feed::Feed;
 use crate::reduce::Collective;
 use crate::reduce::tcp::{Peer, Peers, Ring, RingId};
 use crate::state::{self, StateError};
 use crate::transfer::{self, FetchError, Item};
+use crate::{Moment, Moments, WorkerError};
 
 /// How long a ring may take to form; the coordinator gives up earlier when a member is dead.
 const FORM_TIME: Duration = Duration::from_secs(30);
@@ -53,10 +53,11 @@ pub(crate) struct Work {
     pub(crate) memory: Mutex<Memory>,
     /// Of the run that this worker was welcomed to.
     pub(crate) lineage: Vec<u8>,
+    pub(crate) moments: Moments,
 }
 
 /// Votes that a worker remembers: more than a coordinator that dies may have failed to log.
-const REMEMBERED: usize = 256;
+const REMEMBERED: usize = 1024;
 
 /// What a worker can tell the next coordinator of its time with the last one.
 #[derive(Debug, Default)]
@@ -198,6 +199,7 @@ impl Work {
         let fetched = async {
             self.fetch_state(step, &mut sources).await?;
             *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
+            self.moments.at(Moment::Fetched(step));
             let mut held = step;
             while self.fetch_update(held.next(), Duration::ZERO).await? {
                 held = held.next();
@@ -361,7 +363,9 @@ impl Work {
         let start = Instant::now();
         let mut sums = contribution.sums;
         let span = tracing::info_span!("reduce", world = collective.world());
-        let blocked = collective.all_reduce(step.0, &mut sums).instrument(span).await?;
+        let under_way = || self.moments.at(Moment::Reduce(step));
+        let reduced = collective.all_reduce_watched(step.0, &mut sums, &under_way);
+        let blocked = reduced.instrument(span).await?;
         let reduce = start.elapsed().as_secs_f64();
 
         let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;

@@ -11,27 +11,28 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::shelf::Shelf;
-use super::wire::{Part, Reply, Request, send_digests};
+use super::wire::{Item, Part, Reply, Request, send_digests};
+use crate::{Moment, Moments};
 
 /// A joiner that asks nothing, or reads nothing, for this long is hung up on: longer than it may
 /// wait for another source's digests.
 const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Serves what is on the shelf to every joiner that connects, until no more can.
-pub(crate) async fn serve(mut joiners: mpsc::Receiver<TcpStream>, shelf: Shelf) {
+pub(crate) async fn serve(mut joiners: mpsc::Receiver<TcpStream>, shelf: Shelf, moments: Moments) {
     let mut served = JoinSet::new();
     while let Some(joiner) = joiners.recv().await {
         while served.try_join_next().is_some() {}
-        let shelf = shelf.clone();
+        let (shelf, moments) = (shelf.clone(), moments.clone());
         served.spawn(async move {
-            if let Err(error) = serve_one(joiner, &shelf).await {
+            if let Err(error) = serve_one(joiner, &shelf, &moments).await {
                 tracing::debug!(%error, "a joiner was served no further");
             }
         });
     }
 }
 
-async fn serve_one(mut joiner: TcpStream, shelf: &Shelf) -> io::Result<()> {
+async fn serve_one(mut joiner: TcpStream, shelf: &Shelf, moments: &Moments) -> io::Result<()> {
     loop {
         let request = match timeout(PATIENCE, Request::receive(&mut joiner)).await? {
             // The joiner has all it wants.
@@ -39,6 +40,9 @@ async fn serve_one(mut joiner: TcpStream, shelf: &Shelf) -> io::Result<()> {
             request => request?,
         };
         answer(&mut joiner, shelf, request).await?;
+        if let Request { item: Item::State(step), part: Part::Chunk(_) } = request {
+            moments.at(Moment::Serving(step));
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use super::shelf::Goods;
 use super::wire::{Part, Reply, Request, send_digests};
 use super::*;
+use crate::Moments;
 use crate::reduce::tcp::{Peer, PeerListener, Peers};
 
 /// Three chunks a buffer, the last one short.
@@ -51,7 +52,7 @@ impl Cluster {
         let shelf = Shelf::default();
         shelf.put(state);
         let joiners = self.listen().await;
-        self.serving.spawn(serve(joiners, shelf.clone()));
+        self.serving.spawn(serve(joiners, shelf.clone(), Moments::default()));
         shelf
     }
 

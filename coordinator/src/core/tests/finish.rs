@@ -133,3 +133,58 @@ fn a_run_resumed_behind_its_last_step_only_evaluates() {
     rig.evaluate_all();
     assert_eq!((rig.outcome().step, rig.outcome().stopped), (Step(10), false));
 }
+
+/// A run that is to be stopped at step 6, at its last step but one before that.
+fn nearly_far_enough(workers: usize) -> (Rig, Vec<WorkerId>) {
+    let (mut rig, ids) = Rig::training(workers, &[]);
+    rig.core.until = Some(Step(6));
+    rig.run_to(5);
+    (rig, ids)
+}
+
+#[test]
+fn a_run_that_is_to_stop_at_a_step_makes_a_checkpoint_of_it_and_plans_no_further() {
+    let (mut rig, ids) = nearly_far_enough(2);
+    rig.prepare_all();
+    assert_eq!(rig.phase(), "finishing");
+    assert!(ids.iter().all(|id| rig.saves(*id).last().unwrap().step == 6));
+    rig.saved_all();
+    rig.manifest_written();
+    let outcome = rig.outcome();
+    assert_eq!((outcome.step, outcome.stopped), (Step(6), true));
+    assert_eq!(outcome.weights_digest, Some(weights(Step(6))));
+    let planned = |message: &Directive| matches!(message, Directive::Plan(plan) if plan.step > 6);
+    assert!(!rig.sent.values().flatten().any(planned));
+}
+
+#[test]
+fn a_step_to_stop_at_is_done_again_when_all_who_held_it_die_before_its_checkpoint() {
+    let (mut rig, ids) = nearly_far_enough(1);
+    rig.prepare_all();
+    rig.kill(ids[0]);
+    assert!(rig.result.is_none(), "the checkpoint of step 4 is not far enough");
+    rig.join("another");
+    rig.pass(10.0);
+    rig.run_to(6);
+    assert_eq!(rig.outcome().step, Step(6));
+}
+
+#[test]
+fn a_run_whose_checkpoint_is_where_it_is_to_stop_needs_no_worker() {
+    let mark = Mark { step: Step(6), weights_digest: weights(Step(6)), record: None };
+    let resume = Resume { checkpoint: Some(mark), ..Resume::default() };
+    let mut rig = Rig::resumed(&[], resume);
+    rig.core.until = Some(Step(6));
+    rig.feed(Event::Tick);
+    let outcome = rig.outcome();
+    assert_eq!((outcome.step, outcome.stopped), (Step(6), true));
+    assert_eq!(outcome.weights_digest, Some(weights(Step(6))));
+}
+
+#[test]
+fn a_step_to_stop_at_beyond_the_last_one_changes_nothing() {
+    let (mut rig, _) = Rig::training(1, &[]);
+    rig.core.until = Some(Step(11));
+    rig.run_to(10);
+    assert_eq!((rig.outcome().step, rig.outcome().stopped), (Step(10), false));
+}

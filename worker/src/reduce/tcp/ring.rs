@@ -72,18 +72,19 @@ impl Ring {
         self.world
     }
 
-    /// See [`Collective::all_reduce`].
+    /// See [`Collective::all_reduce_watched`].
     pub(crate) async fn all_reduce(
         &mut self,
         tag: u64,
         sums: &mut [i64],
+        under_way: &(dyn Fn() + Sync),
     ) -> Result<Duration, PeerError> {
         if std::mem::replace(&mut self.spent, true) {
             return Err(PeerError::Spent);
         }
         let ours = Header { tag, elements: sums.len() as u64 };
         let Self { rank, world, previous, next, scratch, .. } = self;
-        let mut transfer = Transfer::new(*rank, *world, tag, sums, scratch);
+        let mut transfer = Transfer::new(*rank, *world, tag, sums, scratch).watched(under_way);
         poll_fn(|cx| transfer.poll(cx, &mut previous.stream, &mut next.stream)).await.map_err(
             |failure| match failure {
                 Failure::Previous(error) => PeerError::Lost { peer: previous.peer.clone(), error },

@@ -83,6 +83,8 @@ pub(super) struct Transfer<'a> {
     /// Since when the socket to the next rank has been full, and for how long it was before.
     full_since: Option<Instant>,
     full: Duration,
+    /// To be called when numbers have gone out.
+    under_way: Option<&'a (dyn Fn() + Sync)>,
 }
 
 impl<'a> Transfer<'a> {
@@ -109,6 +111,7 @@ impl<'a> Transfer<'a> {
             carried: 0,
             full_since: None,
             full: Duration::ZERO,
+            under_way: None,
         }
     }
 
@@ -126,6 +129,12 @@ impl<'a> Transfer<'a> {
                 self.full_since = None;
             }
         }
+    }
+
+    /// Calls `under_way` once, when the first numbers have gone out. The sum is not complete then:
+    /// a rank gets its own numbers back, added up, only after it has sent them.
+    pub(super) fn watched(self, under_way: &'a (dyn Fn() + Sync)) -> Self {
+        Self { under_way: Some(under_way), ..self }
     }
 
     fn rounds(&self) -> usize {
@@ -189,6 +198,9 @@ impl<'a> Transfer<'a> {
             let count = written(Pin::new(next).poll_write(cx, &bytes[self.sent.bytes..]))?;
             self.note_write(count);
             self.sent.bytes += count;
+            if let Some(under_way) = self.under_way.take_if(|_| count > 0) {
+                under_way();
+            }
             return Ok(count > 0);
         }
         Ok(false)

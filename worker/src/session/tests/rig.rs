@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::testing::tiny_store;
-use crate::{Finished, WorkerError, WorkerSettings};
+use crate::{Finished, Moments, WorkerError, WorkerSettings};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -81,6 +81,8 @@ pub(super) struct Rig {
     pub(super) stop: CancellationToken,
     /// How long workers look for another coordinator.
     pub(super) reconnect: Duration,
+    /// Of the workers to come.
+    pub(super) moments: Moments,
     url: String,
     guests: mpsc::Receiver<(Streaming<WorkerMessage>, Line)>,
     server: JoinSet<()>,
@@ -101,7 +103,8 @@ impl Rig {
                 .unwrap();
         });
         let (stop, reconnect) = (CancellationToken::new(), Duration::ZERO);
-        Self { spec, stop, reconnect, url, guests, server }
+        let moments = Moments::default();
+        Self { spec, stop, reconnect, moments, url, guests, server }
     }
 
     /// Nobody listens any more.
@@ -130,6 +133,7 @@ impl Rig {
         let mut settings = WorkerSettings::new(&self.url, name);
         settings.stop = self.stop.clone();
         settings.reconnect_timeout = self.reconnect;
+        settings.moments = self.moments.clone();
         tokio::spawn(crate::run(settings))
     }
 

@@ -1,0 +1,122 @@
+//! A coordinator and workers as processes of their own, with faults at exact moments.
+
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use crate::support::{Running, Scratch, free_port, is_gone, state, wait_until};
+
+/// Long enough for a worker to start meanwhile, and no checkpoint to go back to: what is lost must
+/// come from other workers. Nobody is dead for being silent.
+pub(crate) const RUN: [&str; 6] = [
+    "--set",
+    "stages.0.steps=100",
+    "--set",
+    "checkpoint.every_steps=100000",
+    "--set",
+    "cluster.worker_timeout=60",
+];
+
+/// The last step of [`RUN`].
+pub(crate) const LAST: u64 = 106;
+
+/// The step that faults are for.
+pub(crate) const STEP: u64 = 17;
+
+/// Digest of the weights that [`RUN`] ends with when nothing happens to it.
+fn undisturbed() -> &'static str {
+    static DIGEST: OnceLock<String> = OnceLock::new();
+    DIGEST.get_or_init(|| {
+        let calm = [&["--workers", "1", "--threads", "2"], &RUN[..]].concat();
+        Scratch::new().train(&calm).done().field("weights").to_owned()
+    })
+}
+
+/// A running coordinator, and where its workers are started.
+pub(crate) struct Cluster {
+    pub(crate) scratch: Scratch,
+    pub(crate) coordinator: Running,
+    pub(crate) url: String,
+    arguments: Vec<String>,
+}
+
+impl Cluster {
+    /// A coordinator of [`RUN`] that waits for so many workers.
+    pub(crate) fn start(workers: usize, more: &[&str]) -> Self {
+        let scratch = Scratch::new();
+        let address = format!("127.0.0.1:{}", free_port());
+        let workers = format!("cluster.workers={workers}");
+        let arguments = ["coordinator", "spec.toml", "--listen", &address];
+        let arguments = [&arguments[..], &RUN[..], &["--set", &workers], more].concat();
+        let mut coordinator = Running::start(scratch.command(&arguments));
+        coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
+        let arguments = arguments.into_iter().map(str::to_owned).collect();
+        Self { scratch, coordinator, url: format!("http://{address}"), arguments }
+    }
+
+    /// Starts another worker.
+    pub(crate) fn worker(&self, more: &[&str]) -> Running {
+        let worker = ["worker", "--coordinator", &self.url, "--threads", "1"];
+        Running::start(self.scratch.command(&[&worker[..], more].concat()))
+    }
+
+    /// The newest committed step, in the coordinator's words.
+    pub(crate) fn step(&self) -> u64 {
+        let status = self.scratch.run(&["status", "--coordinator", &self.url, "--json"]);
+        let status: Value = serde_json::from_str(&status.stdout).unwrap();
+        status["step"].as_u64().unwrap()
+    }
+
+    /// Waits for the end of the coordinator, which was told to die, and starts the next one, with
+    /// the same arguments but for the fault.
+    pub(crate) fn restart(&mut self) {
+        wait_until(|| is_gone(self.coordinator.id()));
+        let fault = self.arguments.iter().position(|argument| argument == "--fault");
+        if let Some(fault) = fault {
+            self.arguments.drain(fault..fault + 2);
+        }
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        self.coordinator = Running::start(self.scratch.command(&arguments));
+    }
+
+    /// Waits until a generation has formed; the line that says so.
+    pub(crate) fn formed(&mut self, generation: u64) -> String {
+        let begin = format!("generation {generation}: ");
+        self.coordinator.wait_for(|line| line.starts_with(&begin))
+    }
+
+    /// Lets the run come to its end, with the weights of an undisturbed one and every step in the
+    /// log once; returns the log.
+    #[track_caller]
+    pub(crate) fn finish(self) -> Vec<Value> {
+        let end = self.coordinator.end().done();
+        assert_eq!(end.field("weights"), undisturbed(), "{end:?}");
+        assert!(!end.stderr.contains("back to step"), "no committed step is done again: {end:?}");
+        let log = self.scratch.metrics();
+        let steps: Vec<_> = log.iter().map(|line| line["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, (1..=LAST).collect::<Vec<_>>(), "every step is logged once: {end:?}");
+        log
+    }
+}
+
+/// How many workers committed a step.
+pub(crate) fn world(log: &[Value], step: u64) -> u64 {
+    log[step as usize - 1]["world"].as_u64().unwrap()
+}
+
+/// Waits until a process has frozen itself at a moment; the step.
+pub(crate) fn frozen_at(process: &mut Running, moment: &str) -> u64 {
+    let line = process.wait_for(|line| line.starts_with(&format!("fault: stop at {moment} of ")));
+    wait_until(|| state(process.id()) == Some('T'));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Waits until a process has killed itself at a moment; the step.
+#[track_caller]
+pub(crate) fn died_at(process: Running, moment: &str) -> u64 {
+    let end = process.end();
+    assert_eq!(end.code, None, "it died by a signal: {end:?}");
+    let begin = format!("fault: kill at {moment} of step ");
+    let line = end.stderr.lines().find_map(|line| line.strip_prefix(&begin));
+    line.unwrap_or_else(|| panic!("it did not die at {moment}: {end:?}")).parse().unwrap()
+}

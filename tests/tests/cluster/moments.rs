@@ -1,0 +1,220 @@
+//! Processes that die, freeze or leave at exact moments of a step. Whatever the moment, the run
+//! ends with the weights of an undisturbed one, and every step is committed once.
+
+use std::time::{Duration, Instant};
+
+use crate::cluster::{Cluster, STEP, died_at, frozen_at, world};
+use crate::support::Running;
+
+/// `stop@reduce:17`
+fn fault(action: &str, moment: &str) -> String {
+    format!("{action}@{moment}:{STEP}")
+}
+
+/// One of three workers dies; by how many the step is committed then.
+fn step_of_a_worker_that_dies_at(moment: &str) -> u64 {
+    let cluster = Cluster::start(3, &[]);
+    let victim = cluster.worker(&["--fault", &fault("kill", moment)]);
+    let _others = [cluster.worker(&[]), cluster.worker(&[])];
+    assert_eq!(died_at(victim, moment), STEP);
+    let log = cluster.finish();
+    assert_eq!((world(&log, STEP - 1), world(&log, STEP + 1)), (3, 2));
+    world(&log, STEP)
+}
+
+#[test]
+fn a_worker_dies_while_it_computes_and_the_step_is_done_by_the_others() {
+    assert_eq!(step_of_a_worker_that_dies_at("compute"), 2);
+}
+
+#[test]
+fn a_worker_dies_in_the_middle_of_the_all_reduce_and_the_step_is_done_by_the_others() {
+    assert_eq!(step_of_a_worker_that_dies_at("reduce"), 2);
+}
+
+#[test]
+fn a_worker_dies_when_it_has_voted_and_its_vote_counts() {
+    assert_eq!(step_of_a_worker_that_dies_at("prepared"), 3);
+}
+
+#[test]
+fn a_worker_dies_with_the_commit_in_its_hand_and_the_others_have_committed() {
+    assert_eq!(step_of_a_worker_that_dies_at("commit"), 3);
+}
+
+#[test]
+fn a_worker_dies_while_all_votes_are_in_and_nobody_has_been_told() {
+    let mut cluster = Cluster::start(3, &["--fault", &fault("stop", "decided")]);
+    let workers = [(); 3].map(|()| cluster.worker(&[]));
+    assert_eq!(frozen_at(&mut cluster.coordinator, "decided"), STEP);
+    let [victim, _others @ ..] = workers;
+    victim.signal("KILL");
+    assert_eq!(victim.end().code, None);
+    cluster.coordinator.signal("CONT");
+    let log = cluster.finish();
+    assert_eq!((world(&log, STEP), world(&log, STEP + 1)), (3, 2));
+}
+
+/// A member of two that freezes in the middle of step 17, and another worker that waits for a
+/// place meanwhile.
+fn two_and_a_spare(first: &[&str], spare: &[&str]) -> (Cluster, [Running; 2], Running) {
+    let mut cluster = Cluster::start(2, &[]);
+    let hold = fault("stop", "compute");
+    let mut member = cluster.worker(&[&["--fault", &hold], first].concat());
+    let other = cluster.worker(&[]);
+    assert_eq!(frozen_at(&mut member, "compute"), STEP);
+    let spare = cluster.worker(spare);
+    cluster.coordinator.wait_for(|line| line.ends_with("joined as a spare"));
+    (cluster, [member, other], spare)
+}
+
+#[test]
+fn a_worker_dies_while_it_sends_the_state_to_a_joiner_which_gets_the_rest_from_another() {
+    let (mut cluster, [member, _other], _spare) =
+        two_and_a_spare(&["--fault", "kill@serving"], &[]);
+    member.signal("CONT");
+    assert!(died_at(member, "serving") >= STEP);
+    let joined = |line: &str| line.starts_with("generation ") && line.contains("2 workers");
+    cluster.coordinator.wait_for(|line| joined(line) && !line.starts_with("generation 1:"));
+    let log = cluster.finish();
+    assert_eq!((world(&log, 1), world(&log, log.len() as u64)), (2, 2));
+    let generation = log[log.len() - 1]["generation"].as_u64();
+    assert!(generation > Some(1), "the joiner has taken the place of the dead");
+}
+
+#[test]
+fn a_joiner_dies_with_the_state_in_its_hand_and_the_members_do_not_notice() {
+    let (cluster, [member, _other], spare) = two_and_a_spare(&[], &["--fault", "kill@fetched"]);
+    member.signal("CONT");
+    assert!(died_at(spare, "fetched") >= STEP);
+    let log = cluster.finish();
+    assert!(log.iter().all(|line| line["generation"] == 1 && line["world"] == 2));
+}
+
+/// One of three workers freezes until it is taken for dead, and wakes up as the others go on.
+fn freezes_at(moment: &str) {
+    let timeout = ["--set", "cluster.worker_timeout=1.0"];
+    let mut cluster = Cluster::start(3, &timeout);
+    let mut victim = cluster.worker(&["--fault", &fault("stop", moment)]);
+    let _others = [cluster.worker(&[]), cluster.worker(&[])];
+    assert_eq!(frozen_at(&mut victim, moment), STEP);
+    let begin = Instant::now();
+    cluster.coordinator.wait_for(|line| line.contains("lost: silent for 1.0 s"));
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    victim.signal("CONT");
+    let log = cluster.finish();
+    assert_eq!((world(&log, STEP - 1), world(&log, STEP + 1)), (3, 2));
+}
+
+#[test]
+fn a_worker_freezes_in_the_middle_of_the_all_reduce() {
+    freezes_at("reduce");
+}
+
+#[test]
+fn a_worker_freezes_when_it_has_voted() {
+    freezes_at("prepared");
+}
+
+#[test]
+fn a_worker_that_is_told_to_leave_in_the_middle_of_the_all_reduce_commits_the_step_first() {
+    let mut cluster = Cluster::start(3, &[]);
+    let mut leaver = cluster.worker(&["--fault", &fault("stop", "reduce")]);
+    let _others = [cluster.worker(&[]), cluster.worker(&[])];
+    assert_eq!(frozen_at(&mut leaver, "reduce"), STEP);
+    leaver.signal("TERM");
+    leaver.signal("CONT");
+    let begin = Instant::now();
+    let end = leaver.end();
+    assert_eq!(end.code, Some(0), "{end:?}");
+    assert!(end.stderr.contains("ended: told to stop"), "{end:?}");
+    cluster.coordinator.wait_for(|line| line.contains("lost: it left"));
+    let log = cluster.finish();
+    assert!(begin.elapsed() < Duration::from_secs(30), "nobody waits for a time-out of 60 s");
+    assert_eq!((world(&log, STEP), world(&log, log.len() as u64)), (3, 2));
+}
+
+/// The coordinator dies while one of three workers is frozen at a moment of step 17 and step
+/// `committed` is the newest; the next one goes on from there.
+fn coordinator_dies_while_a_worker_is_at(moment: &str, committed: u64) {
+    let mut cluster = Cluster::start(3, &[]);
+    let mut worker = cluster.worker(&["--fault", &fault("stop", moment)]);
+    let _others = [cluster.worker(&[]), cluster.worker(&[])];
+    assert_eq!(frozen_at(&mut worker, moment), STEP);
+    crate::support::wait_until(|| cluster.step() == committed);
+    cluster.coordinator.signal("KILL");
+    cluster.restart();
+    worker.signal("CONT");
+    let formed = cluster.formed(2);
+    assert!(formed.contains(&format!("3 workers at step {committed} (")), "{formed}");
+    assert!(formed.contains("which workers still hold"), "{formed}");
+    cluster.finish();
+}
+
+#[test]
+fn the_coordinator_dies_while_a_worker_computes() {
+    coordinator_dies_while_a_worker_is_at("compute", STEP - 1);
+}
+
+#[test]
+fn the_coordinator_dies_in_the_middle_of_the_all_reduce() {
+    coordinator_dies_while_a_worker_is_at("reduce", STEP - 1);
+}
+
+#[test]
+fn the_coordinator_dies_when_the_others_have_committed_what_one_has_only_prepared() {
+    coordinator_dies_while_a_worker_is_at("prepared", STEP);
+}
+
+#[test]
+fn the_coordinator_dies_while_a_worker_has_the_commit_in_its_hand() {
+    coordinator_dies_while_a_worker_is_at("commit", STEP);
+}
+
+#[test]
+fn the_coordinator_dies_while_a_worker_sends_the_state_to_a_joiner() {
+    let (mut cluster, [mut member, _other], _spare) =
+        two_and_a_spare(&["--fault", "stop@serving"], &[]);
+    member.signal("CONT");
+    assert!(frozen_at(&mut member, "serving") >= STEP);
+    cluster.coordinator.signal("KILL");
+    cluster.restart();
+    member.signal("CONT");
+    // The joiner may have been told of generation 2 already, with the chunks of another member.
+    let formed = cluster.coordinator.wait_for(|line| line.starts_with("generation "));
+    assert!(formed.contains("which workers still hold"), "{formed}");
+    cluster.finish();
+}
+
+/// The coordinator dies at a moment of its own in step 17; the next one goes on from `committed`.
+fn coordinator_dies_at(moment: &str, committed: u64) {
+    let mut cluster = Cluster::start(3, &["--fault", &fault("kill", moment)]);
+    let _workers = [(); 3].map(|()| cluster.worker(&[]));
+    cluster
+        .coordinator
+        .wait_for(|line| line.starts_with(&format!("fault: kill at {moment} of step {STEP}")));
+    cluster.restart();
+    let formed = cluster.formed(2);
+    assert!(formed.contains(&format!("3 workers at step {committed} (")), "{formed}");
+    cluster.finish();
+}
+
+#[test]
+fn the_coordinator_dies_when_it_has_planned_a_step() {
+    coordinator_dies_at("planned", STEP - 1);
+}
+
+#[test]
+fn the_coordinator_dies_with_some_of_the_votes() {
+    coordinator_dies_at("vote", STEP - 1);
+}
+
+#[test]
+fn the_coordinator_dies_with_all_votes_before_anybody_is_told_and_the_step_is_done_again() {
+    coordinator_dies_at("decided", STEP - 1);
+}
+
+#[test]
+fn the_coordinator_dies_when_one_has_been_told_to_commit_and_the_others_commit_it_too() {
+    coordinator_dies_at("committing", STEP);
+}
