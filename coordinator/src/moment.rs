@@ -128,6 +128,8 @@ mod tests {
             digest: Digest([0; 32]),
             statistics: StepStatistics::default(),
             sections: Sections::default(),
+            computed_slots: 0,
+            detail: String::new(),
         };
         Event::Report { worker: WorkerId(worker), report }
     }

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::Store;
 
-use crate::WorkerError;
 use crate::compute::{Compute, ComputeError};
 use crate::data::Data;
+use crate::{Moments, WorkerError};
 
 /// What a step took.
 #[derive(Clone, Copy, Debug)]

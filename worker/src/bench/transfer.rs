@@ -6,6 +6,7 @@ use looptrain_model::TrainState;
 use looptrain_proto::{Digest, Rank, Step};
 use tokio::task::JoinSet;
 
+use crate::Moments;
 use crate::reduce::tcp::{Peer, PeerError, PeerListener, Peers};
 use crate::transfer::{self, FetchError, Item, Shelf};
 

@@ -107,7 +107,7 @@ fn spec_args(args: &OrchestrationBench, steps: u32) -> Result<SpecArgs> {
         "evaluation.every_steps=0".into(),
         "evaluation.sequences=1".into(),
     ]);
-    Ok(SpecArgs { spec: args.spec.clone(), overrides, fresh: true, dashboard: None })
+    Ok(SpecArgs { spec: args.spec.clone(), overrides, fresh: true, until: None, dashboard: None })
 }
 
 /// A step of the local run.
@@ -122,7 +122,7 @@ struct LocalStep {
 impl LocalStep {
     /// Votes, commits, the way to the worker and back, and preparing, which is no section.
     fn beside_the_sections(&self) -> f64 {
-        let SectionSeconds { data_wait, compute, reduce, optimizer } = self.sections;
+        let SectionSeconds { data_wait, compute, reduce, optimizer, .. } = self.sections;
         self.seconds - data_wait - compute - reduce - optimizer
     }
 }
@@ -141,7 +141,7 @@ async fn local_steps(
 ) -> Result<Vec<LocalStep>> {
     let stop = CancellationToken::new();
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let Started::Running(running) = run.start(listen, None, stop.clone(), telemetry).await? else {
+    let Started::Running(running) = run.start(listen, None, stop.clone(), None, telemetry).await? else {
         bail!("a run that was to begin anew is finished already");
     };
     let last = Step(u64::from(steps));

@@ -50,7 +50,9 @@ pub(super) async fn run(args: CommitBench) -> Result<Value> {
         listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         dashboard: None,
         stop: CancellationToken::new(),
+        until: None,
         render_metrics: None,
+        moments: None,
     };
     let Started::Running(running) = looptrain_coordinator::start(settings).await? else {
         bail!("a store in memory held a finished run");
