@@ -74,11 +74,11 @@ pub(super) async fn run(args: ReduceBench) -> Result<Value> {
         "bytes": bytes as u64,
         "ranks": ranks,
         "rounds": rounds,
-        "reduce_seconds": rounded(times.median()),
+        "reduce_ms": rounded(times.median() * 1e3),
         "bus_gigabytes_per_second": rounded(bus / 1e9),
         "bus_formula": "2 (ranks - 1) / ranks * bytes / seconds, each rank's sending and receiving",
-        "encode_seconds": rounded(Samples::new(encoding).median()),
-        "decode_seconds": rounded(Samples::new(decoding).median()),
+        "encode_ms": rounded(Samples::new(encoding).median() * 1e3),
+        "decode_ms": rounded(Samples::new(decoding).median() * 1e3),
         "machine": machine(),
     }))
 }

@@ -101,7 +101,7 @@ pub(super) async fn run(args: CommitBench) -> Result<Value> {
         "votes_ms_p50": rounded(votes.median()),
         "step_ms_p50": rounded(whole.median()),
         "joins_per_second": rounded(f64::from(workers) / joined.as_secs_f64()),
-        "form_seconds": rounded(forming.as_secs_f64()),
+        "form_ms": rounded(forming.as_secs_f64() * 1e3),
         "resident_bytes_per_session": per_session,
         "machine": machine(),
     }))
