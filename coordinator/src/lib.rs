@@ -16,6 +16,7 @@ mod dashboard;
 mod error;
 mod journal;
 mod keeper;
+mod listen;
 pub mod metrics;
 mod records;
 mod reports;
@@ -25,5 +26,6 @@ mod start;
 
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;
+pub use listen::Listen;
 pub use records::{EvaluationRecord, Outcome, RunEvent, SectionSeconds, StepRecord};
-pub use start::{Running, Settings, Started, start};
+pub use start::{Running, Settings, Started, start, start_on};

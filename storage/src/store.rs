@@ -99,6 +99,13 @@ impl Store {
         Ok(Self { objects, prefix: prefix.to_owned(), url: url.into(), directory })
     }
 
+    /// A store over objects that are reached in another way, such as a simulation's that fail on
+    /// purpose; `url` is what messages call it.
+    #[must_use]
+    pub fn over(objects: Arc<dyn ObjectStore>, url: &str) -> Self {
+        Self { objects, prefix: String::new(), url: url.into(), directory: None }
+    }
+
     /// Opens a store to read from it: as [`Store::open`], but a directory that is not there is an
     /// error, not made.
     ///
