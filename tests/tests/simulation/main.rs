@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::plan::Plan;
+use crate::plan::{COORDINATORS, Cut, Fault, Plan, Timed, WORKERS};
 use crate::world::{Counts, Report, run};
 
 fn variable(name: &str) -> Option<u64> {
@@ -60,9 +60,6 @@ fn every_seed_ends_at_the_weights_of_an_undisturbed_run() {
             .finish();
         let plan = Plan::draw(seed);
         eprintln!("{plan:#?}");
-        for _ in 0..variable("LOOPTRAIN_SIM_BEFORE").unwrap_or(0) {
-            attempt(&plan, false).ok();
-        }
         let report = tracing::subscriber::with_default(subscriber, || attempt(&plan, true));
         let report = report.unwrap_or_else(|wrong| panic!("seed {seed}: {}", wrong.join("\n")));
         assert_eq!(report.weights, undisturbed);
@@ -117,12 +114,33 @@ fn every_seed_ends_at_the_weights_of_an_undisturbed_run() {
 #[test]
 fn the_same_seed_runs_the_same_way_twice() {
     let first = variable("LOOPTRAIN_SIM_FIRST").unwrap_or(1);
-    for seed in first..first + variable("LOOPTRAIN_SIM_TWICE").unwrap_or(50) {
+    for seed in first..first + 50 {
         let [one, two] = [(); 2].map(|()| attempt(&Plan::draw(seed), false).unwrap().trace);
         let differs = one.iter().zip(&two).find(|(one, two)| one != two);
         assert_eq!(differs, None, "seed {seed} depends on more than its number");
         assert_eq!(one.len(), two.len(), "seed {seed} depends on more than its number");
     }
+}
+
+#[test]
+fn a_coordinator_that_nobody_can_reach_is_fenced_by_the_store_while_the_next_one_goes_on() {
+    let (at, until) = (Duration::from_secs(2), Duration::from_secs(9));
+    let cut = Fault::Isolation(COORDINATORS[0], Cut::Drop);
+    let next = Fault::Failover(WORKERS.to_vec());
+    let faults = [cut, next].map(|fault| Timed { at, until, fault }).into();
+    let report = attempt(&Plan { faults, calm: until, ..Plan::calm(3) }, false).unwrap();
+    assert_eq!(report.counts.0["coordinators fenced"], 1);
+    assert_eq!(report.weights, attempt(&Plan::calm(0), false).unwrap().weights);
+}
+
+#[test]
+fn workers_that_stay_with_an_old_coordinator_commit_nothing_that_the_next_one_would_not() {
+    let (at, until) = (Duration::from_secs(2), Duration::from_secs(7));
+    // Nobody is told of the next one before the old one has seen it in the store.
+    let faults = vec![Timed { at, until, fault: Fault::Failover(Vec::new()) }];
+    let report = attempt(&Plan { faults, calm: until, ..Plan::calm(4) }, false).unwrap();
+    assert_eq!(report.counts.0["coordinators fenced"], 1);
+    assert_eq!(report.weights, attempt(&Plan::calm(0), false).unwrap().weights);
 }
 
 /// What all seeds have brought about.

@@ -190,7 +190,7 @@ impl Mime {
             if cancelled.load(Ordering::Relaxed) {
                 return Err(Failure::Abandoned);
             }
-            let time = self.shared.slot_time();
+            let time = self.shared.slot_time(&self.life);
             sleep(time).await;
             spent += time;
         }

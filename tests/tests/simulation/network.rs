@@ -4,7 +4,7 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::stream::BoxStream;
@@ -12,12 +12,11 @@ use futures::{FutureExt, StreamExt};
 use hyper_util::rt::TokioIo;
 use looptrain_coordinator::Listen;
 use looptrain_worker::parts::Dial;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::sync::Notify;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 use tokio::time::sleep;
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint, Uri};
-use turmoil::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use turmoil::net::tcp::OwnedWriteHalf;
 use turmoil::net::{TcpListener, TcpStream};
 
 use crate::world::{Latency, Shared};
@@ -33,34 +32,10 @@ pub(crate) const COORDINATOR_URL: &str = "http://coordinator:9000";
 /// long as the connection's own dice say: so neither how many writes there were nor in which order
 /// tasks came to them changes what happens. (tonic's server polls in an order that nobody can fix.)
 #[derive(Debug)]
-pub(crate) struct Wire {
-    read: OwnedReadHalf,
-    outgoing: Arc<Outgoing>,
-}
+pub(crate) struct Wire(DuplexStream);
 
-#[derive(Debug, Default)]
-struct Outgoing {
-    queue: Mutex<Queue>,
-    written: Notify,
-}
-
-#[derive(Debug, Default)]
-struct Queue {
-    bytes: Vec<u8>,
-    closed: bool,
-    broken: Option<io::ErrorKind>,
-}
-
-impl Outgoing {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn close(&self) {
-        self.queue().closed = true;
-        self.written.notify_one();
-    }
-}
+/// More than anybody writes before it is read.
+const BUFFER: usize = 1 << 20;
 
 impl Wire {
     /// From `host`, to whoever is told.
@@ -73,38 +48,38 @@ impl Wire {
     }
 
     pub(crate) fn over(stream: TcpStream, shared: &Shared, host: &str) -> Self {
-        let (read, write) = stream.into_split();
-        let outgoing = Arc::new(Outgoing::default());
-        tokio::spawn(pump(Arc::clone(&outgoing), write, shared.latency(host)));
-        Self { read, outgoing }
+        let peer = stream.peer_addr().map_or_else(|_| String::new(), |peer| peer.ip().to_string());
+        let latency = shared.latency(host, &peer);
+        let (near, far) = tokio::io::duplex(BUFFER);
+        // One task has all of the connection, so that it ends as a whole.
+        tokio::spawn(async move {
+            let (mut read, write) = stream.into_split();
+            let (out, mut back) = tokio::io::split(far);
+            tokio::select! {
+                biased;
+                // Whoever has hung up notices when he next looks.
+                _ = send_later(out, write, latency) => {}
+                _ = tokio::io::copy(&mut read, &mut back) => {}
+            }
+        });
+        Self(near)
     }
 }
 
 /// Sends what is written, a little later.
-async fn pump(outgoing: Arc<Outgoing>, mut write: OwnedWriteHalf, mut latency: Latency) {
-    loop {
-        outgoing.written.notified().await;
+async fn send_later(
+    mut out: impl AsyncRead + Unpin,
+    mut write: OwnedWriteHalf,
+    mut latency: Latency,
+) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    while out.read_buf(&mut bytes).await? > 0 {
         sleep(latency.next()).await;
-        let (bytes, closed) = {
-            let mut queue = outgoing.queue();
-            (std::mem::take(&mut queue.bytes), queue.closed)
-        };
-        if let Err(error) = write.write_all(&bytes).await {
-            outgoing.queue().broken = Some(error.kind());
-            return;
-        }
-        if closed {
-            // The other side may have reset the connection.
-            let _ = write.shutdown().await;
-            return;
-        }
+        while let Some(Ok(1..)) = out.read_buf(&mut bytes).now_or_never() {}
+        write.write_all(&bytes).await?;
+        bytes.clear();
     }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        self.outgoing.close();
-    }
+    write.shutdown().await
 }
 
 impl Connected for Wire {
@@ -119,32 +94,25 @@ impl AsyncRead for Wire {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.read).poll_read(cx, buf)
+        Pin::new(&mut self.0).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Wire {
     fn poll_write(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let mut queue = self.outgoing.queue();
-        if let Some(kind) = queue.broken {
-            return Poll::Ready(Err(kind.into()));
-        }
-        queue.bytes.extend_from_slice(buf);
-        self.outgoing.written.notify_one();
-        Poll::Ready(Ok(buf.len()))
+        Pin::new(&mut self.0).poll_write(cx, buf)
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.outgoing.close();
-        Poll::Ready(Ok(()))
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }
 

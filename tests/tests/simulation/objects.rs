@@ -21,7 +21,7 @@ use crate::witness::Witness;
 /// How the store behaves at the moment.
 #[derive(Debug)]
 pub(crate) struct Weather {
-    dice: Dice,
+    seed: u64,
     /// Calls out of a thousand that fail; half of the writes among them have been done all the same.
     pub(crate) errors: u64,
     /// How long a call may take, in milliseconds.
@@ -30,7 +30,7 @@ pub(crate) struct Weather {
 
 impl Weather {
     pub(crate) fn fair(seed: u64) -> Self {
-        Self { dice: Dice::new(seed, "store"), errors: 0, slow: FAIR }
+        Self { seed, errors: 0, slow: FAIR }
     }
 
     pub(crate) fn clear_up(&mut self) {
@@ -80,12 +80,15 @@ impl Objects {
         }
     }
 
-    async fn fate(&self) -> Fate {
+    async fn fate(&self, call: &str, key: Option<&Path>) -> Fate {
+        let (now, owner) = (self.witness().now(), &self.owner);
+        // The probe of a start has a name that nobody else has.
+        let key = key.filter(|key| !key.as_ref().starts_with(".probe"));
         let (delay, fate) = {
-            let mut weather = self.weather.lock().unwrap_or_else(PoisonError::into_inner);
-            let Weather { errors, slow, .. } = *weather;
-            let delay = weather.dice.millis(0, slow);
-            let fate = match (weather.dice.chance(errors), weather.dice.chance(500)) {
+            let weather = self.weather.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut dice = Dice::new(weather.seed, &format!("{owner} {call} {key:?} at {now:?}"));
+            let delay = dice.millis(0, weather.slow);
+            let fate = match (dice.chance(weather.errors), dice.chance(500)) {
                 (false, _) => Fate::Done,
                 (true, false) => Fate::Failed,
                 (true, true) => Fate::Denied,
@@ -115,8 +118,8 @@ impl ObjectStore for Objects {
         payload: PutPayload,
         opts: PutOptions,
     ) -> Result<PutResult> {
-        let begun = self.witness().begin_write();
-        let fate = self.fate().await;
+        let begun = self.witness().now();
+        let fate = self.fate("put", Some(location)).await;
         if fate == Fate::Failed {
             self.witness().storms += 1;
             return Err(storm());
@@ -147,7 +150,7 @@ impl ObjectStore for Objects {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        match self.fate().await {
+        match self.fate("get", Some(location)).await {
             Fate::Done => self.inner.get_opts(location, options).await,
             Fate::Failed | Fate::Denied => {
                 self.witness().storms += 1;
@@ -165,7 +168,7 @@ impl ObjectStore for Objects {
             let this = this.clone_of();
             async move {
                 let location = location?;
-                match this.fate().await {
+                match this.fate("delete", Some(&location)).await {
                     Fate::Failed => Err(storm()),
                     fate => {
                         let gone = futures::stream::iter([Ok(location)]).boxed();
@@ -182,7 +185,7 @@ impl ObjectStore for Objects {
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (this, prefix) = (self.clone_of(), prefix.cloned());
         let listed = async move {
-            match this.fate().await {
+            match this.fate("list", prefix.as_ref()).await {
                 Fate::Done => this.inner.list(prefix.as_ref()),
                 Fate::Failed | Fate::Denied => {
                     this.witness().storms += 1;

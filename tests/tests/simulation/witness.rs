@@ -120,6 +120,10 @@ impl Witness {
         self.now = now;
     }
 
+    pub(crate) fn now(&self) -> Duration {
+        self.now
+    }
+
     /// Adds a line to the trace.
     pub(crate) fn note(&mut self, who: impl fmt::Display, what: impl fmt::Display) {
         let line = format!("{:9.3} {who}: {what}", self.now.as_secs_f64());
@@ -154,11 +158,6 @@ impl Witness {
     }
 
     // ---- the store ---------------------------------------------------------------------------
-
-    /// When a write begins.
-    pub(crate) fn begin_write(&self) -> Duration {
-        self.now
-    }
 
     pub(crate) fn written(&mut self, owner: &str, begun: Duration, key: &str, bytes: &[u8]) {
         if key.contains("/record/") {
@@ -343,4 +342,72 @@ fn event_text(event: &RunEvent) -> String {
         }
         event => event.to_string(),
     }
+}
+
+#[test]
+fn a_slot_that_is_left_out_or_counted_twice_is_seen() {
+    let spec = crate::world::spec();
+    let life = Life { worker: "w0", number: 1 };
+    let right = Truth::of(&spec).gradient(Step(1)).unwrap();
+    for (slots, seen) in [(vec![3, 4, 0, 1, 2], 0), (vec![0, 1, 2, 3], 1), (vec![0, 0, 1, 2, 3], 1)]
+    {
+        let mut witness = Witness::new(&spec, false);
+        witness.prepares(&life, Step(1), &slots, right);
+        assert_eq!(witness.violations().len(), seen, "{:?}", witness.violations());
+        let gradient = arithmetic::gradient(arithmetic::initial(&spec), Step(1), &slots);
+        assert_eq!(gradient == right, seen == 0);
+    }
+}
+
+#[test]
+fn a_worker_that_goes_back_to_an_older_coordinator_or_behind_its_commit_is_seen() {
+    let ring = |incarnation, generation| RingId {
+        incarnation: Incarnation(incarnation),
+        generation: Generation(generation),
+    };
+    let life = Life { worker: "w0", number: 1 };
+    let mut witness = Witness::new(&crate::world::spec(), false);
+    witness.forms(&life, ring(2, 3), Step(4), None);
+    witness.obeys(&life, Step(5));
+    witness.forms(&life, ring(2, 4), Step(5), Some(Step(5)));
+    assert!(witness.violations().is_empty());
+    witness.forms(&life, ring(1, 9), Step(5), Some(Step(5)));
+    assert!(witness.violations()[0].contains("after generation 4 (incarnation 2)"));
+    witness.forms(&life, ring(2, 5), Step(4), Some(Step(5)));
+    assert!(witness.violations()[1].contains("has committed"));
+    witness.brings(&life, Some(Step(5)), None);
+    witness.forms(&life, ring(3, 1), Step(4), Some(Step(5)));
+    assert!(witness.violations()[2].contains("brought"), "{:?}", witness.violations());
+}
+
+#[test]
+fn what_a_coordinator_may_not_do_is_seen() {
+    let record = |incarnation| {
+        let fresh = RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
+        let record = RunRecord { incarnation: Incarnation(incarnation), ..fresh };
+        serde_json::to_vec(&record).unwrap()
+    };
+    let formed = |step| RunEvent::Formed {
+        generation: Generation(1),
+        world: 1,
+        step: Step(step),
+        reason: String::new(),
+    };
+    let mut witness = Witness::new(&crate::world::spec(), false);
+    witness.written("c0.1", Duration::ZERO, "runs/r/record/1.json", &record(1));
+    witness.event("c0.1", &formed(5));
+    witness.event("c0.1", &formed(4));
+    assert!(witness.violations()[0].contains("silently"));
+    witness.event("c0.1", &RunEvent::Rewound { to: Step(2), reason: String::new() });
+    witness.event("c0.1", &formed(2));
+    assert_eq!(witness.violations().len(), 1, "it has been announced");
+    witness.written("c1.1", Duration::ZERO, "runs/r/record/2.json", &record(2));
+    witness.written("c0.1", ABOUT_TO, "runs/r/metrics/steps-1.jsonl", b"");
+    assert_eq!(witness.violations().len(), 1, "it was about to");
+    witness.written("c0.1", 2 * ABOUT_TO, "runs/r/metrics/steps-1.jsonl", b"");
+    assert!(witness.violations()[1].contains("replaced"));
+    witness.durable = Step(9);
+    witness.written("c0.2", ABOUT_TO, "runs/r/record/3.json", &record(3));
+    witness.event("c0.2", &formed(8));
+    assert!(witness.violations()[2].contains("checkpoint of 9"));
 }

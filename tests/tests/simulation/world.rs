@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -12,7 +12,7 @@ use looptrain_proto::{Digest, PROTOCOL_VERSION, Spec, Step};
 use looptrain_storage::{Store, read_metrics, read_record};
 use looptrain_worker::{WorkerSettings, take_part};
 use object_store::memory::InMemory;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::arithmetic;
@@ -32,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Who starts a program again that has ended takes this long.
 const RESTART: Duration = Duration::from_millis(500);
+
+/// A coordinator that ends is gone after a whole number of these.
+const LEAVE: Duration = Duration::from_millis(250);
 
 const STORE_URL: &str = "memory://simulation";
 
@@ -57,14 +60,11 @@ pub(crate) struct Shared {
     witness: Arc<Mutex<Witness>>,
     objects: Arc<InMemory>,
     weather: Arc<Mutex<Weather>>,
-    dice: Mutex<Dice>,
     seed: u64,
     /// Of a slot, in milliseconds.
     slot: u64,
     /// That a message waits before it is sent, in milliseconds.
     longest: u64,
-    /// Connections that a host has had an end of.
-    connections: Mutex<BTreeMap<String, u64>>,
     /// Processes that have been started, by host.
     processes: Mutex<BTreeMap<&'static str, u64>>,
     skews: BTreeMap<&'static str, Skew>,
@@ -76,7 +76,6 @@ pub(crate) struct Shared {
     current: Mutex<&'static str>,
     stops: Mutex<BTreeMap<&'static str, CancellationToken>>,
     outcome: Mutex<Option<Outcome>>,
-    over: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -91,11 +90,9 @@ impl Shared {
             spec,
             objects: Arc::default(),
             weather: Arc::new(Mutex::new(Weather::fair(plan.seed))),
-            dice: Mutex::new(Dice::new(plan.seed, "compute")),
             seed: plan.seed,
             slot: plan.slot,
             longest: plan.latency,
-            connections: Mutex::default(),
             processes: Mutex::default(),
             skews: plan.skews.iter().copied().collect(),
             leaps: hosts().map(|host| (host, AtomicU64::new(0))).collect(),
@@ -103,7 +100,6 @@ impl Shared {
             current: Mutex::new(COORDINATORS[0]),
             stops: Mutex::default(),
             outcome: Mutex::default(),
-            over: AtomicBool::new(false),
         }
     }
 
@@ -127,17 +123,18 @@ impl Shared {
         lock(&self.routes).get(worker).copied().unwrap_or(COORDINATORS[0])
     }
 
-    /// Of the next connection of a host.
-    pub(crate) fn latency(&self, host: &str) -> Latency {
-        let mut connections = lock(&self.connections);
-        let number = connections.entry(host.to_owned()).or_default();
-        *number += 1;
-        let dice = Dice::new(self.seed, &format!("connection {number} of {host}"));
-        Latency { dice, longest: self.longest }
+    /// Of a connection that a host has with a peer from now on.
+    pub(crate) fn latency(&self, host: &str, peer: &str) -> Latency {
+        Latency { dice: self.dice(&format!("{host} to {peer}")), longest: self.longest }
     }
 
-    pub(crate) fn slot_time(&self) -> Duration {
-        lock(&self.dice).millis(1, self.slot)
+    pub(crate) fn slot_time(&self, life: &Life) -> Duration {
+        self.dice(&format!("slot of {life}")).millis(1, self.slot)
+    }
+
+    /// For what happens now; not for the next in a row, whose order nobody can fix.
+    fn dice(&self, purpose: &str) -> Dice {
+        Dice::new(self.seed, &format!("{purpose} at {:?}", self.witness().now()))
     }
 
     fn begin(&self, host: &'static str) -> Life {
@@ -243,9 +240,13 @@ async fn coordinate(shared: Arc<Shared>, host: &'static str) -> turmoil::Result 
                         hearing.witness().event(&speaker, &event);
                     }
                 });
-                let ended = running.wait().await;
                 // All that it had to say is there before anything else happens.
                 heard.await?;
+                let silent = Instant::now();
+                let ended = running.wait().await;
+                // tonic takes leave of its connections in an order that nobody can fix.
+                let beats = silent.elapsed().as_millis() as u32 / LEAVE.as_millis() as u32 + 1;
+                sleep_until(silent + LEAVE * beats).await;
                 match ended {
                     Ok(outcome) => {
                         shared.witness().note(&process, format!("ends at step {}", outcome.step));
@@ -614,7 +615,6 @@ impl World<'_> {
 
     /// Is it the right end, and does the store say the same?
     fn judge(&self, outcome: &Outcome) -> Result<Digest, String> {
-        self.shared.over.store(true, Ordering::Relaxed);
         let witness = self.shared.witness();
         let total = self.shared.spec.total_steps();
         let right = witness.truth().weights(total).map(arithmetic::vouch);
