@@ -100,8 +100,9 @@ impl Journal {
         flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let entry = tokio::select! {
-                entry = entries.recv() => Some(entry),
+                biased;
                 _ = flush.tick() => None,
+                entry = entries.recv() => Some(entry),
             };
             let written = match entry {
                 Some(None) => return,

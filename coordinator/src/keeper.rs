@@ -59,6 +59,7 @@ impl Keeper {
             // Who has been replaced works on until the runtime ends, for it may be waiting for the
             // answer to its last note; the store refuses what matters.
             let _ = tokio::select! {
+                biased;
                 note = notes.recv() => match note {
                     Some(note) => self.take(note).await,
                     None => return,

@@ -16,6 +16,7 @@ mod dashboard;
 mod error;
 mod journal;
 mod keeper;
+mod listen;
 pub mod metrics;
 mod moment;
 mod records;
@@ -26,6 +27,7 @@ mod start;
 
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;
+pub use listen::Listen;
 pub use moment::{Moment, OnMoment};
 pub use records::{EvaluationRecord, Outcome, RunEvent, Section, SectionSeconds, StepRecord};
-pub use start::{Running, Settings, Started, start};
+pub use start::{Running, Settings, Started, start, start_on};

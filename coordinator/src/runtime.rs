@@ -1,7 +1,7 @@
 //! Around the core: one task that owns it, feeds it events one at a time, and executes its
 //! actions in order. It never waits for a worker or the store; their answers come back as events.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ pub(crate) struct Runtime {
     pub(crate) events: broadcast::Sender<RunEvent>,
     pub(crate) board: Arc<Board>,
     pub(crate) instruments: Instruments,
-    pub(crate) sessions: HashMap<WorkerId, Session>,
+    pub(crate) sessions: BTreeMap<WorkerId, Session>,
     pub(crate) started: Instant,
     /// Somebody wants to know of exact moments.
     pub(crate) watch: Option<Watch>,
@@ -61,6 +61,9 @@ impl Runtime {
         let mut stopping = false;
         let result = loop {
             let event = tokio::select! {
+                // Here and elsewhere: what happens at the same time happens in the same order, so
+                // that a simulation can be repeated. Ticks are rare and starve nobody.
+                biased;
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     Event::StopRequested { reason: "the coordinator was told to stop".into() }

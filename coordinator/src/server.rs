@@ -6,6 +6,7 @@
 //! HTTP/2 pings, dead processes by their connection, frozen ones by missing heartbeats (in the
 //! core).
 
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,14 +15,14 @@ use std::time::Duration;
 use looptrain_proto::WorkerId;
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::{self, coordinator_message, worker_message};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::core::{Event, Snapshot, WorkerView};
@@ -90,14 +91,16 @@ impl Service {
 }
 
 /// Serves until `shutdown`; then no new calls are taken, and those in flight end.
-pub(crate) async fn serve(
-    listener: TcpListener,
+pub(crate) async fn serve<C>(
+    incoming: impl Stream<Item = io::Result<C>>,
     service: Service,
     worker_timeout: Duration,
     shutdown: CancellationToken,
-) -> Result<(), tonic::transport::Error> {
+) -> Result<(), tonic::transport::Error>
+where
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let service = CoordinatorServer::new(service);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Server::builder()
         .http2_keepalive_interval(Some(worker_timeout / 2))
         .http2_keepalive_timeout(Some(worker_timeout))
@@ -207,8 +210,9 @@ async fn read_session(
     }
     let reason = loop {
         let message = tokio::select! {
-            message = incoming.message() => message,
+            biased;
             () = closed.cancelled() => return drain(incoming).await,
+            message = incoming.message() => message,
         };
         let event = match message {
             Ok(Some(message)) => match reports::report(message) {

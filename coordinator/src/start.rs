@@ -1,6 +1,6 @@
 //! From settings to a running coordinator: what the store says about the run, then the tasks.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +20,7 @@ use crate::dashboard::{self, RenderMetrics};
 use crate::error::CoordinatorError;
 use crate::journal::{Journal, read_history};
 use crate::keeper::Keeper;
+use crate::listen::{Listen, Tcp};
 use crate::metrics::Instruments;
 use crate::moment::{OnMoment, Watch};
 use crate::records::{Outcome, RunEvent};
@@ -112,6 +113,17 @@ impl Running {
 /// no good checkpoint where there should be one; when an address is taken. Nothing of the run is
 /// written or removed before all of that is known to be well.
 pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
+    start_on(Tcp, settings).await
+}
+
+/// As [`start`], with workers that come in over another network; the dashboard stays on this one.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_on(
+    network: impl Listen,
+    settings: Settings,
+) -> Result<Started, CoordinatorError> {
     let Settings {
         spec,
         store,
@@ -137,9 +149,12 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
             Found::Past(past) => past,
         },
     };
-    let listener = bind("workers", listen).await?;
+    let (address, workers) = network
+        .bind(listen)
+        .await
+        .map_err(|error| CoordinatorError::Listen { what: "workers", address: listen, error })?;
     let page = match dashboard {
-        Some(address) => Some(bind("the dashboard", address).await?),
+        Some(address) => Some(bind_page(address).await?),
         None => None,
     };
     let register = match fresh {
@@ -205,9 +220,7 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
     let readers = Readers::default();
     let shutdown = CancellationToken::new();
     let service = Service::new(input_sender.clone(), Arc::clone(&readers));
-    let (address, workers_listener) = listener;
-    let server =
-        tokio::spawn(server::serve(workers_listener, service, worker_timeout, shutdown.clone()));
+    let server = tokio::spawn(server::serve(workers, service, worker_timeout, shutdown.clone()));
     let dashboard = page.as_ref().map(|(address, _)| *address);
     let page = page.map(|(_, listener)| {
         let app = dashboard::app(input_sender, Arc::clone(&board), render_metrics);
@@ -223,7 +236,7 @@ pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
         events: event_sender,
         board,
         instruments: Instruments::new(),
-        sessions: HashMap::new(),
+        sessions: BTreeMap::new(),
         started: Instant::now(),
         watch: moments.map(Watch::new),
     };
@@ -249,6 +262,7 @@ async fn supervise(
     shutdown: CancellationToken,
 ) -> Result<Outcome, CoordinatorError> {
     let result = tokio::select! {
+        biased;
         result = runtime.run() => result,
         stopped = &mut server => {
             let detail = match stopped {
@@ -272,10 +286,8 @@ async fn supervise(
     result
 }
 
-async fn bind(
-    what: &'static str,
-    address: SocketAddr,
-) -> Result<(SocketAddr, TcpListener), CoordinatorError> {
+async fn bind_page(address: SocketAddr) -> Result<(SocketAddr, TcpListener), CoordinatorError> {
+    let what = "the dashboard";
     let listen = |error| CoordinatorError::Listen { what, address, error };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let bound = listener.local_addr().map_err(listen)?;

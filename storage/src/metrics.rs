@@ -5,6 +5,10 @@
 //! that resumes at a checkpoint opens the log after that step: every later line is removed, and
 //! what is trained again is logged again, once.
 //!
+//! A writer that is replaced by another one may have a write under way, which nothing stops: it puts
+//! lines back into an older segment that its successor has logged anew in the next one. So a segment
+//! ends where the next one begins, whatever is in it.
+//!
 //! The log is for people: a line that is no JSON (a hand's edit, a torn copy) is passed over with a
 //! warning, and keeps no run from going on.
 //!
@@ -131,15 +135,18 @@ impl Segment {
     }
 }
 
-/// All lines of `run` that are JSON, in the order of steps.
+/// All lines of `run` that are JSON, in the order of steps; none of a segment that the next one has.
 ///
 /// # Errors
 /// When the store fails.
 pub async fn read_metrics(store: &Store, run: &str) -> Result<Vec<Value>> {
     let mut values = Vec::new();
-    for (_, key) in segments(store, &prefix(run)).await? {
+    let mut segments = segments(store, &prefix(run)).await?.into_iter().peekable();
+    while let Some((_, key)) = segments.next() {
+        let end = segments.peek().map_or(Step(u64::MAX), |(next, _)| *next);
         let text = store.get(&key).await?;
-        values.extend(readable(store, &key, &text).map(|(_, value)| value));
+        let lines = readable(store, &key, &text).map(|(_, value)| value);
+        values.extend(lines.filter(|value| step_of(value).is_none_or(|step| step < end)));
     }
     Ok(values)
 }
@@ -250,6 +257,21 @@ mod tests {
                 (1..=30).map(|step| (step, if step <= resume { 1 } else { 2 })).collect();
             assert_eq!(logged(&store).await, expected, "resumed at {resume}");
         }
+    }
+
+    #[tokio::test]
+    async fn lines_that_a_replaced_writer_puts_back_late_are_not_read() {
+        let store = Store::open("memory://").unwrap();
+        let mut old = MetricsLog::open(&store, "r", Step(0)).await.unwrap();
+        for step in 1..=7 {
+            old.append(&json!({ "step": step, "try": 1 })).unwrap();
+        }
+        // Its successor goes on from step 5 while the write is under way.
+        let mut new = MetricsLog::open(&store, "r", Step(5)).await.unwrap();
+        log(&store, &mut new, 6..=8, 2).await;
+        old.flush().await.unwrap();
+        let expected: Vec<_> = (1..=8).map(|step| (step, if step <= 5 { 1 } else { 2 })).collect();
+        assert_eq!(logged(&store).await, expected);
     }
 
     #[tokio::test]

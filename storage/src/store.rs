@@ -37,6 +37,8 @@ pub struct Store {
     url: Arc<str>,
     /// The directory of a `file://` store.
     directory: Option<Arc<FilePath>>,
+    /// What takes a core is done at once, on the calling thread.
+    in_turn: bool,
 }
 
 /// An object in a listing.
@@ -96,7 +98,17 @@ impl Store {
             "memory" => (open_memory(rest), ""),
             _ => return Err(wrong("has an unknown scheme; use file:// or s3://")),
         };
-        Ok(Self { objects, prefix: prefix.to_owned(), url: url.into(), directory })
+        let (prefix, url) = (prefix.to_owned(), url.into());
+        Ok(Self { objects, prefix, url, directory, in_turn: false })
+    }
+
+    /// A store for a simulation, over objects that fail on purpose; `url` is what messages call
+    /// them. What would run beside the async threads, and end at a time that nobody can foretell, is
+    /// done in its turn.
+    #[must_use]
+    pub fn simulated(objects: Arc<dyn ObjectStore>, url: &str) -> Self {
+        let (prefix, url) = (String::new(), url.into());
+        Self { objects, prefix, url, directory: None, in_turn: true }
     }
 
     /// Opens a store to read from it: as [`Store::open`], but a directory that is not there is an
@@ -277,6 +289,17 @@ impl Store {
         match swept {
             Ok(swept) => swept.map_err(|error| failed(error.to_string())),
             Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
+    /// Hashing, encoding and other things that take a core, off the async threads.
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        match self.in_turn {
+            true => Ok(work()),
+            false => crate::blocking(work).await,
         }
     }
 

@@ -26,23 +26,30 @@ mod state;
 mod testing;
 mod transfer;
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use looptrain_proto::v1::{Join, Welcome};
 use looptrain_proto::{Digest, Incarnation, PROTOCOL_VERSION, Spec};
 use looptrain_storage::{Checkpoints, Store};
+use tokio::time::Instant;
 
 pub use data::DataError;
 pub use error::WorkerError;
 pub use moment::{Moment, Moments};
 pub use settings::{WorkerSettings, host_name};
 
+/// What [`take_part`] is put together from.
+pub mod parts {
+    pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Memory};
+}
+
 use compute::Compute;
 use data::Data;
 use feed::Feed;
 use reduce::tcp::PeerListener;
-use session::{Link, Session, Work};
+use session::{Dial, Duties, Link, Memory, Session, Tcp, Work};
 
 /// How a worker's part in a run ended well.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,37 +66,66 @@ pub struct Finished {
 /// # Errors
 /// One line that names the place and the remedy; see [`WorkerError`].
 pub async fn run(settings: WorkerSettings) -> Result<Finished, WorkerError> {
-    let stop = settings.stop.clone();
     let listener = PeerListener::bind(settings.peer_listen).await?;
+    let introduction = introduce(&settings, listener.address());
+    let furnish = |spec, welcome| furnish(&settings, spec, welcome, listener);
+    take_part(&settings, &Tcp, introduction, furnish).await
+}
+
+/// What takes part in a run: everything of [`run`] but what listens to peers, computes and reduces.
+/// `furnish` makes the one that does these things, once the coordinator's welcome says for which
+/// run.
+///
+/// # Errors
+/// As [`run`].
+pub async fn take_part<W, F>(
+    settings: &WorkerSettings,
+    network: &impl Dial,
+    introduction: impl Future<Output = Result<Join, WorkerError>>,
+    furnish: impl FnOnce(Arc<Spec>, Welcome) -> F,
+) -> Result<Finished, WorkerError>
+where
+    W: Duties,
+    F: Future<Output = Result<W, WorkerError>>,
+{
+    let stop = &settings.stop;
     let joined = async {
-        let introduction = introduce(&settings, &listener).await?;
-        let within = settings.connect_timeout;
-        let joined = Link::join(&settings.coordinator, introduction.clone(), within).await?;
+        let introduction = introduction.await?;
+        let (url, within) = (&settings.coordinator, settings.connect_timeout);
+        let joined = Link::join(network, url, introduction.clone(), within).await?;
         Ok::<_, WorkerError>((introduction, joined))
     };
     let (introduction, (mut link, welcome)) = tokio::select! {
+        biased;
         joined = joined => joined?,
         () = stop.cancelled() => {
             return Ok(Finished { reason: "told to stop before it had joined".into() });
         }
     };
-    let work = match furnish(&settings, &mut link, &welcome, listener).await {
+    let furnished = async {
+        let spec = Arc::new(Spec::parse("the coordinator's spec", &welcome.spec, &[])?);
+        // From here on, so that opening the data does not look like death.
+        link.beat_every(heartbeat(&spec));
+        furnish(spec, welcome.clone()).await
+    };
+    let work = match furnished.await {
         Ok(work) => Arc::new(work),
         Err(error) => {
             session::decline(link, &error).await;
             return Err(error);
         }
     };
-    tracing::info!(worker = welcome.worker_id, run = work.spec.run.name, "joined the run");
+    tracing::info!(worker = welcome.worker_id, run = work.spec().run.name, "joined the run");
     let mut incarnation = Incarnation(welcome.incarnation);
     loop {
-        let lost = match Session::new(link, Arc::clone(&work), incarnation).run(&stop).await {
+        let lost = match Session::new(link, Arc::clone(&work), incarnation).run(stop).await {
             Err(lost @ WorkerError::Broken { .. }) if !settings.reconnect_timeout.is_zero() => lost,
             ended => return ended,
         };
         tracing::warn!("{lost}; keeping the state and looking for a coordinator");
         let back = tokio::select! {
-            back = come_back(&settings, &introduction, &work, incarnation) => back,
+            biased;
+            back = come_back(settings, network, &introduction, &*work, incarnation) => back,
             () = stop.cancelled() => {
                 let saved = work.save_without_coordinator(incarnation).await;
                 let reason = format!("told to stop while there was no coordinator; {saved}");
@@ -114,8 +150,9 @@ const REJOIN_PAUSE: Duration = Duration::from_millis(100);
 /// Joins the next coordinator with what this worker holds.
 async fn come_back(
     settings: &WorkerSettings,
+    network: &impl Dial,
     introduction: &Join,
-    work: &Work,
+    work: &impl Duties,
     known: Incarnation,
 ) -> Result<(Link, Incarnation), WorkerError> {
     let url = &settings.coordinator;
@@ -123,12 +160,12 @@ async fn come_back(
     work.withdraw(false);
     let deadline = Instant::now() + settings.reconnect_timeout;
     loop {
-        let join = Join { held: work.held().await?, ..introduction.clone() };
+        let join = Join { held: session::brought(work).await?, ..introduction.clone() };
         let left = deadline.saturating_duration_since(Instant::now());
-        let error = match Link::join(url, join, left).await {
+        let error = match Link::join(network, url, join, left).await {
             Ok((mut link, welcome)) if welcome.incarnation >= known.0 => {
                 let spec = Spec::parse("the coordinator's spec", &welcome.spec, &[])?;
-                if welcome.lineage != work.lineage {
+                if welcome.lineage != work.lineage() {
                     return Err(WorkerError::OtherRun { url: url.clone() });
                 }
                 link.beat_every(heartbeat(&spec));
@@ -145,10 +182,7 @@ async fn come_back(
     }
 }
 
-async fn introduce(
-    settings: &WorkerSettings,
-    listener: &PeerListener,
-) -> Result<Join, WorkerError> {
+async fn introduce(settings: &WorkerSettings, peers: SocketAddr) -> Result<Join, WorkerError> {
     let numerics = tokio::task::spawn_blocking(looptrain_model::numerics);
     Ok(Join {
         protocol_version: PROTOCOL_VERSION,
@@ -156,7 +190,7 @@ async fn introduce(
         host: host_name(),
         process_id: std::process::id(),
         threads: u32::try_from(settings.threads).unwrap_or(u32::MAX),
-        peer_address: settings::reachable(listener.address(), &settings.coordinator)?.to_string(),
+        peer_address: settings::reachable(peers, &settings.coordinator)?.to_string(),
         numerics: numerics.await.map_err(|_| WorkerError::Compute)?,
         held: None,
     })
@@ -169,14 +203,10 @@ fn heartbeat(spec: &Spec) -> Duration {
 /// Opens everything that the spec of the welcome names.
 async fn furnish(
     settings: &WorkerSettings,
-    link: &mut Link,
-    welcome: &Welcome,
+    spec: Arc<Spec>,
+    welcome: Welcome,
     listener: PeerListener,
 ) -> Result<Work, WorkerError> {
-    let spec = Spec::parse("the coordinator's spec", &welcome.spec, &[])?;
-    let spec = Arc::new(spec);
-    // From here on, so that opening the data does not look like death.
-    link.beat_every(heartbeat(&spec));
     let (peers, joiners) = listener.serve(Digest::of(spec.run.name.as_bytes()));
     let store = Store::open(&spec.run.store)?;
     let data = Data::open(Arc::clone(&spec), &store).await?;
@@ -188,8 +218,8 @@ async fn furnish(
         feed: Feed::new(Arc::new(data)),
         compute,
         sources: Mutex::default(),
-        memory: Mutex::default(),
-        lineage: welcome.lineage.clone(),
+        memory: Memory::default(),
+        lineage: welcome.lineage,
         moments,
         checkpoints: Checkpoints::new(&store, &spec.run.name),
         store,

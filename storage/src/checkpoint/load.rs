@@ -6,7 +6,7 @@ use looptrain_proto::{Digest, Step};
 
 use super::digest::is_weight;
 use super::{CheckpointManifest, Checkpoints, PartEntry, Tensor, codec, weights_digest};
-use crate::{Error, Result, blocking};
+use crate::{Error, Result};
 
 /// Parts read at the same time.
 const CONCURRENT_PARTS: usize = 4;
@@ -57,8 +57,8 @@ impl Checkpoints {
         if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(malformed(format!("tensor `{}` is in two parts", pair[0].name)));
         }
-        let (found, tensors) =
-            blocking(move || (weights_digest(tensors.iter().map(Tensor::view)), tensors)).await?;
+        let hash = move || (weights_digest(tensors.iter().map(Tensor::view)), tensors);
+        let (found, tensors) = self.store.blocking(hash).await?;
         if found != manifest.weights_digest {
             return Err(malformed(format!(
                 "the weights of its parts are {found}, it says {}; {REMEDY}",
@@ -116,7 +116,7 @@ impl Checkpoints {
             });
         }
         let PartEntry { digest: expected, tensors: says, .. } = *part;
-        blocking(move || {
+        let decode = move || {
             let found = Digest::of(&bytes);
             if found != expected {
                 let remedy = REMEDY.to_owned();
@@ -128,7 +128,7 @@ impl Checkpoints {
                 has => Err(format!("it has {has} tensors, the manifest says {says}")),
             });
             tensors.map_err(|reason| Error::Malformed { place, reason })
-        })
-        .await?
+        };
+        self.store.blocking(decode).await?
     }
 }

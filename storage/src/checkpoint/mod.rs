@@ -93,7 +93,7 @@ impl Checkpoints {
         let count = tensors.len() as u64;
         let encode =
             move || codec::encode(&tensors, &metadata).map(|bytes| (Digest::of(&bytes), bytes));
-        let (digest, bytes) = crate::blocking(encode)
+        let (digest, bytes) = (self.store.blocking(encode))
             .await?
             .map_err(|reason| Error::Malformed { place: self.store.place(&key), reason })?;
         let entry = PartEntry { file, bytes: bytes.len() as u64, digest, tensors: count };

@@ -1,6 +1,6 @@
 //! Which checkpoints stay.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use looptrain_proto::Step;
 
@@ -22,7 +22,7 @@ impl Checkpoints {
     /// # Errors
     /// When the store fails; some may be removed then.
     pub async fn prune(&self, keep: usize, in_use: &[Step]) -> Result<Vec<Step>> {
-        let mut files: BTreeMap<Step, HashMap<String, u64>> = BTreeMap::new();
+        let mut files: BTreeMap<Step, BTreeMap<String, u64>> = BTreeMap::new();
         for object in self.store.list(&self.prefix()).await? {
             if let Some((step, file)) = self.split_key(&object.key) {
                 files.entry(step).or_default().insert(file.to_owned(), object.size);
@@ -60,7 +60,7 @@ impl Checkpoints {
     }
 
     /// Removes the files of one step, a manifest before what it names.
-    async fn remove(&self, step: Step, files: &HashMap<String, u64>) -> Result<()> {
+    async fn remove(&self, step: Step, files: &BTreeMap<String, u64>) -> Result<()> {
         if files.contains_key(MANIFEST) {
             self.store.delete(&self.manifest_key(step)).await?;
         }
@@ -71,7 +71,7 @@ impl Checkpoints {
     }
 
     /// Whether all parts are there in the right size; their content is not read.
-    async fn is_whole(&self, step: Step, files: &HashMap<String, u64>) -> bool {
+    async fn is_whole(&self, step: Step, files: &BTreeMap<String, u64>) -> bool {
         let manifest = self.manifest(step).await;
         manifest.is_ok_and(|manifest| {
             manifest.parts.iter().all(|part| files.get(&part.file) == Some(&part.bytes))

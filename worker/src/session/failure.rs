@@ -11,7 +11,7 @@ use crate::state::StateError;
 
 /// Why a directive was not carried out.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub enum Failure {
     /// Told to the coordinator, which decides what happens.
     Told(Cause, String),
     /// This worker holds the state of a step from which there is no way to the members'.

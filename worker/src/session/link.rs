@@ -32,6 +32,28 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// A network over which a coordinator is reached.
+pub trait Dial: Send + Sync {
+    /// Connects to an endpoint, once.
+    ///
+    /// # Errors
+    /// What the network says.
+    fn dial(
+        &self,
+        endpoint: &Endpoint,
+    ) -> impl Future<Output = Result<Channel, tonic::transport::Error>> + Send;
+}
+
+/// The machine's own network.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tcp;
+
+impl Dial for Tcp {
+    async fn dial(&self, endpoint: &Endpoint) -> Result<Channel, tonic::transport::Error> {
+        endpoint.connect().await
+    }
+}
+
 /// Both halves of a session that the coordinator has welcomed.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -43,7 +65,7 @@ pub(crate) struct Link {
 }
 
 /// Reaches the coordinator, trying again until the time is over.
-async fn dial(url: &str, within: Duration) -> Result<Channel, WorkerError> {
+async fn dial(network: &impl Dial, url: &str, within: Duration) -> Result<Channel, WorkerError> {
     let wrong = |reason: String| WorkerError::Url { url: url.to_owned(), reason };
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| wrong(e.to_string()))?;
     let endpoint = match endpoint.uri().scheme_str() {
@@ -59,7 +81,7 @@ async fn dial(url: &str, within: Duration) -> Result<Channel, WorkerError> {
     let deadline = Instant::now() + within;
     let mut pause = FIRST_PAUSE;
     loop {
-        let reason = match timeout_at(deadline, endpoint.connect()).await {
+        let reason = match timeout_at(deadline, network.dial(&endpoint)).await {
             Ok(Ok(channel)) => return Ok(channel),
             Ok(Err(error)) => innermost(&error),
             Err(_) => "it does not answer".into(),
@@ -81,13 +103,14 @@ fn innermost(error: &dyn Error) -> String {
 impl Link {
     /// Joins the run of the coordinator at `url`.
     pub(crate) async fn join(
+        network: &impl Dial,
         url: &str,
         join: Join,
         within: Duration,
     ) -> Result<(Self, Welcome), WorkerError> {
         let broken = |reason| WorkerError::Broken { url: url.to_owned(), reason };
         let deadline = Instant::now() + within;
-        let channel = dial(url, within).await?;
+        let channel = dial(network, url, within).await?;
         let (outgoing, messages) = mpsc::channel(OUTGOING);
         let mut link = {
             // The first message is there before the call, for the call may wait for it.

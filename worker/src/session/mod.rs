@@ -6,8 +6,10 @@
 //! so that the neighbours notice too; its computation is told to stop at the next slot. The
 //! committed state and a prepared update survive that, on the compute thread.
 
+mod duties;
 mod failure;
 mod link;
+mod memory;
 mod orphan;
 mod work;
 
@@ -15,12 +17,12 @@ mod work;
 mod tests;
 
 use std::future::{Future, pending};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use looptrain_proto::v1::coordinator_message::Kind as Directive;
 use looptrain_proto::v1::worker_message::Kind as Vote;
@@ -30,12 +32,14 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use self::failure::{Failure, failed};
-pub(crate) use self::link::Link;
-use self::work::Membership;
+pub use self::duties::{Duties, Holding, Membership};
+pub use self::failure::Failure;
+use self::failure::failed;
+pub use self::link::Dial;
+pub(crate) use self::link::{Link, Tcp};
+pub use self::memory::Memory;
+pub(crate) use self::memory::brought;
 pub(crate) use self::work::Work;
-use crate::compute::ComputeError;
-use crate::reduce::Collective;
 use crate::reduce::tcp::{Peer, RingId};
 use crate::{Finished, Moment, WorkerError};
 
@@ -43,18 +47,18 @@ use crate::{Finished, Moment, WorkerError};
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What an activity gives back: the collective, if it still works, and the answer.
-type Outcome = (Option<Collective>, Result<Vote, Failure>);
+type Outcome<C> = (Option<C>, Result<Vote, Failure>);
 
 /// The directive that is being carried out.
-struct Activity {
-    future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
+struct Activity<C> {
+    future: BoxFuture<'static, Outcome<C>>,
     cancelled: Arc<AtomicBool>,
     step: Step,
     /// Others wait for the result of this one: do not leave in the middle.
     is_step: bool,
 }
 
-impl Drop for Activity {
+impl<C> Drop for Activity<C> {
     fn drop(&mut self) {
         // The compute thread cannot be dropped; it looks at this between slots.
         self.cancelled.store(true, Ordering::Relaxed);
@@ -62,17 +66,16 @@ impl Drop for Activity {
 }
 
 /// A queued commit, with its step.
-type Committing =
-    Pin<Box<dyn Future<Output = (Step, Result<Result<(), ComputeError>, WorkerError>)> + Send>>;
+type Committing = BoxFuture<'static, (Step, Result<(), Failure>)>;
 
 /// One worker's membership in a run, from the welcome to the end.
-pub(crate) struct Session {
+pub(crate) struct Session<W: Duties> {
     link: Link,
-    work: Arc<Work>,
+    work: Arc<W>,
     incarnation: Incarnation,
     generation: Generation,
-    collective: Option<Collective>,
-    activity: Option<Activity>,
+    collective: Option<W::Collective>,
+    activity: Option<Activity<W::Collective>>,
     /// A step was prepared and nothing has been heard of it since.
     owes_commit: bool,
     commits: FuturesUnordered<Committing>,
@@ -83,8 +86,8 @@ pub(crate) struct Session {
     leaving: Option<String>,
 }
 
-impl Session {
-    pub(crate) fn new(link: Link, work: Arc<Work>, incarnation: Incarnation) -> Self {
+impl<W: Duties> Session<W> {
+    pub(crate) fn new(link: Link, work: Arc<W>, incarnation: Incarnation) -> Self {
         Self {
             link,
             work,
@@ -118,8 +121,7 @@ impl Session {
                 },
                 outcome = ended(&mut self.activity) => self.ended(outcome)?,
                 Some((step, result)) = self.commits.next() => {
-                    if let Err(failure) = result.map_err(Failure::from)
-                        .and_then(|result| result.map_err(Failure::from)) {
+                    if let Err(failure) = result {
                         self.fail(step, failure)?;
                     }
                 }
@@ -240,7 +242,7 @@ impl Session {
             return self.fail(step, Failure::senseless(detail));
         }
         let ring = RingId { incarnation: self.incarnation, generation };
-        self.work.remember_generation(generation, rank, form.members.len());
+        self.work.memory().remember_generation(generation, rank, form.members.len());
         let membership = Membership { ring, rank, members: peers(form.members.to_vec()), step };
         tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
         let work = Arc::clone(&self.work);
@@ -261,10 +263,10 @@ impl Session {
         let step = Step(plan.step);
         let at = self
             .work
-            .spec
+            .spec()
             .position(step)
             .ok_or_else(|| Failure::senseless(format!("step {step} is no step of the spec")))?;
-        let slots = self.work.spec.stages[at.stage].slots;
+        let slots = self.work.spec().stages[at.stage].slots;
         if plan.slot_begin > plan.slot_end || plan.slot_end > slots {
             let (begin, end) = (plan.slot_begin, plan.slot_end);
             let detail = format!("slots {begin}..{end} of step {step} are not among its {slots}");
@@ -290,8 +292,8 @@ impl Session {
 
     fn commit(&mut self, step: Step) {
         self.owes_commit = false;
-        self.work.moments.at(Moment::Commit(step));
-        let committed = self.work.compute.submit(move |bench| bench.commit(step));
+        self.work.at(Moment::Commit(step));
+        let committed = self.work.commit(step);
         self.commits.push(Box::pin(async move { (step, committed.await) }));
     }
 
@@ -331,7 +333,7 @@ impl Session {
     }
 
     /// The collective of a formed generation in which nothing else is going on.
-    fn idle_collective(&mut self, what: &str) -> Result<Collective, Failure> {
+    fn idle_collective(&mut self, what: &str) -> Result<W::Collective, Failure> {
         self.collective.take().ok_or_else(|| {
             let state = match &self.activity {
                 Some(activity) => format!("is still busy with step {}", activity.step),
@@ -343,7 +345,7 @@ impl Session {
 
     fn begin<F>(&mut self, step: Step, is_step: bool, start: impl FnOnce(Arc<AtomicBool>) -> F)
     where
-        F: Future<Output = Outcome> + Send + 'static,
+        F: Future<Output = Outcome<W::Collective>> + Send + 'static,
     {
         let cancelled = Arc::new(AtomicBool::new(false));
         let future = Box::pin(start(Arc::clone(&cancelled)));
@@ -358,14 +360,17 @@ impl Session {
         self.owes_commit = false;
     }
 
-    fn ended(&mut self, (step, (collective, result)): (Step, Outcome)) -> Result<(), WorkerError> {
+    fn ended(
+        &mut self,
+        (step, (collective, result)): (Step, Outcome<W::Collective>),
+    ) -> Result<(), WorkerError> {
         self.activity = None;
         self.collective = collective;
         match result {
             Ok(vote) => {
                 match &vote {
                     Vote::Prepared(vote) => {
-                        self.work.remember_vote(vote);
+                        self.work.memory().remember_vote(vote);
                         self.owes_commit = true;
                     }
                     Vote::Fetched(fetched) if fetched.error.is_empty() => {
@@ -375,7 +380,7 @@ impl Session {
                 }
                 self.link.send(vote)?;
                 if self.owes_commit {
-                    self.work.moments.at(Moment::Prepared(step));
+                    self.work.at(Moment::Prepared(step));
                 }
                 Ok(())
             }
@@ -418,7 +423,7 @@ fn peers(members: Vec<v1::Member>) -> Vec<Peer> {
 }
 
 /// Waits for the activity; for ever when there is none.
-async fn ended(activity: &mut Option<Activity>) -> (Step, Outcome) {
+async fn ended<C>(activity: &mut Option<Activity<C>>) -> (Step, Outcome<C>) {
     match activity {
         Some(activity) => (activity.step, (&mut activity.future).await),
         None => pending().await,

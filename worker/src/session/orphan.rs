@@ -23,11 +23,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 impl Work {
-    /// Saves the committed state that this worker holds, unless it has been saved or the run has
-    /// been begun anew since incarnation `known`; tells how that went, in words.
-    pub(crate) async fn save_without_coordinator(&self, known: Incarnation) -> String {
+    /// See [`super::Duties::save_without_coordinator`].
+    pub(super) async fn save_orphaned(&self, known: Incarnation) -> String {
         match self.compute.submit(|bench| bench.held()).await {
-            Ok(Some(step)) if step > Step(0) => match self.save_orphaned(step, known).await {
+            Ok(Some(step)) if step > Step(0) => match self.save_alone(step, known).await {
                 Ok(end) => end,
                 Err(error) => format!("the state of step {step} could not be saved: {error}"),
             },
@@ -35,9 +34,10 @@ impl Work {
         }
     }
 
-    async fn save_orphaned(&self, step: Step, known: Incarnation) -> Result<String, String> {
+    async fn save_alone(&self, step: Step, known: Incarnation) -> Result<String, String> {
         let said = |error: looptrain_storage::Error| error.to_string();
-        let turn = (TURN * self.rank().0).min(LONGEST_WAIT);
+        let (generation, rank) = self.memory.place();
+        let turn = (TURN * rank.0).min(LONGEST_WAIT);
         let begin = tokio::time::Instant::now();
         loop {
             let newest = self.checkpoints.list().await.map_err(said)?.last().copied();
@@ -63,7 +63,7 @@ impl Work {
             step,
             cursor: self.spec.cursor_after(step),
             trajectory,
-            generation: self.generation(),
+            generation,
             weights_digest,
             parts: vec![part],
         };

@@ -4,25 +4,28 @@
 //! [`Work`]. State changes happen on the compute thread, each as one job, so that dropping a future
 //! never leaves half of one.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use looptrain_model::{Layout, TrainState};
 use looptrain_proto::v1::failed::Cause;
-use looptrain_proto::v1::{self, Evaluated, Fetched, Held, PartSaved, Prepared, Ready, Sections};
-use looptrain_proto::{Digest, Generation, Rank, Spec, Step};
+use looptrain_proto::v1::{self, Evaluated, Fetched, PartSaved, Prepared, Ready, Sections};
+use looptrain_proto::{Digest, Incarnation, Spec, Step};
 use looptrain_storage::{Checkpoints, Store};
 use tracing::Instrument;
 
+use super::duties::{Duties, Holding, Membership};
 use super::failure::Failure;
+use super::memory::Memory;
 use crate::compute::{Bench, Compute, ComputeError, Part};
 use crate::feed::Feed;
 use crate::reduce::Collective;
-use crate::reduce::tcp::{Peer, Peers, Ring, RingId};
+use crate::reduce::tcp::{Peer, Peers, Ring};
 use crate::state::{self, StateError};
 use crate::transfer::{self, FetchError, Item};
 use crate::{Moment, Moments, WorkerError};
@@ -50,23 +53,10 @@ pub(crate) struct Work {
     pub(crate) peers: Peers,
     /// From whom the held state was fetched: they have the updates that it lacks.
     pub(crate) sources: Mutex<Vec<Peer>>,
-    pub(crate) memory: Mutex<Memory>,
+    pub(crate) memory: Memory,
     /// Of the run that this worker was welcomed to.
     pub(crate) lineage: Vec<u8>,
     pub(crate) moments: Moments,
-}
-
-/// Votes that a worker remembers: more than a coordinator that dies may have failed to log.
-const REMEMBERED: usize = 1024;
-
-/// What a worker can tell the next coordinator of its time with the last one.
-#[derive(Debug, Default)]
-pub(crate) struct Memory {
-    generation: Generation,
-    rank: Rank,
-    world: u32,
-    /// On the latest steps, in order.
-    votes: VecDeque<Prepared>,
 }
 
 /// How far a worker came with the members' updates.
@@ -105,77 +95,7 @@ impl From<ComputeError> for Fault {
     }
 }
 
-/// A generation as this worker sees it.
-#[derive(Clone, Debug)]
-pub(super) struct Membership {
-    pub(super) ring: RingId,
-    pub(super) rank: Rank,
-    pub(super) members: Vec<Peer>,
-    pub(super) step: Step,
-}
-
 impl Work {
-    fn memory(&self) -> MutexGuard<'_, Memory> {
-        // Every change is one call that cannot panic half-way.
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn remember_generation(&self, generation: Generation, rank: Rank, world: usize) {
-        let mut memory = self.memory();
-        (memory.generation, memory.rank, memory.world) = (generation, rank, world as u32);
-    }
-
-    /// The newest generation that this worker was told of, and its rank there.
-    pub(super) fn generation(&self) -> Generation {
-        self.memory().generation
-    }
-
-    pub(super) fn rank(&self) -> Rank {
-        self.memory().rank
-    }
-
-    pub(super) fn remember_vote(&self, vote: &Prepared) {
-        let votes = &mut self.memory().votes;
-        // A step that is tried again was not committed before.
-        while votes.back().is_some_and(|last| last.step >= vote.step) {
-            votes.pop_back();
-        }
-        votes.push_back(vote.clone());
-        if votes.len() > REMEMBERED {
-            votes.pop_front();
-        }
-    }
-
-    /// What this worker brings to another session; `None` when it holds no state yet.
-    pub(crate) async fn held(&self) -> Result<Option<Held>, WorkerError> {
-        let state = self.compute.submit(|bench| (bench.held(), bench.prepared()));
-        let (held, prepared) = state.await?;
-        let memory = self.memory();
-        Ok(held.map(|step| Held {
-            generation: memory.generation.0,
-            world: memory.world,
-            step: step.0,
-            prepared: prepared.map(|step| step.0),
-            recent: memory.votes.iter().cloned().collect(),
-            lineage: self.lineage.clone(),
-        }))
-    }
-
-    /// Forms the ring and gets the state, at the same time.
-    pub(super) async fn form(
-        &self,
-        membership: &Membership,
-    ) -> Result<(Collective, Ready), Failure> {
-        let Membership { ring, rank, members, step } = membership;
-        let ring_formed = async {
-            Ok::<_, Failure>(Ring::form(&self.peers, *ring, *rank, members, FORM_TIME).await?)
-        };
-        let (collective, digest) = tokio::try_join!(ring_formed, self.reach(*step))?;
-        let generation = ring.generation.0;
-        let weights_digest = digest.to_vec();
-        Ok((collective, Ready { generation, step: step.0, weights_digest }))
-    }
-
     /// Makes the committed state of `step` the held one.
     async fn reach(&self, step: Step) -> Result<Digest, Failure> {
         if !self.compute.submit(move |bench| bench.reach(step)).await? {
@@ -188,36 +108,6 @@ impl Work {
         Ok(self.compute.submit(move |bench| bench.weights_digest(step)).await??)
     }
 
-    /// Fetches the state of a step from the members that offer it, and the updates that they
-    /// have committed meanwhile.
-    pub(super) async fn fetch(
-        &self,
-        step: Step,
-        mut sources: Vec<Peer>,
-    ) -> Result<Fetched, Failure> {
-        let start = Instant::now();
-        let fetched = async {
-            self.fetch_state(step, &mut sources).await?;
-            *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
-            self.moments.at(Moment::Fetched(step));
-            let mut held = step;
-            while self.fetch_update(held.next(), Duration::ZERO).await? {
-                held = held.next();
-            }
-            Ok(held)
-        };
-        let (step, error) = match fetched.await {
-            Ok(held) => {
-                let seconds = start.elapsed().as_secs_f64();
-                tracing::info!(state = %step, %held, seconds, "fetched the state from the members");
-                (held, String::new())
-            }
-            Err(Fault::Fetch(error)) => (step, error.to_string()),
-            Err(Fault::Own(failure)) => return Err(failure),
-        };
-        Ok(Fetched { step: step.0, error })
-    }
-
     async fn fetch_state(&self, step: Step, sources: &mut Vec<Peer>) -> Result<(), Fault> {
         let parameters = Layout::new(&self.spec.model).parameters();
         let (item, lengths) = (Item::State(step), [parameters; 3]);
@@ -227,21 +117,6 @@ impl Work {
             <[_; 3]>::try_from(buffers).map_err(|_| FetchError::NotOffered { item })?;
         let state = TrainState { step, weights, first_moment, second_moment };
         Ok(self.compute.submit(move |bench| bench.adopt(state)).await?)
-    }
-
-    /// Goes on from the held state as the members commit, for as long as one of them has the
-    /// updates; then says how far it came.
-    pub(super) async fn follow(&self, mut held: Step) -> Result<Fetched, Failure> {
-        loop {
-            match self.fetch_update(held.next(), FOLLOW_TIME).await {
-                Ok(true) => held = held.next(),
-                Ok(false) => {}
-                Err(Fault::Fetch(error)) => {
-                    return Ok(Fetched { step: held.0, error: error.to_string() });
-                }
-                Err(Fault::Own(failure)) => return Err(failure),
-            }
-        }
     }
 
     /// Fetches and applies the update to `step`; false when no member has committed it yet.
@@ -307,22 +182,6 @@ impl Work {
         Ok(Caught::Up)
     }
 
-    /// Puts the committed state where joiners can fetch it.
-    pub(super) fn offer(&self, step: Step) {
-        // A job of its own in the queue, behind the commit of the step; nobody waits for it.
-        drop(self.compute.submit(move |bench| {
-            let _span = tracing::info_span!("offer", %step).entered();
-            if let Err(error) = bench.offer(step) {
-                tracing::warn!(%error, "cannot offer the state to a joiner");
-            }
-        }));
-    }
-
-    /// Frees what was offered, or all but the newest updates.
-    pub(crate) fn withdraw(&self, keep_updates: bool) {
-        drop(self.compute.submit(move |bench| bench.withdraw(keep_updates)));
-    }
-
     async fn load(&self, step: Step) -> Result<(), Failure> {
         let start = Instant::now();
         let (manifest, tensors) = self.checkpoints.load(step).await?;
@@ -340,8 +199,68 @@ impl Work {
         Ok(())
     }
 
-    /// Computes this rank's slots, reduces and prepares.
-    pub(super) async fn step(
+    pub(super) async fn upload(
+        &self,
+        step: Step,
+        part: usize,
+        parts: usize,
+        copied: impl Future<Output = Result<Result<Part, ComputeError>, WorkerError>>,
+    ) -> Result<(looptrain_storage::PartEntry, Digest), String> {
+        let start = Instant::now();
+        let copied = copied.await.map_err(|error| error.to_string())?;
+        let Part { tensors, weights, layout } = copied.map_err(|error| error.to_string())?;
+        let hash = tokio::task::spawn_blocking(move || state::digest(&layout, &weights));
+        let metadata = BTreeMap::from([
+            ("run".to_owned(), self.spec.run.name.clone()),
+            ("step".to_owned(), step.to_string()),
+            ("trajectory".to_owned(), self.spec.trajectory_digest().to_string()),
+        ]);
+        let saved = self.checkpoints.save_part(step, part, parts, tensors, metadata).await;
+        let entry = saved.map_err(|error| error.to_string())?;
+        let digest = hash.await.map_err(|error| format!("hashing the weights: {error}"))?;
+        let seconds = start.elapsed().as_secs_f64();
+        tracing::info!(bytes = entry.bytes, seconds, "saved a part of the checkpoint");
+        Ok((entry, digest))
+    }
+}
+
+impl Duties for Work {
+    type Collective = Collective;
+
+    fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    fn lineage(&self) -> &[u8] {
+        &self.lineage
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn at(&self, moment: Moment) {
+        self.moments.at(moment);
+    }
+
+    async fn holding(&self) -> Result<Holding, WorkerError> {
+        let holding =
+            |bench: &mut Bench| Holding { held: bench.held(), prepared: bench.prepared() };
+        self.compute.submit(holding).await
+    }
+
+    async fn form(&self, membership: &Membership) -> Result<(Collective, Ready), Failure> {
+        let Membership { ring, rank, members, step } = membership;
+        let ring_formed = async {
+            Ok::<_, Failure>(Ring::form(&self.peers, *ring, *rank, members, FORM_TIME).await?)
+        };
+        let (collective, digest) = tokio::try_join!(ring_formed, self.reach(*step))?;
+        let generation = ring.generation.0;
+        let weights_digest = digest.to_vec();
+        Ok((collective, Ready { generation, step: step.0, weights_digest }))
+    }
+
+    async fn step(
         &self,
         plan: v1::Plan,
         collective: &mut Collective,
@@ -386,8 +305,12 @@ impl Work {
         })
     }
 
-    /// This rank's share of the validation loss.
-    pub(super) async fn evaluate(
+    fn commit(&self, step: Step) -> BoxFuture<'static, Result<(), Failure>> {
+        let committed = self.compute.submit(move |bench| bench.commit(step));
+        async move { Ok(committed.await??) }.boxed()
+    }
+
+    async fn evaluate(
         &self,
         order: v1::Evaluate,
         cancelled: Arc<AtomicBool>,
@@ -400,12 +323,7 @@ impl Work {
         Ok(Evaluated { generation: order.generation, step: order.step, sums, tokens })
     }
 
-    /// Queues the copy of this rank's part, then uploads it; the future needs no further attention
-    /// of the session. What goes wrong is in the answer: a failed save stops nobody's training.
-    pub(super) fn save(
-        self: &Arc<Self>,
-        order: v1::Save,
-    ) -> impl Future<Output = PartSaved> + Send + use<> {
+    fn save(self: &Arc<Self>, order: v1::Save) -> BoxFuture<'static, PartSaved> {
         let (part, parts) = (order.part as usize, order.parts as usize);
         let step = Step(order.step);
         let valid = part < parts;
@@ -435,30 +353,62 @@ impl Work {
             }
         }
         .instrument(tracing::info_span!("save", %step, part))
+        .boxed()
     }
 
-    pub(super) async fn upload(
-        &self,
-        step: Step,
-        part: usize,
-        parts: usize,
-        copied: impl Future<Output = Result<Result<Part, ComputeError>, WorkerError>>,
-    ) -> Result<(looptrain_storage::PartEntry, Digest), String> {
+    async fn fetch(&self, step: Step, mut sources: Vec<Peer>) -> Result<Fetched, Failure> {
         let start = Instant::now();
-        let copied = copied.await.map_err(|error| error.to_string())?;
-        let Part { tensors, weights, layout } = copied.map_err(|error| error.to_string())?;
-        let hash = tokio::task::spawn_blocking(move || state::digest(&layout, &weights));
-        let metadata = BTreeMap::from([
-            ("run".to_owned(), self.spec.run.name.clone()),
-            ("step".to_owned(), step.to_string()),
-            ("trajectory".to_owned(), self.spec.trajectory_digest().to_string()),
-        ]);
-        let saved = self.checkpoints.save_part(step, part, parts, tensors, metadata).await;
-        let entry = saved.map_err(|error| error.to_string())?;
-        let digest = hash.await.map_err(|error| format!("hashing the weights: {error}"))?;
-        let seconds = start.elapsed().as_secs_f64();
-        tracing::info!(bytes = entry.bytes, seconds, "saved a part of the checkpoint");
-        Ok((entry, digest))
+        let fetched = async {
+            self.fetch_state(step, &mut sources).await?;
+            *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
+            self.moments.at(Moment::Fetched(step));
+            let mut held = step;
+            while self.fetch_update(held.next(), Duration::ZERO).await? {
+                held = held.next();
+            }
+            Ok(held)
+        };
+        let (step, error) = match fetched.await {
+            Ok(held) => {
+                let seconds = start.elapsed().as_secs_f64();
+                tracing::info!(state = %step, %held, seconds, "fetched the state from the members");
+                (held, String::new())
+            }
+            Err(Fault::Fetch(error)) => (step, error.to_string()),
+            Err(Fault::Own(failure)) => return Err(failure),
+        };
+        Ok(Fetched { step: step.0, error })
+    }
+
+    async fn follow(&self, mut held: Step) -> Result<Fetched, Failure> {
+        loop {
+            match self.fetch_update(held.next(), FOLLOW_TIME).await {
+                Ok(true) => held = held.next(),
+                Ok(false) => {}
+                Err(Fault::Fetch(error)) => {
+                    return Ok(Fetched { step: held.0, error: error.to_string() });
+                }
+                Err(Fault::Own(failure)) => return Err(failure),
+            }
+        }
+    }
+
+    fn offer(&self, step: Step) {
+        // A job of its own in the queue, behind the commit of the step; nobody waits for it.
+        drop(self.compute.submit(move |bench| {
+            let _span = tracing::info_span!("offer", %step).entered();
+            if let Err(error) = bench.offer(step) {
+                tracing::warn!(%error, "cannot offer the state to a joiner");
+            }
+        }));
+    }
+
+    fn withdraw(&self, keep_updates: bool) {
+        drop(self.compute.submit(move |bench| bench.withdraw(keep_updates)));
+    }
+
+    async fn save_without_coordinator(&self, known: Incarnation) -> String {
+        self.save_orphaned(known).await
     }
 }
 

@@ -141,7 +141,8 @@ async fn local_steps(
 ) -> Result<Vec<LocalStep>> {
     let stop = CancellationToken::new();
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let Started::Running(running) = run.start(listen, None, stop.clone(), None, telemetry).await? else {
+    let Started::Running(running) = run.start(listen, None, stop.clone(), None, telemetry).await?
+    else {
         bail!("a run that was to begin anew is finished already");
     };
     let last = Step(u64::from(steps));
