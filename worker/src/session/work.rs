@@ -167,9 +167,11 @@ impl Work {
         step: Step,
         mut sources: Vec<Peer>,
     ) -> Result<Fetched, Failure> {
-        let start = Instant::now();
+        let (start, members) = (Instant::now(), sources.len());
         let fetched = async {
             self.fetch_state(step, &mut sources).await?;
+            // Should the coordinator die, the next one has to know that others hold this, too.
+            self.memory().world = members as u32;
             *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
             self.moments.at(Moment::Fetched(step));
             let mut held = step;
