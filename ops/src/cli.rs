@@ -135,7 +135,7 @@ pub(crate) struct Coordinator {
     /// What this process does to itself at an exact moment, such as kill@decided:17; for tests
     #[arg(long = "fault", value_name = "ACTION@MOMENT[:STEP]", hide = true, value_parser = coordinator_fault)]
     pub(crate) faults: Vec<Fault>,
-    /// End when stdin does, so that nobody has to end it whose parent was killed
+    /// End with the process that started this one, or when stdin does
     #[arg(long, hide = true)]
     pub(crate) bound: bool,
 }
@@ -169,7 +169,7 @@ pub(crate) struct Worker {
     /// What this process does to itself at an exact moment, such as kill@reduce:17; for tests
     #[arg(long = "fault", value_name = "ACTION@MOMENT[:STEP]", hide = true, value_parser = worker_fault)]
     pub(crate) faults: Vec<Fault>,
-    /// End when stdin does, so that nobody has to end it whose parent was killed
+    /// End with the process that started this one, or when stdin does
     #[arg(long, hide = true)]
     pub(crate) bound: bool,
 }

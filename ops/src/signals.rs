@@ -31,8 +31,14 @@ pub(crate) fn stop_on_signals(notice: &'static str) -> std::io::Result<Cancellat
     Ok(token)
 }
 
-/// Ends this process when its stdin comes to an end: whoever started it is gone.
-pub(crate) fn end_with_stdin() {
+/// Ends this process when its stdin does, for then whoever started it is gone. A process under
+/// SIGSTOP does not notice that: there the system kills it, if the thread that started it was one
+/// that lasts as long as its process.
+pub(crate) fn end_with_parent() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL) {
+        tracing::warn!("this process may outlive the one that started it: {error}");
+    }
     std::thread::spawn(|| {
         // An error is an end, too.
         let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());

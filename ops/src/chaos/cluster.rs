@@ -1,8 +1,8 @@
 //! The processes of a cluster: a coordinator and workers, each a child of this process.
 //!
 //! A child belongs to one task, which alone waits for it and sends it signals, so that an id always
-//! means the child. [`Cluster::end`] kills them all; should this process be killed itself, their
-//! stdin ends, and they do (`--bound`).
+//! means the child. [`Cluster::end`] kills them all; should this process be killed itself, they end
+//! with it (`--bound`), for which they are to be started from its main thread.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

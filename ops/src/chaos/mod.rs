@@ -67,6 +67,8 @@ impl Plan {
         }
         if report.failure.is_none() {
             for run in [&disturbed, &calm] {
+                // Among it what processes had half-written when they were killed.
+                self.store.sweep(&run_prefix(run), Duration::ZERO).await?;
                 self.store.delete_prefix(&run_prefix(run)).await?;
             }
         } else {

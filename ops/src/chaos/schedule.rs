@@ -16,6 +16,9 @@ const LONGEST_OUTAGE: Duration = Duration::from_millis(3000);
 /// Moments at which a worker of at least two dies; see `looptrain_worker::Moment`.
 const WORKER_MOMENTS: [&str; 4] = ["compute", "reduce", "prepared", "commit"];
 
+/// The kind of a [`Happening::KillCoordinatorAt`].
+pub(crate) const COORDINATOR_AT_MOMENT: &str = "kill-coordinator-at-moment";
+
 /// Something that is done to a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Happening {
@@ -48,7 +51,7 @@ impl Happening {
             Self::KillJoiner => "kill-joiner",
             Self::FreezeWorker => "freeze-worker",
             Self::KillCoordinator(_) => "kill-coordinator",
-            Self::KillCoordinatorAt(_) => "kill-coordinator-at-moment",
+            Self::KillCoordinatorAt(_) => COORDINATOR_AT_MOMENT,
             Self::KillBoth => "kill-both",
             Self::Join => "join",
             Self::Leave => "leave",

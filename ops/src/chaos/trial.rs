@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::cluster::{Cluster, Said, Site};
-use super::schedule::{Happening, Planned};
+use super::schedule::{COORDINATOR_AT_MOMENT, Happening, Planned};
 use super::watch::{Until, Watch};
 use crate::progress::print_line;
 
@@ -56,6 +56,8 @@ pub(super) struct Trial {
     /// When the next coordinator is to be started, and with which fault.
     restart: Option<(Duration, Option<String>)>,
     worker_timeout: Duration,
+    /// Since when something has been under way.
+    busy: Option<Duration>,
     begun: Instant,
     stopped: Option<Stopped>,
 }
@@ -78,6 +80,7 @@ impl Trial {
             coordinator,
             restart: None,
             worker_timeout,
+            busy: None,
             begun: Instant::now(),
             stopped: None,
         };
@@ -231,9 +234,7 @@ impl Trial {
                 fault.as_deref().map_or(Vec::new(), |fault| vec!["--fault", fault]);
             let name = self.cluster.start_coordinator(&arguments)?;
             let fate = match fault {
-                Some(_) => {
-                    Fate::Doomed(Happening::KillCoordinatorAt("").kind(), Until::NewGeneration)
-                }
+                Some(_) => Fate::Doomed(COORDINATOR_AT_MOMENT, Until::NewGeneration),
                 None => Fate::Well,
             };
             self.coordinator = (name, fate);
@@ -252,8 +253,13 @@ impl Trial {
         if silence > SILENCE {
             bail!("no step was committed for {} s", SILENCE.as_secs());
         }
-        if self.restart.is_none() && self.watch.unrest(now) > SILENCE {
-            bail!("the run took no notice for {} s", SILENCE.as_secs());
+        // A moment that does not come and a change that nobody notices are failures, too.
+        let busy = match self.is_idle() {
+            true => self.busy.take().unwrap_or(now),
+            false => *self.busy.get_or_insert(now),
+        };
+        if now.saturating_sub(busy) > self.worker_timeout + OVERSLEEPS + SILENCE {
+            bail!("steps are committed, but what was to happen has not happened");
         }
         Ok(())
     }

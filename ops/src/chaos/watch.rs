@@ -119,12 +119,6 @@ impl Watch {
         self.open.is_empty()
     }
 
-    /// How long something has been waited for; zero when all is calm.
-    pub(crate) fn unrest(&self, now: Duration) -> Duration {
-        let since = self.open.iter().map(|open| open.from).min();
-        since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
-    }
-
     /// How long nothing has been committed; zero before the first commit.
     pub(crate) fn silence(&self, now: Duration) -> Duration {
         self.at.map_or(Duration::ZERO, |at| now.saturating_sub(at))

@@ -22,7 +22,7 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
         () = stop.cancelled() => bail!("stopped before training began"),
     };
     if args.bound {
-        signals::end_with_stdin();
+        signals::end_with_parent();
     }
     let moments = (!args.faults.is_empty()).then(|| watched_by(Faults::new(args.faults)));
     let started = run.start(args.listen, args.spec.dashboard, stop, moments, telemetry).await?;

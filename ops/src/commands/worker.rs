@@ -14,7 +14,7 @@ use crate::signals;
 pub(crate) async fn run(args: Worker) -> Result<()> {
     let stop = signals::stop_on_signals("leaving the run after the step in flight")?;
     if args.bound {
-        signals::end_with_stdin();
+        signals::end_with_parent();
     }
     let name = args.name.unwrap_or_else(|| format!("{}-{}", host_name(), std::process::id()));
     let threads = args.threads.unwrap_or_else(all_threads);

@@ -38,7 +38,9 @@ fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     let status = scratch.run(&["status", "--store", "file://store", "--run", "small", "--json"]);
     let status: Value = serde_json::from_str(&status.stdout).unwrap();
     assert_eq!(status["phase"], "finished");
-    assert_eq!(status["checkpoints"], serde_json::json!([10, 14]), "the newest two are kept");
+    // While one is being written, others that are due wait, and one is made for all of them.
+    let kept: Vec<u64> = serde_json::from_value(status["checkpoints"].clone()).unwrap();
+    assert!(kept.len() == 2 && kept[1] == 14, "the newest two are kept: {kept:?}");
 
     let text = [
         "generate",

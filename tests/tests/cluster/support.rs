@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -217,9 +218,17 @@ impl Drop for Running {
     }
 }
 
-/// A port of the loopback that nobody listens on.
+/// A port of the loopback that nobody listens on, and that nobody gets by chance while a
+/// coordinator is away from it: below those that the system gives to connections and listeners.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let begin = 10_000 + (std::process::id() % 10_000) as u16;
+    loop {
+        let port = begin + NEXT.fetch_add(1, Ordering::Relaxed);
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Sends a signal to a process.

@@ -1,5 +1,7 @@
 //! `looptrain chaos` itself.
 
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
 
 use crate::support::{Running, Scratch, is_gone, wait_until, workers_of};
@@ -26,12 +28,13 @@ fn a_short_chaos_ends_with_the_weights_of_an_undisturbed_run_and_tells_how_long_
         assert!(spread["min"].as_f64().unwrap() <= recovery, "{report}");
         assert!(spread["max"].as_f64().unwrap() >= recovery, "{report}");
     }
-    let runs: Vec<_> = std::fs::read_dir(scratch.path("store/runs")).unwrap().collect();
-    let left = runs.into_iter().filter(|run| {
-        let path = run.as_ref().unwrap().path();
-        std::fs::read_dir(path.join("checkpoints")).is_ok_and(|mut files| files.next().is_some())
-    });
-    assert_eq!(left.count(), 0, "its runs are removed");
+    assert_eq!(files_below(&scratch.path("store/runs")), Vec::<PathBuf>::new());
+}
+
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
 /// A chaos in full course, and its processes.

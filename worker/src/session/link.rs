@@ -1,6 +1,7 @@
 //! The connection to the coordinator: dialling, the join, and the outgoing half of the stream.
 
 use std::error::Error;
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
@@ -28,9 +29,10 @@ const OUTGOING: usize = 512;
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The first and the longest pause between attempts to reach the coordinator.
+/// The first and the longest pause between attempts to reach the coordinator: as long as a
+/// coordinator that is back may wait for this worker.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// A network over which a coordinator is reached.
 pub trait Dial: Send + Sync {
@@ -86,13 +88,22 @@ async fn dial(network: &impl Dial, url: &str, within: Duration) -> Result<Channe
             Ok(Err(error)) => innermost(&error),
             Err(_) => "it does not answer".into(),
         };
-        if Instant::now() + pause >= deadline {
+        let jittered = jittered(pause);
+        if Instant::now() + jittered >= deadline {
             let seconds = within.as_secs_f64();
             return Err(WorkerError::Connect { url: url.to_owned(), seconds, reason });
         }
-        sleep(pause).await;
+        sleep(jittered).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+/// Between half of a pause and all of it, so that workers that lost their coordinator at the same
+/// time do not all come back at the same time.
+fn jittered(pause: Duration) -> Duration {
+    // Each hasher of this kind has random keys of its own.
+    let drawn = RandomState::new().hash_one(()) >> 32;
+    pause / 2 + (pause / 2).mul_f64(drawn as f64 / f64::from(u32::MAX))
 }
 
 /// The cause at the bottom: "connection refused" says more than "transport error".
@@ -195,5 +206,18 @@ impl Link {
     /// The error for a coordinator that does not keep to the protocol.
     pub(crate) fn protocol(&self, what: &str) -> WorkerError {
         WorkerError::Protocol { url: self.url.clone(), what: what.to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_differ_and_are_never_longer_nor_much_shorter_than_told() {
+        let drawn: Vec<Duration> = (0..200).map(|_| jittered(LONGEST_PAUSE)).collect();
+        assert!(drawn.iter().all(|pause| (LONGEST_PAUSE / 2..=LONGEST_PAUSE).contains(pause)));
+        let (first, last) = (drawn.iter().min(), drawn.iter().max());
+        assert!(last > first.map(|first| *first + LONGEST_PAUSE / 4).as_ref(), "{drawn:?}");
     }
 }

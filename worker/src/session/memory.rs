@@ -36,6 +36,11 @@ impl Memory {
         (past.generation, past.rank, past.world) = (generation, rank, world as u32);
     }
 
+    /// So many members hold the state that is being fetched.
+    pub(super) fn remember_world(&self, world: usize) {
+        self.past().world = world as u32;
+    }
+
     /// The newest generation that this worker was told of, and its rank there.
     pub(super) fn place(&self) -> (Generation, Rank) {
         let past = self.past();

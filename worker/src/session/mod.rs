@@ -301,6 +301,8 @@ impl<W: Duties> Session<W> {
     fn fetch(&mut self, order: v1::Fetch) {
         let step = Step(order.step);
         let (work, sources) = (Arc::clone(&self.work), peers(order.sources));
+        // Should the coordinator die, the next one has to know that others hold the state, too.
+        work.memory().remember_world(sources.len());
         let span = tracing::info_span!("fetch", %step, sources = sources.len());
         self.begin(step, false, move |_| {
             async move { (None, work.fetch(step, sources).await.map(Vote::Fetched)) }

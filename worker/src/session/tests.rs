@@ -396,6 +396,23 @@ async fn workers_that_lose_their_coordinator_bring_the_next_one_what_they_hold()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_that_loses_its_coordinator_says_how_many_others_hold_what_it_has_fetched() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_secs(20);
+    let (_workers, mut guests) = rig.cluster(2).await;
+    steps(&mut guests, 1, 1..=1).await;
+    let _joiner = rig.worker("w2");
+    let mut joiner = rig.welcome().await;
+    guests.iter().for_each(|guest| guest.offer(1, 1));
+    let sources: Vec<v1::Join> = guests.iter().map(|guest| guest.join.clone()).collect();
+    joiner.fetch(1, &sources.iter().collect::<Vec<_>>());
+    assert_eq!(joiner.fetched().await.error, "");
+    drop(joiner);
+    let held = rig.guest().await.join.held.unwrap();
+    assert_eq!((held.step, held.world), (1, 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_does_not_bring_its_state_and_data_into_a_run_that_was_begun_anew() {
     let mut rig = Rig::start().await;
     rig.reconnect = Duration::from_secs(20);
