@@ -1,9 +1,9 @@
 //! The connection to the coordinator: dialling, the join, and the outgoing half of the stream.
 
 use std::error::Error;
-use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+use looptrain_proto::Digest;
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::worker_message::Kind;
 use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Refused, Welcome, WorkerMessage};
@@ -67,7 +67,12 @@ pub(crate) struct Link {
 }
 
 /// Reaches the coordinator, trying again until the time is over.
-async fn dial(network: &impl Dial, url: &str, within: Duration) -> Result<Channel, WorkerError> {
+async fn dial(
+    network: &impl Dial,
+    url: &str,
+    name: &str,
+    within: Duration,
+) -> Result<Channel, WorkerError> {
     let wrong = |reason: String| WorkerError::Url { url: url.to_owned(), reason };
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| wrong(e.to_string()))?;
     let endpoint = match endpoint.uri().scheme_str() {
@@ -82,13 +87,13 @@ async fn dial(network: &impl Dial, url: &str, within: Duration) -> Result<Channe
     };
     let deadline = Instant::now() + within;
     let mut pause = FIRST_PAUSE;
-    loop {
+    for attempt in 0.. {
         let reason = match timeout_at(deadline, network.dial(&endpoint)).await {
             Ok(Ok(channel)) => return Ok(channel),
             Ok(Err(error)) => innermost(&error),
             Err(_) => "it does not answer".into(),
         };
-        let jittered = jittered(pause);
+        let jittered = jittered(pause, name, attempt);
         if Instant::now() + jittered >= deadline {
             let seconds = within.as_secs_f64();
             return Err(WorkerError::Connect { url: url.to_owned(), seconds, reason });
@@ -96,14 +101,16 @@ async fn dial(network: &impl Dial, url: &str, within: Duration) -> Result<Channe
         sleep(jittered).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+    unreachable!("the loop ends by returning")
 }
 
 /// Between half of a pause and all of it, so that workers that lost their coordinator at the same
-/// time do not all come back at the same time.
-fn jittered(pause: Duration) -> Duration {
-    // Each hasher of this kind has random keys of its own.
-    let drawn = RandomState::new().hash_one(()) >> 32;
-    pause / 2 + (pause / 2).mul_f64(drawn as f64 / f64::from(u32::MAX))
+/// time do not all come back at the same time. Not drawn but derived, so that what happens once
+/// happens again.
+fn jittered(pause: Duration, name: &str, attempt: u64) -> Duration {
+    let Digest([a, b, c, d, ..]) = Digest::of(format!("{name} {attempt}").as_bytes());
+    let share = f64::from(u32::from_le_bytes([a, b, c, d])) / f64::from(u32::MAX);
+    pause / 2 + (pause / 2).mul_f64(share)
 }
 
 /// The cause at the bottom: "connection refused" says more than "transport error".
@@ -121,7 +128,7 @@ impl Link {
     ) -> Result<(Self, Welcome), WorkerError> {
         let broken = |reason| WorkerError::Broken { url: url.to_owned(), reason };
         let deadline = Instant::now() + within;
-        let channel = dial(network, url, within).await?;
+        let channel = dial(network, url, &join.name, within).await?;
         let (outgoing, messages) = mpsc::channel(OUTGOING);
         let mut link = {
             // The first message is there before the call, for the call may wait for it.
@@ -215,7 +222,10 @@ mod tests {
 
     #[test]
     fn pauses_differ_and_are_never_longer_nor_much_shorter_than_told() {
-        let drawn: Vec<Duration> = (0..200).map(|_| jittered(LONGEST_PAUSE)).collect();
+        let attempts = (0..20).flat_map(|attempt| (0..10).map(move |worker| (worker, attempt)));
+        let drawn: Vec<Duration> = attempts
+            .map(|(worker, attempt)| jittered(LONGEST_PAUSE, &format!("w{worker}"), attempt))
+            .collect();
         assert!(drawn.iter().all(|pause| (LONGEST_PAUSE / 2..=LONGEST_PAUSE).contains(pause)));
         let (first, last) = (drawn.iter().min(), drawn.iter().max());
         assert!(last > first.map(|first| *first + LONGEST_PAUSE / 4).as_ref(), "{drawn:?}");
