@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use turmoil::net::TcpListener;
 
 use crate::network::{Wire, receive, send};
-use crate::world::Shared;
+use crate::shared::Shared;
 
 pub(crate) const PEER_PORT: u16 = 7000;
 

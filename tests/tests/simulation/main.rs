@@ -12,10 +12,12 @@
 mod arithmetic;
 mod dice;
 mod door;
+mod hosts;
 mod mime;
 mod network;
 mod objects;
 mod plan;
+mod shared;
 mod witness;
 mod world;
 
@@ -44,8 +46,8 @@ fn attempt(plan: &Plan, aloud: bool) -> Result<Report, Vec<String>> {
 
 fn replay(seed: u64) -> String {
     format!(
-        "LOOPTRAIN_SIM_SEED={seed} cargo test --release -p looptrain-tests --test simulation -- \
-         --nocapture seed"
+        "LOOPTRAIN_SIM_SEED={seed} cargo test --release --workspace --test simulation -- \
+         --nocapture every_seed"
     )
 }
 

@@ -21,8 +21,8 @@ use tokio::time::sleep;
 
 use crate::arithmetic;
 use crate::door::{Door, Offer, Ring, Shelf};
+use crate::shared::Shared;
 use crate::witness::Life;
-use crate::world::Shared;
 
 /// A worker process's duties.
 pub(crate) struct Mime {

@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use turmoil::net::tcp::OwnedWriteHalf;
 use turmoil::net::{TcpListener, TcpStream};
 
-use crate::world::{Latency, Shared};
+use crate::shared::{Latency, Shared};
 
 /// Where every coordinator listens on its host.
 pub(crate) const COORDINATOR_PORT: u16 = 9000;

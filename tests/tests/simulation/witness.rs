@@ -353,7 +353,7 @@ fn event_text(event: &RunEvent) -> String {
 
 #[test]
 fn a_slot_that_is_left_out_or_counted_twice_is_seen() {
-    let spec = crate::world::spec();
+    let spec = crate::shared::spec();
     let life = Life { worker: "w0", number: 1 };
     let right = Truth::of(&spec).gradient(Step(1)).unwrap();
     for (slots, seen) in [(vec![3, 4, 0, 1, 2], 0), (vec![0, 1, 2, 3], 1), (vec![0, 0, 1, 2, 3], 1)]
@@ -373,7 +373,7 @@ fn a_worker_that_goes_back_to_an_older_coordinator_or_behind_its_commit_is_seen(
         generation: Generation(generation),
     };
     let life = Life { worker: "w0", number: 1 };
-    let mut witness = Witness::new(&crate::world::spec(), false);
+    let mut witness = Witness::new(&crate::shared::spec(), false);
     witness.forms(&life, ring(2, 3), Step(4), None);
     witness.obeys(&life, Step(5));
     witness.forms(&life, ring(2, 4), Step(5), Some(Step(5)));
@@ -400,7 +400,7 @@ fn what_a_coordinator_may_not_do_is_seen() {
         step: Step(step),
         reason: String::new(),
     };
-    let mut witness = Witness::new(&crate::world::spec(), false);
+    let mut witness = Witness::new(&crate::shared::spec(), false);
     witness.written("c0.1", Duration::ZERO, "runs/r/record/1.json", &record(1));
     witness.event("c0.1", &formed(5));
     witness.event("c0.1", &formed(4));
