@@ -201,13 +201,9 @@ impl Core {
     /// A worker is to catch up with the committed step. What a follower is known to hold is the
     /// least that it holds from now on; of any other it is not known.
     pub(super) fn note_catching_up(&mut self, worker: WorkerId) {
-        match self.is_guest(worker) {
-            true => {
-                if let Some(known) = self.roster.get_mut(worker) {
-                    known.follows = true;
-                }
-            }
-            false => self.forget_held(worker),
+        let follows = self.roster.get(worker).is_some_and(|known| known.follows);
+        if !follows {
+            self.forget_held(worker);
         }
     }
 

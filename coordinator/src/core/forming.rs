@@ -58,14 +58,11 @@ impl Core {
             // Who was still catching up goes on with that as long as there are sources.
             next.retain(|member| self.holds_the_state(*member) || self.is_guest(*member));
             if !next.iter().any(|member| self.holds_the_state(*member)) {
-                next.clear();
+                return self.form_with_followers(reason);
             }
         }
         if next.is_empty() {
-            self.set_members(Vec::new());
-            self.end_admission();
-            self.phase = Phase::Waiting;
-            return self.settle();
+            return self.wait_for_workers();
         }
         let mut newcomers = self.spares();
         if !self.state_is_in_reach() {
@@ -80,6 +77,24 @@ impl Core {
         let more: Vec<WorkerId> = next.iter().filter(has_it).copied().collect();
         self.anchors.extend(more);
         self.form(next, reason.to_owned());
+    }
+
+    /// Nobody is left that is sure to hold the committed state; those that followed may have come to
+    /// it, and say how far they came if not.
+    fn form_with_followers(&mut self, reason: &str) {
+        let mut followers = self.roster.followers();
+        followers.truncate(self.room_beside(0));
+        if followers.is_empty() {
+            return self.wait_for_workers();
+        }
+        self.form(followers, reason.to_owned());
+    }
+
+    fn wait_for_workers(&mut self) {
+        self.set_members(Vec::new());
+        self.end_admission();
+        self.phase = Phase::Waiting;
+        self.settle();
     }
 
     /// Whether a member has the committed state, or comes to have it without help.

@@ -369,6 +369,10 @@ impl Fake {
                         fetched <= form.step && offers.iter().any(|offered| *offered <= fetched)
                     };
                     let there = there || self.fetched.is_some_and(follows);
+                    if let Some(at) = self.fetched.take_if(|_| !there) {
+                        let result = Err("no peer has the update".to_owned());
+                        return self.answers.push_back(Report::Fetched { step: Step(at), result });
+                    }
                     assert!(there, "the state of step {} is nowhere", form.step);
                 }
                 let step = Step(form.step);

@@ -84,12 +84,12 @@ fn a_second_spare_fetches_a_new_state_while_the_first_one_follows() {
     rig.prepare_all();
     assert_eq!(warm(&rig), ["spare", "second"]);
     ids.into_iter().for_each(|member| rig.kill(member));
-    // Their members are gone, and both say how far they have come.
-    assert_eq!(rig.phase(), "waiting");
-    lost_its_way(&mut rig, first, 9);
-    assert_eq!(rig.phase(), "waiting", "for the word of the other");
+    // Their members are gone, and they may have come as far.
+    assert_eq!((rig.form_of(first).step, rig.members()), (9, vec![first, second]));
     lost_its_way(&mut rig, second, 8);
     assert_eq!((rig.form_of(first).step, rig.members()), (9, vec![first]));
+    rig.ready_all();
+    assert_eq!(rig.plan_of(first).step, 10);
     let back = rig.published.iter().any(|event| matches!(event, RunEvent::Rewound { .. }));
     assert!(!back, "no step is done again");
 }
@@ -99,10 +99,25 @@ fn the_last_spare_goes_on_from_where_it_has_come_to_when_all_members_die_at_once
     let (mut rig, ids, spare) = with_a_warm_spare();
     (0..20).for_each(|_| rig.prepare_all());
     ids.into_iter().for_each(|member| rig.kill(member));
-    lost_its_way(&mut rig, spare, 22);
+    // It has nothing to report: it came to the committed step before they died.
     assert_eq!((rig.form_of(spare).step, rig.members()), (22, vec![spare]));
+    rig.ready_all();
+    assert_eq!(rig.plan_of(spare).step, 23);
     let back = rig.published.iter().any(|event| matches!(event, RunEvent::Rewound { .. }));
     assert!(!back, "no step is done again");
+}
+
+#[test]
+fn spares_that_came_less_far_than_members_that_all_died_say_so_and_the_run_goes_back_to_the_newest()
+{
+    let (mut rig, ids, spare) = with_a_warm_spare();
+    (0..20).for_each(|_| rig.prepare_all());
+    ids.into_iter().for_each(|member| rig.kill(member));
+    lost_its_way(&mut rig, spare, 21);
+    assert_eq!((rig.form_of(spare).step, rig.members()), (21, vec![spare]));
+    assert_eq!(rig.went_on.last(), Some(&(21, Vec::new())));
+    rig.ready_all();
+    assert_eq!(rig.plan_of(spare).step, 22);
 }
 
 #[test]
