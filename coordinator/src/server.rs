@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt;
 use looptrain_proto::WorkerId;
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::{self, coordinator_message, worker_message};
@@ -101,6 +102,8 @@ where
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let service = CoordinatorServer::new(service);
+    // Whoever connects at the moment of the shutdown is not taken in to be sent away.
+    let incoming = incoming.take_until(shutdown.clone().cancelled_owned());
     Server::builder()
         .http2_keepalive_interval(Some(worker_timeout / 2))
         .http2_keepalive_timeout(Some(worker_timeout))

@@ -19,7 +19,7 @@ use crate::shared::{STORE_URL, Shared, lock, spec};
 const TICK: Duration = Duration::from_millis(10);
 
 /// Within this time after the last fault the run must be over.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What became of a seed.
 #[derive(Debug)]

@@ -29,6 +29,10 @@ const OUTGOING: usize = 512;
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// An attempt to connect that takes longer is given up for another one: a machine that is gone answers
+/// nothing for minutes, and by then the coordinator's name may stand for another one.
+const ATTEMPT: Duration = Duration::from_secs(3);
+
 /// The first and the longest pause between attempts to reach the coordinator: as long as a
 /// coordinator that is back may wait for this worker.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -88,7 +92,8 @@ async fn dial(
     let deadline = Instant::now() + within;
     let mut pause = FIRST_PAUSE;
     for attempt in 0.. {
-        let reason = match timeout_at(deadline, network.dial(&endpoint)).await {
+        let until = deadline.min(Instant::now() + ATTEMPT);
+        let reason = match timeout_at(until, network.dial(&endpoint)).await {
             Ok(Ok(channel)) => return Ok(channel),
             Ok(Err(error)) => innermost(&error),
             Err(_) => "it does not answer".into(),
