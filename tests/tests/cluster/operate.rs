@@ -178,8 +178,11 @@ fn workers_whose_coordinator_stays_away_leave_a_checkpoint_from_which_the_run_go
     let url = format!("http://{address}");
     let worker = ["worker", "--coordinator", &url, "--threads", "1", "--reconnect-timeout", "1"];
     let workers = [(); 2].map(|()| Running::start(scratch.command(&worker)));
-    let line = coordinator.wait_for(|line| line.starts_with("step "));
-    let seen: u64 = line["step ".len()..].split('/').next().unwrap().parse().unwrap();
+    let step =
+        |line: &str| -> Option<u64> { line.strip_prefix("step ")?.split('/').next()?.parse().ok() };
+    // Of the first step there may be no word on its way to the workers yet.
+    let line = coordinator.wait_for(|line| step(line).is_some_and(|step| step > 1));
+    let seen = step(&line).unwrap();
     coordinator.signal("KILL");
     for worker in workers {
         let end = worker.end();
@@ -190,7 +193,8 @@ fn workers_whose_coordinator_stays_away_leave_a_checkpoint_from_which_the_run_go
     let line =
         cluster.coordinator.wait_for(|line| line.starts_with("going on from the checkpoint"));
     let from: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
-    assert!(from >= seen, "no committed step is lost: {line}, after {seen}");
+    // The newest may have died with the coordinator before any worker was told to commit it.
+    assert!(from + 1 >= seen, "no step is lost that a worker holds: {line}, after {seen}");
     let _workers = (cluster.worker("a"), cluster.worker("b"));
     let Cluster { coordinator, scratch, .. } = cluster;
     assert_eq!(coordinator.end().done().field("weights"), undisturbed(&LONG));
