@@ -1,6 +1,6 @@
 //! Between two steps: all members hold the committed state, and nothing is in flight but perhaps
-//! an upload. Decides, in this order, whether to save, to evaluate, to end, to pause, to let spares in, or
-//! to go on with the next step.
+//! an upload. Decides, in this order, whether to save, to evaluate, to end, to pause, to let spares
+//! in, or to go on with the next step.
 
 use super::{Core, Phase};
 

@@ -24,9 +24,9 @@
 //! One file a concern: [`membership`] (joins, losses, silence), [`waiting`] (who has to be here),
 //! [`returning`] (what they bring back), [`admission`] (who joins later), [`forming`]
 //! (generations), [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints),
-//! [`speed`] (shares and stragglers), [`patience`] (answers that do not come), [`finishing`] (stops and ends),
-//! [`orders`] (what operators ask for). [`boundary`] is where
-//! they meet: what to do between two steps.
+//! [`speed`] (shares and stragglers), [`patience`] (answers that do not come), [`finishing`]
+//! (stops and ends), [`orders`] (what operators ask for). [`boundary`] is where they meet: what to
+//! do between two steps.
 
 mod action;
 mod admission;

@@ -1,6 +1,7 @@
 //! A coordinator and workers as processes of their own, with faults at exact moments.
 
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -43,11 +44,16 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// A coordinator of [`RUN`] that waits for so many workers.
     pub(crate) fn start(workers: usize, more: &[&str]) -> Self {
+        let workers = format!("cluster.workers={workers}");
+        Self::start_with(&[&RUN[..], &["--set", &workers], more].concat())
+    }
+
+    /// A coordinator with these arguments.
+    pub(crate) fn start_with(given: &[&str]) -> Self {
         let scratch = Scratch::new();
         let address = format!("127.0.0.1:{}", free_port());
-        let workers = format!("cluster.workers={workers}");
         let arguments = ["coordinator", "spec.toml", "--listen", &address];
-        let arguments = [&arguments[..], &RUN[..], &["--set", &workers], more].concat();
+        let arguments = [&arguments[..], given].concat();
         let mut coordinator = Running::start(scratch.command(&arguments));
         coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
         let arguments = arguments.into_iter().map(str::to_owned).collect();
@@ -60,11 +66,37 @@ impl Cluster {
         Running::start(self.scratch.command(&[&worker[..], more].concat()))
     }
 
+    /// What `looptrain status` says.
+    pub(crate) fn status(&self) -> Value {
+        let end = self.scratch.run(&["status", "--coordinator", &self.url, "--json"]);
+        serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"))
+    }
+
     /// The newest committed step, in the coordinator's words.
     pub(crate) fn step(&self) -> u64 {
-        let status = self.scratch.run(&["status", "--coordinator", &self.url, "--json"]);
-        let status: Value = serde_json::from_str(&status.stdout).unwrap();
-        status["step"].as_u64().unwrap()
+        self.status()["step"].as_u64().unwrap()
+    }
+
+    /// Waits until the status is as wanted.
+    #[track_caller]
+    pub(crate) fn wait_for(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let begin = Instant::now();
+        loop {
+            let status = self.status();
+            if wanted(&status) {
+                return status;
+            }
+            assert!(begin.elapsed() < Duration::from_secs(60), "it never came to that: {status:#}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Runs an operator's command; the one line that it prints.
+    #[track_caller]
+    pub(crate) fn order(&self, command: &[&str]) -> String {
+        let end = self.scratch.run(&[command, &["--coordinator", &self.url]].concat());
+        assert_eq!(end.code, Some(0), "{end:?}");
+        end.last_line().to_owned()
     }
 
     /// Waits for the end of the coordinator, which was told to die, and starts the next one, with

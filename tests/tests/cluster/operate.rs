@@ -2,67 +2,23 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{Running, Scratch, free_port, signal};
+use crate::cluster::Cluster;
+use crate::support::{Running, Scratch, is_gone, signal, wait_until};
 
 /// Long enough for a person to step in, with no checkpoint but the last.
 const LONG: [&str; 4] = ["--set", "stages.0.steps=900", "--set", "checkpoint.every_steps=100000"];
 
-struct Cluster {
-    scratch: Scratch,
-    url: String,
-    coordinator: Running,
-}
-
-impl Cluster {
-    fn start(given: &[&str]) -> Self {
-        let scratch = Scratch::new();
-        let address = format!("127.0.0.1:{}", free_port());
-        let command = ["coordinator", "spec.toml", "--listen", &address];
-        let mut coordinator = Running::start(scratch.command(&[&command[..], given].concat()));
-        coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
-        Self { scratch, url: format!("http://{address}"), coordinator }
-    }
-
-    fn worker(&self, name: &str) -> Running {
-        let worker = ["worker", "--coordinator", &self.url, "--threads", "1", "--name", name];
-        Running::start(self.scratch.command(&worker))
-    }
-
-    /// Runs an operator's command; the one line that it prints.
-    #[track_caller]
-    fn order(&self, command: &[&str]) -> String {
-        let end = self.scratch.run(&[command, &["--coordinator", &self.url]].concat());
-        assert_eq!(end.code, Some(0), "{end:?}");
-        end.last_line().to_owned()
-    }
-
-    fn status(&self) -> Value {
-        let end = self.scratch.run(&["status", "--coordinator", &self.url, "--json"]);
-        serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"))
-    }
-
-    /// Waits until the status is as wanted.
-    #[track_caller]
-    fn wait_for(&self, wanted: impl Fn(&Value) -> bool) -> Value {
-        let begin = Instant::now();
-        loop {
-            let status = self.status();
-            if wanted(&status) {
-                return status;
-            }
-            assert!(begin.elapsed() < Duration::from_secs(60), "it never came to that: {status:#}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
-
 fn undisturbed(given: &[&str]) -> String {
     let end = Scratch::new().train(&[&["--workers", "1", "--threads", "2"], given].concat());
     end.done().field("weights").to_owned()
+}
+
+fn named(cluster: &Cluster, name: &str) -> Running {
+    cluster.worker(&["--name", name])
 }
 
 fn worker<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
@@ -72,10 +28,10 @@ fn worker<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
 #[test]
 fn a_warm_spare_takes_the_place_of_a_killed_worker_and_no_step_is_done_again() {
     let given = [&LONG[..], &["--set", "cluster.max_workers=2"]].concat();
-    let mut cluster = Cluster::start(&given);
-    let (first, _second) = (cluster.worker("first"), cluster.worker("second"));
+    let mut cluster = Cluster::start_with(&given);
+    let (first, _second) = (named(&cluster, "first"), named(&cluster, "second"));
     cluster.coordinator.wait_for(|line| line.starts_with("step "));
-    let spare = cluster.worker("spare");
+    let spare = named(&cluster, "spare");
     let warm =
         |status: &Value| worker(status, "spare").is_some_and(|worker| worker["warm"] == true);
     let status = cluster.wait_for(warm);
@@ -94,8 +50,8 @@ fn a_warm_spare_takes_the_place_of_a_killed_worker_and_no_step_is_done_again() {
 
 #[test]
 fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() {
-    let mut cluster = Cluster::start(&LONG);
-    let (stays, goes) = (cluster.worker("stays"), cluster.worker("goes"));
+    let mut cluster = Cluster::start_with(&LONG);
+    let (stays, goes) = (named(&cluster, "stays"), named(&cluster, "goes"));
     cluster.coordinator.wait_for(|line| line.starts_with("step "));
 
     let said = cluster.order(&["drain", "goes", "--reason", "a new disk"]);
@@ -142,8 +98,8 @@ fn a_slow_machine_gets_fewer_slots_and_is_named_as_a_straggler() {
         "--set",
         "checkpoint.every_steps=100000",
     ];
-    let mut cluster = Cluster::start(&given);
-    let (_fast, slow) = (cluster.worker("fast"), cluster.worker("slow"));
+    let mut cluster = Cluster::start_with(&given);
+    let (_fast, slow) = (named(&cluster, "fast"), named(&cluster, "slow"));
     cluster.coordinator.wait_for(|line| line.starts_with("step "));
     let on = Arc::new(AtomicBool::new(true));
     let (process, naps) = (slow.id(), Arc::clone(&on));
@@ -170,34 +126,53 @@ fn a_slow_machine_gets_fewer_slots_and_is_named_as_a_straggler() {
 
 #[test]
 fn workers_whose_coordinator_stays_away_leave_a_checkpoint_from_which_the_run_goes_on() {
-    let scratch = Scratch::new();
-    let address = format!("127.0.0.1:{}", free_port());
-    let command = [&["coordinator", "spec.toml", "--listen", &address][..], &LONG[..]].concat();
-    let mut coordinator = Running::start(scratch.command(&command));
-    coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
-    let url = format!("http://{address}");
-    let worker = ["worker", "--coordinator", &url, "--threads", "1", "--reconnect-timeout", "1"];
-    let workers = [(); 2].map(|()| Running::start(scratch.command(&worker)));
+    let mut cluster = Cluster::start_with(&LONG);
+    let workers = [(); 2].map(|()| cluster.worker(&["--reconnect-timeout", "1"]));
     let step =
         |line: &str| -> Option<u64> { line.strip_prefix("step ")?.split('/').next()?.parse().ok() };
     // Of the first step there may be no word on its way to the workers yet.
-    let line = coordinator.wait_for(|line| step(line).is_some_and(|step| step > 1));
+    let line = cluster.coordinator.wait_for(|line| step(line).is_some_and(|step| step > 1));
     let seen = step(&line).unwrap();
-    coordinator.signal("KILL");
-    for worker in workers {
+    cluster.coordinator.signal("KILL");
+    wait_until(|| is_gone(cluster.coordinator.id()));
+    let saved = workers.map(|worker| {
         let end = worker.end();
-        end.fails(1, &["no coordinator answers at", "the state of step", "as a checkpoint"]);
-    }
-    let coordinator = Running::start(scratch.command(&command));
-    let mut cluster = Cluster { coordinator, scratch, url };
+        end.fails(1, &["no coordinator answers at", "as a checkpoint"]);
+        let words = end.stderr.split("the state of step ").nth(1).unwrap();
+        words.split(' ').next().unwrap().parse::<u64>().unwrap()
+    });
+    cluster.restart();
     let line =
         cluster.coordinator.wait_for(|line| line.starts_with("going on from the checkpoint"));
     let from: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
-    // The newest may have died with the coordinator before any worker was told to commit it.
-    assert!(from + 1 >= seen, "no step is lost that a worker holds: {line}, after {seen}");
-    let _workers = (cluster.worker("a"), cluster.worker("b"));
+    assert_eq!(Some(&from), saved.iter().max(), "the newest that a worker held");
+    // The very newest may have died with the coordinator before any worker was told to commit it.
+    assert!(from + 1 >= seen, "{line}, after {seen}");
+    let _workers = (named(&cluster, "a"), named(&cluster, "b"));
     let Cluster { coordinator, scratch, .. } = cluster;
     assert_eq!(coordinator.end().done().field("weights"), undisturbed(&LONG));
     let log: Vec<_> = scratch.metrics().iter().map(|line| line["step"].as_u64()).collect();
     assert!(log.is_sorted_by(|a, b| a < b) && log.last() == Some(&Some(906)), "{log:?}");
+}
+
+/// Weights so large that no loss is a number.
+const DIVERGED: [&str; 2] = ["--set", "model.initializer_range=1e30"];
+
+#[test]
+fn a_loss_that_is_no_number_ends_the_run_naming_the_place_or_skips_the_step_as_the_spec_says() {
+    let end = Scratch::new().train(&[&["--workers", "2"], &DIVERGED[..]].concat());
+    end.fails(1, &["step 1", "slot", "sequences", "NaN"]);
+
+    let scratch = Scratch::new();
+    let skip = ["--workers", "2", "--set", "optimizer.non_finite=skip"];
+    let end = scratch.train(&[&skip[..], &DIVERGED].concat());
+    end.fails(1, &["10 steps in a row had to be skipped", "step 10, slot 0", "NaN"]);
+    assert!(end.stderr.contains("step 1 committed without an update: "), "{end:?}");
+    let log = scratch.metrics();
+    assert_eq!(log.len(), 10);
+    for (line, step) in log.iter().zip(1..) {
+        let slots = if step <= 8 { 6 } else { 5 };
+        assert_eq!((&line["step"], &line["bad_slots"]), (&step.into(), &slots.into()), "{line}");
+        assert!(line["skipped"].as_str().unwrap().contains(&format!("step {step}, slot 0")));
+    }
 }
