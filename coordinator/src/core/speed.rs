@@ -102,11 +102,12 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     (!values.is_empty()).then(|| *values.select_nth_unstable_by(middle, f64::total_cmp).1)
 }
 
-/// What the time of a rank is compared with: that of the other one, or the median of all.
-fn yardstick(all: &[Option<f64>], rank: usize) -> Option<f64> {
+/// What the time of each rank is compared with: that of the other one, or the median of all.
+fn yardsticks(all: &[Option<f64>]) -> Vec<Option<f64>> {
     match all {
-        [first, second] => [second, first][rank].to_owned(),
-        all => median(all.iter().flatten().copied().collect()),
+        [first, second] => vec![*second, *first],
+        // Once for all: there may be thousands of ranks.
+        all => vec![median(all.iter().flatten().copied().collect()); all.len()],
     }
 }
 
@@ -161,8 +162,8 @@ impl Core {
         let mut slow: Vec<Option<(Section, f64)>> = vec![None; members.len()];
         for section in Section::ALL {
             let all = typical(self, section);
-            for (rank, seconds) in all.iter().enumerate() {
-                let (Some(own), Some(others)) = (*seconds, yardstick(&all, rank)) else { continue };
+            for (rank, (own, others)) in all.iter().zip(yardsticks(&all)).enumerate() {
+                let (Some(own), Some(others)) = (*own, others) else { continue };
                 let slots = match section {
                     Section::Compute => f64::from(self.counts.get(rank).copied().unwrap_or(1)),
                     _ => 1.0,

@@ -176,3 +176,21 @@ fn a_worker_below_the_share_of_the_spec_is_told_to_leave_and_the_last_ones_are_n
     (0..20).for_each(|_| step(&mut rig, &[Pace { slot: 9.0, ..EVEN }]));
     assert_eq!(drained(&rig, ids[0]), 0);
 }
+
+/// The least time that a step's votes and what follows from them take the core.
+fn cost(workers: usize) -> Duration {
+    let (mut rig, _) = Rig::training(workers, &LONG);
+    let paces = vec![EVEN; workers];
+    let timed = |rig: &mut Rig| {
+        let begin = std::time::Instant::now();
+        step(rig, &paces);
+        begin.elapsed()
+    };
+    (0..10).map(|_| timed(&mut rig)).skip(5).min().unwrap()
+}
+
+#[test]
+fn ten_times_as_many_workers_cost_nowhere_near_a_hundred_times_as_much() {
+    let (few, many) = (cost(300), cost(3000));
+    assert!(many < 35 * few, "{few:?} for 300 workers, {many:?} for 3000");
+}
