@@ -49,7 +49,8 @@ fn workers_outlive_their_coordinator_and_lose_no_step() {
     let url = format!("http://{address}");
     let worker = ["worker", "--coordinator", &url, "--threads", "1"];
     let workers = [(); 2].map(|()| Running::start(scratch.command(&worker)));
-    let line = first.wait_for(|line| line.starts_with("step "));
+    // Not before the workers hold a step: of the first one there may be no word on its way yet.
+    let line = first.wait_for(|line| line.starts_with("step ") && step_of(line) > 1);
     first.signal("KILL");
     let killed_at = step_of(&line);
 
@@ -58,7 +59,8 @@ fn workers_outlive_their_coordinator_and_lose_no_step() {
     assert!(formed.contains("which workers still hold"), "{formed}");
     let at: u64 =
         formed.split("at step ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
-    assert!(at >= killed_at && at < 900, "no step is lost: {formed}");
+    // The very newest is done again if it died with the coordinator before anybody was told.
+    assert!(at + 1 >= killed_at && at < 900, "no step is lost that a worker holds: {formed}");
     for worker in workers {
         let end = worker.end();
         assert_eq!(end.code, Some(0), "{end:?}");
