@@ -144,7 +144,9 @@ pub(crate) async fn fetch(
         // At first, and again when one that fails late has put back what others have run out of.
         if !job.waiting().is_empty() {
             for source in holding.drain(..) {
-                draining.spawn(drain(source, Arc::clone(&job), verified.clone()));
+                // Each is asked for a chunk, however quick the others are.
+                let first = job.waiting().pop_front();
+                draining.spawn(drain(source, first, Arc::clone(&job), verified.clone()));
             }
         }
         tokio::select! {
@@ -237,11 +239,12 @@ fn majority(holding: Vec<Source>) -> Result<Vec<Source>, String> {
 /// heard of again.
 async fn drain(
     mut source: Source,
+    first: Option<usize>,
     job: Arc<Job>,
     verified: mpsc::Sender<Verified>,
 ) -> Result<Source, String> {
     let mut asked = VecDeque::new();
-    match get(&mut source.stream, &job, &mut asked, &verified).await {
+    match get(&mut source.stream, first, &job, &mut asked, &verified).await {
         Ok(()) => Ok(source),
         Err(error) => {
             job.waiting().extend(asked);
@@ -252,6 +255,7 @@ async fn drain(
 
 async fn get(
     stream: &mut TcpStream,
+    mut first: Option<usize>,
     job: &Job,
     asked: &mut VecDeque<usize>,
     verified: &mpsc::Sender<Verified>,
@@ -261,7 +265,8 @@ async fn get(
     while back.try_send(Vec::new()).is_ok() {}
     loop {
         while asked.len() < ASKED {
-            let Some(chunk) = job.waiting().pop_front() else { break };
+            let waiting = || job.waiting().pop_front();
+            let Some(chunk) = first.take().or_else(waiting) else { break };
             asked.push_back(chunk);
             let part = Part::Chunk(u32::try_from(chunk).map_err(|_| invalid("too many chunks"))?);
             in_time(Request { item: job.item, part }.send(stream)).await?;
