@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use looptrain_proto::Step;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::{Signal, raise};
 
 use crate::progress::print_line;
 
@@ -86,7 +85,9 @@ impl Faults {
             Action::Stop => ("stop", Signal::SIGSTOP),
         };
         print_line(&format!("fault: {name} at {moment} of step {step}"));
-        if let Err(error) = kill(Pid::this(), signal) {
+        // To this thread, which goes no further then; a signal to the process may be taken by another
+        // thread, and this one would go on until that is scheduled.
+        if let Err(error) = raise(signal) {
             print_line(&format!("the fault failed: {error}"));
         }
     }
