@@ -14,6 +14,11 @@ use crate::records::RunEvent;
 /// How long the workers that are left wait for others, after the last one came or went.
 const SETTLING: Duration = Duration::from_secs(5);
 
+/// The same when some are back that outlived a coordinator. Whoever else did is back once it is
+/// through with the slot that it computes, a step at most, which comes on top, and with its longest
+/// pause between two attempts.
+const OUTLIVED: Duration = Duration::from_secs(2);
+
 /// The same for a run that a new coordinator goes on with: its workers are being started too.
 const RETURNING: Duration = Duration::from_secs(60);
 
@@ -25,6 +30,8 @@ const REMIND_EVERY: Duration = Duration::from_secs(30);
 pub(super) struct Wait {
     /// How many are here; `None` before the first look.
     here: Option<usize>,
+    /// The newest step that they have.
+    best: Step,
     /// Since when there are that many.
     since: Duration,
     /// When it was last spoken of.
@@ -34,7 +41,7 @@ pub(super) struct Wait {
 impl Wait {
     /// That no worker is here yet when a coordinator starts is no news.
     pub(super) fn for_the_first() -> Self {
-        Self { here: Some(0), since: Duration::ZERO, said: Some(Duration::ZERO) }
+        Self { here: Some(0), said: Some(Duration::ZERO), ..Self::default() }
     }
 }
 
@@ -90,12 +97,22 @@ impl Core {
     fn settling_time(&self) -> Option<Duration> {
         match (self.formed, &self.checkpoint) {
             (true, _) => Some(SETTLING),
-            // Workers that have outlived a coordinator all come back at once.
-            (false, _) if self.world_at_hand() > 0 => Some(SETTLING),
+            (false, _) if self.world_at_hand() > 0 => {
+                let back = OUTLIVED + self.latest_pace();
+                // Somebody who holds more than these do is worth a longer wait.
+                Some(if self.may_be_outlived() { back.max(SETTLING) } else { back })
+            }
             (false, _) if self.roster.len() >= self.spec.cluster.workers as usize => Some(SETTLING),
             (false, Some(_)) => Some(RETURNING),
             (false, None) => None,
         }
+    }
+
+    /// How long a step took when the run was last at work; nothing where that is not known.
+    fn latest_pace(&self) -> Duration {
+        let latest = self.tail.last().or(self.last.as_ref());
+        let seconds = latest.map(|record| record.seconds);
+        seconds.and_then(|it| Duration::try_from_secs_f64(it).ok()).unwrap_or_default()
     }
 
     /// Whether workers may be on their way that hold more than those who are here.
@@ -107,8 +124,9 @@ impl Core {
 
     /// Notes how many workers are here; whether others have been waited for long enough.
     fn have_waited(&mut self, here: usize) -> bool {
-        if self.waiting.here != Some(here) {
-            self.waiting = Wait { here: Some(here), since: self.awake, said: None };
+        let best = self.best_step_at_hand();
+        if self.waiting.here != Some(here) || (here > 0 && self.waiting.best != best) {
+            self.waiting = Wait { here: Some(here), best, since: self.awake, said: None };
         }
         let waited = self.awake - self.waiting.since;
         here > 0 && self.settling_time().is_some_and(|time| waited >= time)
@@ -123,7 +141,7 @@ impl Core {
         };
         let then = match self.settling_time() {
             Some(time) if here > 0 => {
-                format!("; going on without the others after {} s", time.as_secs())
+                format!("; going on without the others after {:.0} s", time.as_secs_f64().ceil())
             }
             _ => String::new(),
         };

@@ -22,16 +22,25 @@ fn voted(step: u64) -> v1::Prepared {
     }
 }
 
-/// A coordinator that finds the checkpoint of step 4, and `logged` steps behind it in the log.
-fn successor(logged: u64) -> Rig {
+/// What a coordinator has logged that dies so many steps behind the checkpoint of step 4.
+fn logged(steps: u64) -> Vec<StepRecord> {
     let mut before = Rig::training(2, &[]).0;
-    before.run_to(4 + logged);
-    let tail = (before.published.iter())
+    before.run_to(4 + steps);
+    (before.published.into_iter())
         .filter_map(|event| match event {
-            RunEvent::Committed(record) if record.step > Step(4) => Some(record.clone()),
+            RunEvent::Committed(record) if record.step > Step(4) => Some(record),
             _ => None,
         })
-        .collect();
+        .collect()
+}
+
+/// A coordinator that finds the checkpoint of step 4, and so many steps behind it in the log.
+fn successor(steps: u64) -> Rig {
+    succeeding(logged(steps))
+}
+
+/// A coordinator that finds the checkpoint of step 4, and this behind it in the log.
+fn succeeding(tail: Vec<StepRecord>) -> Rig {
     let checkpoint = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None };
     let numerics = Some("avx2".to_owned());
     let incarnation = Incarnation(2);
@@ -77,6 +86,18 @@ fn a_step_that_all_prepared_and_nobody_committed_is_tried_again() {
 }
 
 #[test]
+fn who_may_have_died_with_the_coordinator_is_waited_for_as_long_as_a_step_takes_and_a_moment() {
+    let mut tail = logged(2);
+    tail.iter_mut().for_each(|record| record.seconds = 3.0);
+    let mut rig = succeeding(tail);
+    let survivor = back(&mut rig, "w0", held(6, None));
+    rig.pass(4.5);
+    assert_eq!(rig.phase(), "waiting", "the other one may still compute a slot");
+    rig.pass(1.0);
+    assert_eq!((rig.form_of(survivor).step, rig.members().len()), (6, 1));
+}
+
+#[test]
 fn steps_that_died_with_the_log_of_the_coordinator_are_known_from_the_votes() {
     let mut rig = successor(1);
     let recent = vec![voted(5), voted(6), voted(7)];
@@ -116,9 +137,9 @@ fn a_fresh_worker_beside_those_that_came_back_fetches_from_them() {
 fn those_that_came_back_wait_a_moment_for_the_others() {
     let mut rig = successor(2);
     let one = back(&mut rig, "w0", held(6, None));
-    rig.pass(4.0);
-    assert_eq!(rig.phase(), "waiting");
     rig.pass(2.0);
+    assert_eq!(rig.phase(), "waiting");
+    rig.pass(0.5);
     assert_eq!((rig.form_of(one).step, rig.members().len()), (6, 1));
 }
 
