@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use bench::{Bench, CommitBench, OrchestrationBench, ReduceBench, TransferBench};
 
 use crate::fault::Fault;
+use crate::preemption;
 
 /// More threads than any machine has cores; far fewer than make a system refuse.
 const MAX_THREADS: i64 = 1024;
@@ -163,6 +164,13 @@ pub(crate) struct Worker {
     /// others
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0", value_parser = address)]
     pub(crate) peer_listen: SocketAddr,
+    /// Leave when this machine is about to be taken away, as the cloud's metadata service says (aws,
+    /// gcp, azure) or a file that appears (file:PATH)
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) preemption_notice: Option<preemption::Source>,
+    /// Where the metadata service is instead of at its usual address; for tests
+    #[arg(long, value_name = "URL", hide = true, requires = "preemption_notice")]
+    pub(crate) metadata_service: Option<String>,
     /// Print warnings and errors alone
     #[arg(long)]
     pub(crate) quiet: bool,

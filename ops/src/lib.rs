@@ -10,6 +10,7 @@ mod commands;
 mod datasets;
 mod fault;
 mod launcher;
+mod preemption;
 mod progress;
 mod signals;
 mod telemetry;

@@ -38,7 +38,7 @@ use tokio::time::Instant;
 pub use data::DataError;
 pub use error::WorkerError;
 pub use moment::{Moment, Moments};
-pub use settings::{WorkerSettings, host_name};
+pub use settings::{Stop, WorkerSettings, host_name};
 
 /// What [`take_part`] is put together from.
 pub mod parts {
@@ -98,12 +98,12 @@ where
     let (introduction, (mut link, welcome)) = tokio::select! {
         biased;
         joined = joined => joined?,
-        () = stop.cancelled() => {
-            return Ok(Finished { reason: "told to stop before it had joined".into() });
+        reason = stop.told() => {
+            return Ok(Finished { reason: format!("{reason} before it had joined") });
         }
     };
     let furnished = async {
-        let spec = Arc::new(Spec::parse("the coordinator's spec", &welcome.spec, &[])?);
+        let spec = Arc::new(spec_of(&welcome, &settings.coordinator)?);
         // From here on, so that opening the data does not look like death.
         link.beat_every(heartbeat(&spec));
         furnish(spec, welcome.clone()).await
@@ -126,9 +126,9 @@ where
         let back = tokio::select! {
             biased;
             back = come_back(settings, network, &introduction, &*work, incarnation) => back,
-            () = stop.cancelled() => {
+            reason = stop.told() => {
                 let saved = work.save_without_coordinator(incarnation).await;
-                let reason = format!("told to stop while there was no coordinator; {saved}");
+                let reason = format!("{reason} while there was no coordinator; {saved}");
                 return Ok(Finished { reason });
             }
         };
@@ -164,7 +164,7 @@ async fn come_back(
         let left = deadline.saturating_duration_since(Instant::now());
         let error = match Link::join(network, url, join, left).await {
             Ok((mut link, welcome)) if welcome.incarnation >= known.0 => {
-                let spec = Spec::parse("the coordinator's spec", &welcome.spec, &[])?;
+                let spec = spec_of(&welcome, url)?;
                 if welcome.lineage != work.lineage() {
                     return Err(WorkerError::OtherRun { url: url.clone() });
                 }
@@ -179,6 +179,18 @@ async fn come_back(
             return Err(error);
         }
         tokio::time::sleep(REJOIN_PAUSE).await;
+    }
+}
+
+/// The spec of a welcome, read as the coordinator reads it.
+fn spec_of(welcome: &Welcome, url: &str) -> Result<Spec, WorkerError> {
+    let spec = Spec::parse("the coordinator's spec", &welcome.spec, &[])?;
+    match spec.trajectory_digest().to_vec() == welcome.trajectory {
+        true => Ok(spec),
+        false => Err(WorkerError::Protocol {
+            url: url.to_owned(),
+            what: "reads its run spec otherwise than this worker".into(),
+        }),
     }
 }
 

@@ -1,11 +1,33 @@
 //! What a worker is told by whoever starts it, and what it finds out about its machine.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use crate::{Moments, WorkerError};
+
+/// Tells a worker to leave, and why; clones tell the same worker.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    token: CancellationToken,
+    reason: Arc<OnceLock<String>>,
+}
+
+impl Stop {
+    /// Has the worker leave; of several reasons the first one counts.
+    pub fn tell(&self, reason: impl Into<String>) {
+        self.reason.get_or_init(|| reason.into());
+        self.token.cancel();
+    }
+
+    /// Waits until the worker is told to leave; the reason.
+    pub async fn told(&self) -> &str {
+        self.token.cancelled().await;
+        self.reason.get().map_or("told to stop", String::as_str)
+    }
+}
 
 /// How to run a worker.
 #[derive(Clone, Debug)]
@@ -19,9 +41,9 @@ pub struct WorkerSettings {
     /// Where peers are accepted; port 0 takes a free one. With an unspecified address (`0.0.0.0`,
     /// `[::]`) peers are told the address that this machine has towards the coordinator.
     pub peer_listen: SocketAddr,
-    /// When cancelled, the worker leaves as soon as nobody waits for it: after the commit of the
-    /// step it is computing, and when its saves are done.
-    pub stop: CancellationToken,
+    /// Has the worker leave as soon as nobody waits for it: after the commit of the step it is
+    /// computing, and when its saves are done.
+    pub stop: Stop,
     /// How long the coordinator is tried.
     pub connect_timeout: Duration,
     /// How long a worker that has lost its coordinator keeps its state and looks for a new one at
@@ -40,7 +62,7 @@ impl WorkerSettings {
             name: name.into(),
             threads: 1,
             peer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            stop: CancellationToken::new(),
+            stop: Stop::default(),
             connect_timeout: Duration::from_secs(30),
             reconnect_timeout: Duration::ZERO,
             moments: Moments::default(),

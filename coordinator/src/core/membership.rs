@@ -116,6 +116,7 @@ impl Core {
             incarnation: self.incarnation.0,
             spec: self.spec_toml.clone(),
             lineage: self.lineage.clone(),
+            trajectory: self.spec.trajectory_digest().to_vec(),
         };
         self.send(worker, Directive::Welcome(welcome));
         let spare = !matches!(self.phase, Phase::Waiting);

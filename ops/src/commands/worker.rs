@@ -8,11 +8,12 @@ use looptrain_worker::{Moments, WorkerSettings, host_name};
 use super::all_threads;
 use crate::cli::Worker;
 use crate::fault::Faults;
+use crate::preemption;
 use crate::progress::print_line;
 use crate::signals;
 
 pub(crate) async fn run(args: Worker) -> Result<()> {
-    let stop = signals::stop_on_signals("leaving the run after the step in flight")?;
+    let signal = signals::stop_on_signals("leaving the run after the step in flight")?;
     if args.bound {
         signals::end_with_parent();
     }
@@ -26,7 +27,14 @@ pub(crate) async fn run(args: Worker) -> Result<()> {
     settings.peer_listen = args.peer_listen;
     settings.connect_timeout = Duration::from_secs(args.connect_timeout.into());
     settings.reconnect_timeout = Duration::from_secs(args.reconnect_timeout.into());
-    settings.stop = stop;
+    let told = settings.stop.clone();
+    tokio::spawn(async move {
+        signal.cancelled().await;
+        told.tell("told to stop");
+    });
+    if let Some(source) = args.preemption_notice {
+        preemption::watch(source, args.metadata_service, settings.stop.clone())?;
+    }
     if !args.faults.is_empty() {
         let faults = Faults::new(args.faults);
         settings.moments =

@@ -12,6 +12,7 @@ mod left_behind;
 mod moments;
 mod network;
 mod operate;
+mod preemption;
 mod same_bits;
 mod support;
 mod tool;

@@ -8,9 +8,9 @@ use std::time::Duration;
 use looptrain_coordinator::Outcome;
 use looptrain_proto::Spec;
 use looptrain_storage::Store;
+use looptrain_worker::Stop;
 use object_store::memory::InMemory;
 use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
 
 use crate::dice::Dice;
 use crate::objects::{Objects, Weather};
@@ -55,7 +55,7 @@ pub(crate) struct Shared {
     pub(crate) routes: Mutex<BTreeMap<&'static str, &'static str>>,
     /// The coordinator that is meant to be the one.
     pub(crate) current: Mutex<&'static str>,
-    pub(crate) stops: Mutex<BTreeMap<&'static str, CancellationToken>>,
+    pub(crate) stops: Mutex<BTreeMap<&'static str, Stop>>,
     pub(crate) outcome: Mutex<Option<Outcome>>,
 }
 

@@ -227,7 +227,7 @@ impl World<'_> {
             }
             Fault::Leave(worker) => {
                 if let Some(stop) = lock(&self.shared.stops).get(worker) {
-                    stop.cancel();
+                    stop.tell("told to stop");
                 }
             }
         }

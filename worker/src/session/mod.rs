@@ -29,7 +29,6 @@ use looptrain_proto::v1::worker_message::Kind as Vote;
 use looptrain_proto::v1::{self, PartSaved, failed::Cause};
 use looptrain_proto::{Generation, Incarnation, Rank, Step};
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 pub use self::duties::{Duties, Holding, Membership};
@@ -41,7 +40,7 @@ pub use self::memory::Memory;
 pub(crate) use self::memory::brought;
 pub(crate) use self::work::Work;
 use crate::reduce::tcp::{Peer, RingId};
-use crate::{Finished, Moment, WorkerError};
+use crate::{Finished, Moment, Stop, WorkerError};
 
 /// How long a leaving worker waits for the coordinator to take notice.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -104,7 +103,7 @@ impl<W: Duties> Session<W> {
     }
 
     /// Carries out directives until the run is over or `stop` says to leave.
-    pub(crate) async fn run(mut self, stop: &CancellationToken) -> Result<Finished, WorkerError> {
+    pub(crate) async fn run(mut self, stop: &Stop) -> Result<Finished, WorkerError> {
         loop {
             if let Some(reason) = self.leaving.clone().filter(|_| self.may_leave()) {
                 self.link.send(Vote::Leave(v1::Leave { reason: reason.clone() }))?;
@@ -130,9 +129,7 @@ impl<W: Duties> Session<W> {
                     // Not by a panic of the save itself, which has an answer.
                     Err(error) => tracing::error!(%error, "a save ended unexpectedly"),
                 },
-                () = stop.cancelled(), if self.leaving.is_none() => {
-                    self.leave("told to stop".to_owned());
-                }
+                reason = stop.told(), if self.leaving.is_none() => self.leave(reason.to_owned()),
             }
         }
     }

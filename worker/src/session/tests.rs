@@ -6,6 +6,7 @@ mod rig;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use looptrain_proto::v1::coordinator_message::Kind as Directive;
 use looptrain_proto::v1::{self, failed::Cause, worker_message::Kind as Vote};
 use looptrain_proto::{Cursor, Digest, Step};
 use looptrain_storage::{CheckpointManifest, Checkpoints, PartEntry, Store};
@@ -292,7 +293,7 @@ async fn a_worker_told_to_stop_leaves_after_the_commit_it_owes() {
     guest.ready().await;
     guest.plan(1, 1, 0..4);
     tokio::time::sleep(Duration::from_millis(50)).await;
-    rig.stop.cancel();
+    rig.stop.tell("told to stop");
     guest.prepared().await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!worker.is_finished(), "others may need this worker to commit");
@@ -326,7 +327,7 @@ async fn a_waiting_worker_told_to_stop_leaves_at_once() {
     let worker = rig.worker("w0");
     let mut guest = rig.welcome().await;
     guest.beat().await;
-    rig.stop.cancel();
+    rig.stop.tell("told to stop");
     assert!(matches!(guest.hear().await, Some(Vote::Leave(_))));
     assert!(guest.hear().await.is_none(), "the stream ends after the farewell");
     drop(guest);
@@ -421,6 +422,25 @@ async fn a_worker_does_not_bring_its_state_and_data_into_a_run_that_was_begun_an
     rig.guest().await.welcome_to(2, b"anew", &rig.spec);
     let error = worker.await.unwrap().unwrap_err();
     assert!(matches!(error, WorkerError::OtherRun { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_reads_the_spec_otherwise_than_its_coordinator_takes_no_part() {
+    let mut rig = Rig::start().await;
+    let worker = rig.worker("w0");
+    let mut guest = rig.guest().await;
+    guest.say(Directive::Welcome(v1::Welcome {
+        worker_id: 1,
+        incarnation: 1,
+        spec: rig.spec.to_toml(),
+        lineage: b"one".to_vec(),
+        trajectory: Digest::of(b"what another build makes of it").to_vec(),
+    }));
+    let error = worker.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("reads its run spec otherwise than this worker"), "{error}");
+    assert!(error.ends_with("worker and coordinator must be of one build"), "{error}");
+    // It says so instead of just going away.
+    assert!(matches!(guest.hear().await, Some(Vote::Failed(_))));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

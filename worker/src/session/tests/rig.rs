@@ -16,11 +16,10 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::testing::tiny_store;
-use crate::{Finished, Moments, WorkerError, WorkerSettings};
+use crate::{Finished, Moments, Stop, WorkerError, WorkerSettings};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -78,7 +77,7 @@ impl Coordinator for Door {
 
 pub(super) struct Rig {
     pub(super) spec: Arc<Spec>,
-    pub(super) stop: CancellationToken,
+    pub(super) stop: Stop,
     /// How long workers look for another coordinator.
     pub(super) reconnect: Duration,
     /// Of the workers to come.
@@ -102,7 +101,7 @@ impl Rig {
                 .await
                 .unwrap();
         });
-        let (stop, reconnect) = (CancellationToken::new(), Duration::ZERO);
+        let (stop, reconnect) = (Stop::default(), Duration::ZERO);
         let moments = Moments::default();
         Self { spec, stop, reconnect, moments, url, guests, server }
     }
@@ -282,8 +281,13 @@ impl Guest {
     }
 
     pub(super) fn welcome_to(&self, incarnation: u64, lineage: &[u8], spec: &Spec) {
-        let (spec, lineage) = (spec.to_toml(), lineage.to_vec());
-        self.say(Directive::Welcome(v1::Welcome { worker_id: 1, incarnation, spec, lineage }));
+        self.say(Directive::Welcome(v1::Welcome {
+            worker_id: 1,
+            incarnation,
+            spec: spec.to_toml(),
+            lineage: lineage.to_vec(),
+            trajectory: spec.trajectory_digest().to_vec(),
+        }));
     }
 
     pub(super) fn form(&self, generation: u64, rank: u32, joins: &[&v1::Join], step: u64) {
