@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, MetricsLog, Store, run_prefix};
 use tokio::net::TcpListener;
@@ -180,6 +181,11 @@ pub async fn start_on(
     // when they are here.
     let history = read_history(&store, &run, Step(u64::MAX)).await?;
     let log = MetricsLog::open(&store, &run, Step(u64::MAX)).await?;
+    let logged = history.steps.last().map(|record| record.step).unwrap_or_default();
+    let bequest = match resumed_from.filter(|saved| *saved > logged) {
+        Some(saved) => read_memory(&checkpoints, saved).await,
+        None => None,
+    };
     let mark = manifest.map(|manifest| Mark {
         step: manifest.step,
         weights_digest: manifest.weights_digest,
@@ -195,6 +201,8 @@ pub async fn start_on(
         workers_may_return: listen.port() != 0,
         evaluations: history.evaluations.clone(),
         tail: history.steps.iter().filter(|record| record.step > at).cloned().collect(),
+        logged,
+        bequest,
     };
 
     let (input_sender, inputs) = mpsc::channel(INPUT_BACKLOG);
@@ -249,6 +257,17 @@ pub async fn start_on(
         events,
         outcome,
     }))
+}
+
+/// What the worker knew of the latest steps that left this checkpoint without a coordinator. Without
+/// it the log lacks some lines, and nothing else.
+async fn read_memory(checkpoints: &Checkpoints, step: Step) -> Option<Held> {
+    let read = checkpoints.memory(step).await.map_err(|error| error.to_string());
+    let decoded = read.and_then(|bytes| bytes.map(|bytes| Held::from_bytes(&bytes)).transpose());
+    decoded.unwrap_or_else(|error| {
+        tracing::warn!(%step, error, "the step log lacks what its checkpoint should add to it");
+        None
+    })
 }
 
 /// Runs the runtime to its end and takes the servers down after it; a server that dies takes the

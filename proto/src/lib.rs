@@ -3,6 +3,7 @@
 //! This crate depends on nothing else of the project; every other crate speaks it.
 
 mod form;
+mod held;
 mod ids;
 pub mod spec;
 

@@ -220,6 +220,7 @@ impl Core {
         self.formed = true;
         self.anchors = self.members.iter().copied().collect();
         self.tail = Vec::new();
+        self.bequest = None;
         if !self.numerics_pinned {
             self.numerics_pinned = true;
             let numerics = self.numerics.clone().unwrap_or_default();

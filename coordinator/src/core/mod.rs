@@ -52,7 +52,7 @@ mod waiting;
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
-use looptrain_proto::v1::Rejected;
+use looptrain_proto::v1::{Held, Rejected};
 use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 
 pub(crate) use action::{Action, Directive, ManifestDraft};
@@ -77,6 +77,10 @@ pub(crate) struct Resume {
     pub(crate) evaluations: Vec<EvaluationRecord>,
     /// The newest steps of the run's log, at least those behind the checkpoint.
     pub(crate) tail: Vec<StepRecord>,
+    /// The newest step of the log where there is nothing in it behind the checkpoint.
+    pub(crate) logged: Step,
+    /// What the worker remembered that left the checkpoint without a coordinator.
+    pub(crate) bequest: Option<Held>,
     /// Told to workers, and compared with what those bring that come back.
     pub(crate) lineage: Vec<u8>,
     /// Workers of the coordinator before may come back.
@@ -141,6 +145,8 @@ pub(crate) struct Core {
     evaluations: Vec<EvaluationRecord>,
     /// What an earlier coordinator logged, until a generation has formed.
     tail: Vec<StepRecord>,
+    /// From the worker that left the checkpoint, until a generation has formed.
+    bequest: Option<Held>,
     lineage: Vec<u8>,
     workers_may_return: bool,
     /// Steps in a row that were committed without an update.
@@ -195,6 +201,8 @@ impl Core {
             generation,
             evaluations,
             tail,
+            logged,
+            bequest,
             lineage,
             workers_may_return,
         } = resume;
@@ -228,8 +236,9 @@ impl Core {
             weights: checkpoint.as_ref().map(|mark| (mark.step, mark.weights_digest)),
             evaluations,
             skipped: 0,
-            logged: tail.last().map_or(at, |record| record.step),
+            logged: tail.last().map_or(logged, |record| record.step),
             tail,
+            bequest,
             lineage,
             workers_may_return,
             pace: step::Pace::default(),

@@ -91,9 +91,10 @@ impl Core {
         self.committed = to;
     }
 
-    /// Records of the latest steps, from the votes that workers remember.
+    /// Records of the latest steps, from the votes that workers remember, also one that left no more
+    /// than a checkpoint.
     fn votes_at_hand(&self) -> BTreeMap<Step, StepRecord> {
-        self.all_held()
+        (self.all_held().chain(&self.bequest))
             .flat_map(|held| held.recent.iter().filter_map(|vote| self.record_of(vote, held.world)))
             .map(|record| (record.step, record))
             .collect()

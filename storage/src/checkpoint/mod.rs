@@ -6,6 +6,9 @@
 //! manifest is no checkpoint. The manifest holds the digest of every part and of all weights
 //! together; a load checks both, so that a torn or damaged file is never trained on.
 //!
+//! A worker whose coordinator stays away makes a checkpoint alone and leaves `memory.binpb` in it:
+//! what it knows of the latest steps, for a log whose last lines died with the coordinator.
+//!
 //! Any number of workers loads what any other number saved: parts are unions of whole tensors, and
 //! the same state has the same bytes however it was computed. Weights bear their Hugging Face
 //! names; the moments of AdamW stand beside them as `optim.m.NAME` and `optim.v.NAME`.
@@ -24,6 +27,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use looptrain_proto::{Digest, Step};
 
 pub use digest::weights_digest;
@@ -99,6 +103,24 @@ impl Checkpoints {
         let entry = PartEntry { file, bytes: bytes.len() as u64, digest, tensors: count };
         self.store.put(&key, bytes).await?;
         Ok(entry)
+    }
+
+    /// Leaves beside the checkpoint of `step` what its writer knows of the latest steps: a log whose
+    /// writer died may lack some. To be written before the manifest.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn save_memory(&self, step: Step, memory: Vec<u8>) -> Result<()> {
+        self.store.put(&self.part_key(step, MEMORY), memory).await
+    }
+
+    /// What the writer of the checkpoint of `step` knew of the latest steps; `None` of one that a
+    /// coordinator had made.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn memory(&self, step: Step) -> Result<Option<Bytes>> {
+        self.store.get_opt(&self.part_key(step, MEMORY)).await
     }
 
     /// Makes the parts a checkpoint by writing its manifest, once all of them are found in the
@@ -215,3 +237,6 @@ impl Checkpoints {
 }
 
 const MANIFEST: &str = "manifest.json";
+
+/// A `looptrain.v1.Held`.
+const MEMORY: &str = "memory.binpb";

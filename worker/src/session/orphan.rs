@@ -57,6 +57,10 @@ impl Work {
         }
         let copied = self.compute.submit(move |bench| bench.snapshot(step, 0, 1));
         let (part, weights_digest) = self.upload(step, 0, 1, copied).await?;
+        let brought = super::brought(self).await.map_err(|error| error.to_string())?;
+        if let Some(held) = brought {
+            self.checkpoints.save_memory(step, held.to_bytes()).await.map_err(said)?;
+        }
         let manifest = CheckpointManifest {
             version: CheckpointManifest::VERSION,
             run: run.clone(),

@@ -493,6 +493,9 @@ async fn workers_whose_coordinator_does_not_come_back_leave_one_checkpoint_of_th
     assert_eq!(checkpoints.list().await.unwrap(), [Step(3)]);
     let (manifest, _) = checkpoints.load(Step(3)).await.unwrap();
     assert_eq!(manifest.trajectory, rig.spec.trajectory_digest());
+    let memory = checkpoints.memory(Step(3)).await.unwrap().unwrap();
+    let held = v1::Held::from_bytes(&memory).unwrap();
+    assert_eq!(held.recent.iter().map(|vote| vote.step).collect::<Vec<_>>(), [1, 2, 3]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

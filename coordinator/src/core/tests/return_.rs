@@ -110,6 +110,29 @@ fn steps_that_died_with_the_log_of_the_coordinator_are_known_from_the_votes() {
 }
 
 #[test]
+fn a_checkpoint_that_a_worker_left_alone_adds_to_the_log_what_the_coordinator_could_not() {
+    let recent = vec![voted(4), voted(5), voted(6), voted(7)];
+    let mut rig = Rig::resumed(
+        &[],
+        Resume {
+            checkpoint: Some(Mark {
+                step: Step(6),
+                weights_digest: weights(Step(6)),
+                record: None,
+            }),
+            logged: Step(4),
+            bequest: Some(v1::Held { recent, ..held(6, Some(7)) }),
+            ..Resume::default()
+        },
+    );
+    rig.join("fresh");
+    let second = rig.join("fresher");
+    // Step 7 was prepared, and nobody knows whether it was committed: it is done again.
+    assert_eq!((rig.form_of(second).step, rig.went_on.clone()), (6, vec![(6, vec![5, 6])]));
+    assert_eq!(rig.core.snapshot(rig.now).last.map(|last| last.loss), Some(6.0));
+}
+
+#[test]
 fn without_a_worker_that_holds_it_a_logged_step_is_done_again() {
     let mut rig = successor(2);
     rig.join("fresh");
