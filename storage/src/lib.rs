@@ -33,11 +33,11 @@ pub use dataset::{
     Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
     TextTokenizer, TokenType, check_fit, dataset_prefix, prepare,
 };
-pub use error::{Error, Result};
+pub use error::{Error, Result, Tries};
 pub use metrics::{MetricsLog, read_metrics};
 pub use order::{Order, SequenceRef};
 pub use record::{Finished, Register, RunRecord, Witness, read_record};
-pub use store::{ObjectInfo, Store};
+pub use store::{Faults, ObjectInfo, Store, Version};
 
 /// Where everything of a run lives in its store; deleting this prefix forgets the run.
 #[must_use]
