@@ -7,6 +7,7 @@
 //! <store>/datasets/<name>/manifest.json, tokenizer.json, tokens-00000.arrow, validation-00000.arrow
 //! <store>/runs/<run>/record/00000000000000000007.json
 //! <store>/runs/<run>/checkpoints/step-0000001000/state-0003-of-0008.safetensors, manifest.json
+//! <store>/runs/<run>/readers/step-0000001000-0123456789abcdef
 //! <store>/runs/<run>/metrics/steps-0000000001.jsonl
 //! ```
 //!
@@ -26,8 +27,8 @@ mod record;
 mod store;
 
 pub use checkpoint::{
-    CheckpointManifest, Checkpoints, FIRST_MOMENT, PartEntry, SECOND_MOMENT, SkippedCheckpoint,
-    Tensor, split_tensors, weights_digest,
+    CheckpointManifest, Checkpoints, FIRST_MOMENT, Hold, PartEntry, Pruning, Retention,
+    SECOND_MOMENT, SkippedCheckpoint, Stored, Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
     Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,

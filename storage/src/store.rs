@@ -124,6 +124,12 @@ impl Store {
         self.over(Arc::new(faults))
     }
 
+    /// The same store, with listings that lack what was written in the last seconds.
+    #[cfg(test)]
+    pub(crate) fn with_stale_lists(&self) -> Self {
+        self.clone().over(Arc::new(Faults::stale_lists()))
+    }
+
     fn over(self, faults: Arc<Faults>) -> Self {
         let multipart = self.multipart.map(|inner| {
             let faults = Arc::clone(&faults);

@@ -32,6 +32,8 @@ const STALE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Faults {
     seed: u64,
+    /// Whether nothing happens but that listings are stale.
+    only_stale_lists: bool,
     /// Of all calls, those that go wrong.
     share: f64,
     /// Of each kind of call: how many there were, and how many of them went wrong.
@@ -65,17 +67,28 @@ enum Fault {
     StaleList,
 }
 
+/// What can happen to any call.
+const COMMON: [Fault; 4] = [Fault::Unavailable, Fault::TooMany, Fault::Reset, Fault::TimeOut];
+
 impl Call {
-    /// What can happen to it.
-    fn deck(self) -> Vec<Fault> {
-        use Fault::{LostAnswer, Reset, SlowBody, StaleList, TimeOut, TooMany, TruncatedBody};
-        let mut deck = vec![Fault::Unavailable, TooMany, Reset, TimeOut];
+    /// What can happen to it, besides.
+    fn special(self) -> &'static [Fault] {
         match self {
-            Self::Read => deck.extend([SlowBody, TruncatedBody]),
-            Self::Write | Self::Delete | Self::Upload => deck.push(LostAnswer),
-            Self::List => deck.push(StaleList),
-            Self::Look => {}
+            Self::Read => &[Fault::SlowBody, Fault::TruncatedBody],
+            Self::Write | Self::Delete | Self::Upload => &[Fault::LostAnswer],
+            Self::List => &[Fault::StaleList],
+            Self::Look => &[],
         }
+    }
+
+    /// What can happen to it in the order of the `round`-th deal: shuffled, but for the first time
+    /// what is special comes first, since some calls are rare.
+    fn deck(self, round: u64, dice: impl Fn(u64) -> u64) -> Vec<Fault> {
+        let mut deck: Vec<Fault> = self.special().iter().chain(&COMMON).copied().collect();
+        deck.sort_by_key(|fault| {
+            let late = round == 0 && COMMON.contains(fault);
+            (late, dice(round * 16 + *fault as u64))
+        });
         deck
     }
 }
@@ -123,7 +136,13 @@ impl Faults {
     /// Of all calls the `share` (0 to 1) that `seed` chooses go wrong.
     #[must_use]
     pub fn new(seed: u64, share: f64) -> Self {
-        Self { seed, share, counts: Mutex::default() }
+        Self { seed, only_stale_lists: false, share, counts: Mutex::default() }
+    }
+
+    /// Every listing is stale, and nothing else goes wrong.
+    #[cfg(test)]
+    pub(super) fn stale_lists() -> Self {
+        Self { only_stale_lists: true, ..Self::new(0, 1.0) }
     }
 
     /// From now on every store that this process opens misbehaves; for tests. What was said first
@@ -140,21 +159,16 @@ impl Faults {
         let kind = call as u64;
         let drawn = dice(kind, *calls) as f64 / u64::MAX as f64;
         *calls += 1;
+        if self.only_stale_lists {
+            return matches!(call, Call::List).then_some(Fault::StaleList);
+        }
         if drawn >= self.share {
             return None;
         }
-        let mut deck = call.deck();
-        let cards = deck.len() as u64;
-        let (round, mut turn) = (*faults / cards, *faults % cards);
+        let cards = (COMMON.len() + call.special().len()) as u64;
+        let (round, turn) = (*faults / cards, *faults % cards);
         *faults += 1;
-        let fault = loop {
-            let card = dice(kind + 100, round * cards + deck.len() as u64) % deck.len() as u64;
-            let card = deck.swap_remove(card as usize);
-            if turn == 0 {
-                break card;
-            }
-            turn -= 1;
-        };
+        let fault = call.deck(round, |number| dice(kind + 100, number))[turn as usize];
         tracing::warn!("store fault: {} on {call:?} of {key}", fault.name());
         Some(fault)
     }
@@ -394,7 +408,8 @@ mod tests {
         assert_ne!(draw(1), draw(2));
         let faults: Vec<Fault> = draw(1).into_iter().flatten().collect();
         assert!((40..80).contains(&faults.len()), "{}", faults.len());
-        let deck = Call::Read.deck();
+        let deck = [Call::Read.special(), &COMMON].concat();
+        assert!(Call::Read.special().iter().all(|kind| faults[..2].contains(kind)), "{faults:?}");
         for round in faults.chunks_exact(deck.len()) {
             assert!(deck.iter().all(|kind| round.contains(kind)), "{round:?}");
         }
@@ -404,7 +419,8 @@ mod tests {
     fn every_fault_can_happen_to_some_call() {
         let calls = [Call::Read, Call::Look, Call::Write, Call::List, Call::Delete, Call::Upload];
         assert_eq!(calls.len(), CALLS);
-        let all: Vec<&str> = calls.iter().flat_map(|call| call.deck()).map(Fault::name).collect();
+        let all = calls.iter().flat_map(|call| call.special()).chain(&COMMON);
+        let all: Vec<&str> = all.map(|fault| fault.name()).collect();
         assert!(Faults::NAMES.iter().all(|name| all.contains(name)), "{all:?}");
     }
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
+use object_store::{ObjectStoreExt, WriteMultipart};
 
 use super::Store;
 use super::retry::Failure;
@@ -83,6 +84,24 @@ impl Store {
             let _ = multipart.abort_multipart(path, id).await;
         }
         finished.map(drop)
+    }
+
+    /// What [`Store::put_large`] is compared with: the same bytes through the client's own multipart
+    /// upload, with as many parts of the same size under way, and nothing around it.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn put_bare(&self, key: &str, bytes: Bytes) -> Result<()> {
+        let put = async {
+            let upload = self.objects.put_multipart(&self.path(key)?).await?;
+            let mut writer = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+            for range in ranges(bytes.len() as u64, PART_BYTES as u64) {
+                writer.wait_for_capacity(CONCURRENT).await?;
+                writer.put(bytes.slice(range.start as usize..range.end as usize));
+            }
+            writer.finish().await
+        };
+        put.await.map(drop).map_err(|error| self.unnamed("write", key, error))
     }
 
     /// The `size` bytes of an object in order, range by range, several of them under way at a time.
