@@ -112,6 +112,7 @@ impl Board {
             RunEvent::WorkerLost { .. }
             | RunEvent::WorkerRefused { .. }
             | RunEvent::Rewound { .. }
+            | RunEvent::CheckpointDelayed { .. }
             | RunEvent::CheckpointFailed { .. }
             | RunEvent::Straggles { .. }
             | RunEvent::Failed { .. } => "bad",

@@ -6,11 +6,11 @@
 //! record is looked at before each of them, and every few seconds besides: a coordinator that has
 //! been replaced leaves the run alone and ends.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use looptrain_proto::{Digest, Step};
 use looptrain_storage::{
-    CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register, RunRecord,
+    CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register, Retention, RunRecord,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
@@ -37,8 +37,10 @@ pub(crate) enum Note {
 /// The task's state.
 pub(crate) struct Keeper {
     pub(crate) run: String,
-    /// Checkpoints to keep.
-    pub(crate) keep: usize,
+    /// Which checkpoints to keep.
+    pub(crate) retention: Retention,
+    /// The checkpoint that the run went on from, until there is a newer one.
+    pub(crate) resumed: Option<Step>,
     pub(crate) trajectory: Digest,
     pub(crate) register: Register,
     pub(crate) checkpoints: Checkpoints,
@@ -55,6 +57,11 @@ impl Keeper {
     pub(crate) async fn run(mut self, mut notes: mpsc::UnboundedReceiver<Note>) {
         let mut look = interval_at(Instant::now() + LOOK_EVERY, LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        if let Some(resumed) = self.resumed {
+            // What a coordinator that died had not got round to, or was in the middle of.
+            let pruned = self.prune(resumed).await;
+            let _ = self.unless_replaced("remove old checkpoints", pruned).await;
+        }
         loop {
             // Who has been replaced works on until the runtime ends, for it may be waiting for the
             // answer to its last note; the store refuses what matters.
@@ -132,9 +139,12 @@ impl Keeper {
     }
 
     async fn prune(&self, newest: Step) -> Result<(), Error> {
+        let plan = self.checkpoints.plan(&self.retention, &[newest], SystemTime::now()).await?;
+        // It may have taken as long as reading a checkpoint back does.
         self.register.still_mine().await?;
-        let removed = self.checkpoints.prune(self.keep, &[newest]).await?;
-        tracing::debug!(?removed, "removed old checkpoints");
+        self.checkpoints.remove(&plan).await?;
+        let (removed, orphans) = (plan.checkpoints, plan.orphans.len());
+        tracing::debug!(?removed, orphans, "removed old checkpoints");
         Ok(())
     }
 
@@ -200,7 +210,8 @@ mod tests {
         let (inputs, told) = mpsc::channel(8);
         let keeper = Keeper {
             run: "r".into(),
-            keep: 1,
+            retention: Retention { keep: 1, keep_every_steps: 0, grace: Duration::ZERO },
+            resumed: None,
             trajectory: Digest::of(b"spec"),
             register: claim(store).await,
             checkpoints: Checkpoints::new(store, "r"),

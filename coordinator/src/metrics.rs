@@ -80,6 +80,7 @@ catalogue! {
     CHECKPOINT_SIZE: Gauge "looptrain.checkpoint.size" ["By"] {} "Size of the newest checkpoint.";
     CHECKPOINT_DURATION: Histogram "looptrain.checkpoint.duration" ["s"] {} "Time from the directive to save to the manifest.";
     CHECKPOINT_FAILURES: Counter "looptrain.checkpoint.failures" ["{checkpoint}"] {} "Checkpoints that were given up.";
+    CHECKPOINT_DELAYS: Counter "looptrain.checkpoint.delays" ["{checkpoint}"] {} "Checkpoints that were due while another one was being written.";
     VALIDATION_LOSS: Gauge "looptrain.validation.loss" ["{nat}"] {} "Stage I loss on the validation split, nats per token.";
     VALIDATION_LOOP_LOSS: Gauge "looptrain.validation.loop.loss" ["{nat}"] {"loop"} "Validation cross-entropy after each loop, nats per token.";
     VALIDATION_PERPLEXITY: Gauge "looptrain.validation.perplexity" ["1"] {} "Perplexity of the last loop on the validation split.";
@@ -155,6 +156,7 @@ instruments! {
     checkpoint_size: Gauge<f64> = gauge(CHECKPOINT_SIZE),
     checkpoint_duration: Histogram<f64> = histogram(CHECKPOINT_DURATION),
     checkpoint_failures: Counter<u64> = counter(CHECKPOINT_FAILURES),
+    checkpoint_delays: Counter<u64> = counter(CHECKPOINT_DELAYS),
     validation_loss: Gauge<f64> = gauge(VALIDATION_LOSS),
     validation_loop_loss: Gauge<f64> = gauge(VALIDATION_LOOP_LOSS),
     validation_perplexity: Gauge<f64> = gauge(VALIDATION_PERPLEXITY),
@@ -187,6 +189,7 @@ impl Instruments {
                 self.checkpoint_duration.record(*seconds, &[]);
             }
             RunEvent::CheckpointFailed { .. } => self.checkpoint_failures.add(1, &[]),
+            RunEvent::CheckpointDelayed { .. } => self.checkpoint_delays.add(1, &[]),
             RunEvent::Straggles { section, .. } => {
                 self.stragglers.add(1, &[KeyValue::new("section", section.to_string())]);
             }

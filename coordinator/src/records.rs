@@ -246,6 +246,16 @@ pub enum RunEvent {
         /// Size of all parts.
         bytes: u64,
     },
+    /// A checkpoint is due while another one is still being written: it is made of the state that is
+    /// committed when that is done.
+    CheckpointDelayed {
+        /// The step at which it was due.
+        step: Step,
+        /// The step of the one that is being written.
+        saving: Step,
+        /// For how long that has been so.
+        seconds: f64,
+    },
     /// A checkpoint could not be written; it will be tried again.
     CheckpointFailed {
         /// Its step.
@@ -340,6 +350,11 @@ impl fmt::Display for RunEvent {
                 let size = *bytes as f64 / 1e6;
                 write!(f, "checkpoint of step {step} saved ({size:.1} MB in {seconds:.2} s)")
             }
+            Self::CheckpointDelayed { step, saving, seconds } => write!(
+                f,
+                "checkpoint of step {step} delayed: that of step {saving} is still being written, \
+                 for {seconds:.1} s; checkpoint.every_steps is shorter than a save"
+            ),
             Self::CheckpointFailed { step, reason } => {
                 write!(f, "checkpoint of step {step} failed: {reason}")
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Spec, Step};
-use looptrain_storage::{Checkpoints, MetricsLog, Store, run_prefix};
+use looptrain_storage::{Checkpoints, MetricsLog, Retention, Store, run_prefix};
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinHandle;
@@ -216,7 +216,12 @@ pub async fn start_on(
     let keeper = Keeper {
         numerics: None,
         run: run.clone(),
-        keep: spec.checkpoint.keep,
+        retention: Retention {
+            keep: spec.checkpoint.keep,
+            keep_every_steps: spec.checkpoint.keep_every_steps,
+            grace: Duration::from_secs(spec.checkpoint.orphan_seconds),
+        },
+        resumed: resumed_from,
         trajectory,
         register,
         checkpoints,

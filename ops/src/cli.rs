@@ -1,13 +1,19 @@
 //! What a user can type.
 
 mod bench;
+mod checkpoint;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-pub(crate) use bench::{Bench, CommitBench, OrchestrationBench, ReduceBench, TransferBench};
+pub(crate) use bench::{
+    Bench, CheckpointBench, CommitBench, OrchestrationBench, ReduceBench, TransferBench,
+};
+pub(crate) use checkpoint::{
+    Checkpoint, CheckpointList, CheckpointPrune, CheckpointVerify, StoredRun,
+};
 
 use crate::fault::Fault;
 use crate::preemption;
@@ -61,6 +67,9 @@ pub(crate) enum Command {
         --prompt 'fn main() {'"
     )]
     Generate(Generate),
+    /// See, check and remove the checkpoints of a run
+    #[command(subcommand)]
+    Checkpoint(Checkpoint),
     /// Measure a part of the system on this machine; one JSON line on stdout
     #[command(after_help = "Example: looptrain bench commit --workers 2000")]
     #[command(subcommand)]
@@ -86,6 +95,7 @@ impl Command {
             Self::Resume(_) => "resume",
             Self::Stop(_) => "stop",
             Self::Generate(_) => "generate",
+            Self::Checkpoint(_) => "checkpoint",
             Self::Bench(_) => "bench",
             Self::Chaos(_) => "chaos",
         }

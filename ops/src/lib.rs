@@ -20,13 +20,27 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use looptrain_proto::SpecError;
+use looptrain_storage::Faults;
 
 use crate::cli::{Cli, Command};
+
+/// Names the faults of every store that this process and its workers open; for tests.
+const STORE_FAULTS: &str = "LOOPTRAIN_STORE_FAULTS";
+
+fn install_store_faults() -> Result<(), String> {
+    let Some(text) = std::env::var_os(STORE_FAULTS) else { return Ok(()) };
+    let faults = text.to_string_lossy().parse::<Faults>();
+    faults.map(Faults::install).map_err(|wrong| format!("{STORE_FAULTS}: {wrong}"))
+}
 
 /// Runs the command line; the exit status is 0, 1 (failed) or 2 (usage or spec).
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Err(wrong) = install_store_faults() {
+        let _ = writeln!(std::io::stderr(), "error: {wrong}");
+        return ExitCode::from(2);
+    }
     let threads = match &cli.command {
         // Compute threads are the engine's own; these only move bytes.
         Command::Worker(_) => 2,

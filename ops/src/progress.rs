@@ -172,6 +172,7 @@ impl RunProgress {
                 }
             }
             RunEvent::Waiting { .. }
+            | RunEvent::CheckpointDelayed { .. }
             | RunEvent::Straggles { .. }
             | RunEvent::CaughtUp { .. }
             | RunEvent::Draining { .. }

@@ -1,6 +1,9 @@
 //! What can go wrong with stored things. Every message is one line that names the place and,
 //! where there is one, the remedy; none holds credentials.
 
+use std::fmt;
+use std::time::Duration;
+
 use looptrain_proto::{Digest, Incarnation, Step};
 
 use crate::Split;
@@ -31,13 +34,25 @@ pub enum Error {
         remedy: String,
     },
     /// A single operation failed for good, retries included.
-    #[error("cannot {operation} {place}: {reason}")]
+    #[error("cannot {operation} {place}: {reason}{tries}")]
     Operation {
-        /// `read`, `write`, `list`, `delete`.
+        /// `read`, `look at`, `write`, `list`, `delete`.
         operation: &'static str,
         /// URL of the object.
         place: String,
         /// What the system or the server said.
+        reason: String,
+        /// How often it was tried.
+        tries: Tries,
+    },
+    /// The store cannot do such a thing, or not with such a key.
+    #[error("cannot {operation} {place}: {reason}")]
+    Unsupported {
+        /// As in [`Error::Operation`].
+        operation: &'static str,
+        /// URL of the object.
+        place: String,
+        /// What the client said.
         reason: String,
     },
     /// There is no such object.
@@ -167,6 +182,24 @@ pub enum Error {
     /// The process is shutting down.
     #[error("interrupted: the process is shutting down")]
     Interrupted,
+}
+
+/// How often an operation was tried before it was given up, and for how long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tries {
+    /// The first one included.
+    pub attempts: u32,
+    /// From its begin to the last failure.
+    pub elapsed: Duration,
+}
+
+impl fmt::Display for Tries {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.attempts {
+            0 | 1 => Ok(()),
+            attempts => write!(f, " ({attempts} attempts in {:.1} s)", self.elapsed.as_secs_f64()),
+        }
+    }
 }
 
 /// An error's text on one line, and not endless: servers answer with whole documents.

@@ -7,6 +7,7 @@
 //! <store>/datasets/<name>/manifest.json, tokenizer.json, tokens-00000.arrow, validation-00000.arrow
 //! <store>/runs/<run>/record/00000000000000000007.json
 //! <store>/runs/<run>/checkpoints/step-0000001000/state-0003-of-0008.safetensors, manifest.json
+//! <store>/runs/<run>/readers/step-0000001000-0123456789abcdef
 //! <store>/runs/<run>/metrics/steps-0000000001.jsonl
 //! ```
 //!
@@ -26,18 +27,18 @@ mod record;
 mod store;
 
 pub use checkpoint::{
-    CheckpointManifest, Checkpoints, FIRST_MOMENT, PartEntry, SECOND_MOMENT, SkippedCheckpoint,
-    Tensor, split_tensors, weights_digest,
+    CheckpointManifest, Checkpoints, FIRST_MOMENT, Hold, PartEntry, Pruning, Retention,
+    SECOND_MOMENT, SkippedCheckpoint, Stored, Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
     Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
     TextTokenizer, TokenType, check_fit, dataset_prefix, prepare,
 };
-pub use error::{Error, Result};
+pub use error::{Error, Result, Tries};
 pub use metrics::{MetricsLog, read_metrics};
 pub use order::{Order, SequenceRef};
 pub use record::{Finished, Register, RunRecord, Witness, read_record};
-pub use store::{ObjectInfo, Store};
+pub use store::{Faults, ObjectInfo, Store, Version};
 
 /// Where everything of a run lives in its store; deleting this prefix forgets the run.
 #[must_use]

@@ -237,10 +237,18 @@ fn key(run: &str, number: u64) -> String {
 async fn newest(store: &Store, run: &str) -> Result<Option<(u64, RunRecord)>> {
     let objects = store.list(&format!("{}/record", run_prefix(run))).await?;
     let number = |key: &str| key.rsplit('/').next()?.strip_suffix(".json")?.parse::<u64>().ok();
-    match objects.iter().filter_map(|object| number(&object.key)).max() {
-        Some(number) => Ok(Some((number, read(store, run, number).await?))),
-        None => Ok(None),
+    let listed = objects.iter().filter_map(|object| number(&object.key)).max();
+    let mut newest = match listed {
+        Some(number) => Some((number, read(store, run, number).await?)),
+        None => None,
+    };
+    // A listing may lack what was written a moment ago; a read does not.
+    let mut next = listed.unwrap_or(0) + 1;
+    while let Some(record) = read_opt(store, run, next).await? {
+        newest = Some((next, record));
+        next += 1;
     }
+    Ok(newest)
 }
 
 async fn read(store: &Store, run: &str, number: u64) -> Result<RunRecord> {
@@ -421,5 +429,19 @@ mod tests {
         store.put(&key("r", 7), "{").await.unwrap();
         let error = read_record(&store, "r").await.unwrap_err().to_string();
         assert!(error.contains("record/00000000000000000007.json"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn records_that_a_listing_lacks_are_found_and_fence_all_the_same() {
+        let store = Store::open("memory://").unwrap();
+        let mut first = claim(&store).await;
+        first.update(|record| record.last_checkpoint = Some(Step(1))).await.unwrap();
+        let stale = store.with_stale_lists();
+        assert!(stale.list("runs/r/record").await.unwrap().is_empty());
+        let read = read_record(&stale, "r").await.unwrap().unwrap();
+        assert_eq!(read.last_checkpoint, Some(Step(1)));
+        assert_eq!(claim(&stale).await.incarnation(), Incarnation(2));
+        let error = first.update(|record| record.last_checkpoint = None).await.unwrap_err();
+        assert!(matches!(error, Error::Fenced { .. }), "{error}");
     }
 }

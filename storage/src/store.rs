@@ -1,42 +1,57 @@
-//! One object store, behind a URL: `file://`, `s3://` or `memory://`.
+//! One object store, behind a URL: `file://`, `s3://`, `gs://`, `az://` or `memory://`.
 //!
 //! Keys are relative to the URL, with `/` between their parts. Writes are atomic: a reader sees the
 //! whole old object or the whole new one. [`Store::put_if_absent`] has one winner among any number
 //! of racing writers; the run record and checkpoint manifests rest on it, and
 //! [`Store::check_writable`] makes sure at start-up that the store keeps that promise.
 //!
-//! Retries (bounded, with jittered back-off) happen below, in the client of the remote store; an
-//! error that comes out of here is final.
+//! Calls that may succeed a little later are tried again (bounded, with jittered back-off); an error
+//! that comes out of here is final, and says what was tried how often. No message holds credentials.
+//! A listing may lack what was written a moment ago; reads, sizes and conditional writes may not.
 
+mod directory;
+mod faults;
+mod large;
+mod open;
+mod retry;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path as FilePath;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
-use object_store::local::LocalFileSystem;
-use object_store::memory::InMemory;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, RetryConfig};
+use object_store::{
+    GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload, UpdateVersion,
+};
 
+pub use self::faults::Faults;
+use self::faults::Faulty;
+use self::open::Backend;
+use self::retry::{Failure, Retry};
 use crate::error::one_line;
-use crate::{Error, Result};
+use crate::{Error, Result, Tries};
 
 /// An open object store. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
+    /// Where large objects are uploaded in parts; elsewhere they are written at once.
+    multipart: Option<Arc<dyn MultipartStore>>,
     /// Put before every key; empty or without `/` at its ends.
     prefix: String,
     url: Arc<str>,
     /// The directory of a `file://` store.
     directory: Option<Arc<FilePath>>,
+    retry: Retry,
+    /// What no message may hold.
+    secrets: Arc<[String]>,
     /// What takes a core is done at once, on the calling thread.
     in_turn: bool,
 }
@@ -48,7 +63,13 @@ pub struct ObjectInfo {
     pub key: String,
     /// Size in bytes.
     pub size: u64,
+    /// When it was written, by the store's clock.
+    pub modified: SystemTime,
 }
+
+/// Tells one state of an object from every other: see [`Store::put_if_unchanged`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version(UpdateVersion);
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -63,6 +84,7 @@ impl Store {
     /// - `file://PATH`: a directory; `file://.looptrain` counts from the working directory,
     ///   `file:///var/lib/looptrain` is absolute.
     /// - `s3://BUCKET/PREFIX`: endpoint, region and credentials come from the `AWS_*` variables.
+    /// - `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`: likewise from `GOOGLE_*` and `AZURE_*`.
     /// - `memory://NAME`: shared by all who open that name in this process; without a name a new,
     ///   empty store each time. For tests.
     ///
@@ -70,45 +92,68 @@ impl Store {
     /// When the URL is none of these, or its directory cannot be made. Remote stores are not
     /// contacted yet: see [`Store::check_writable`].
     pub fn open(url: &str) -> Result<Self> {
-        let wrong = |reason: &str| Error::Url { url: redact(url), reason: reason.to_owned() };
-        let (scheme, rest) = url
-            .split_once("://")
-            .ok_or_else(|| wrong("is no URL; write file://PATH or s3://BUCKET/PREFIX"))?;
-        let mut directory = None;
-        let (objects, prefix): (Arc<dyn ObjectStore>, &str) = match scheme {
-            "file" if rest.is_empty() => {
-                return Err(wrong("names no directory; write file://PATH"));
-            }
-            "file" => {
-                directory = Some(Arc::from(FilePath::new(rest)));
-                (Arc::new(open_directory(url, FilePath::new(rest))?), "")
-            }
-            "s3" => {
-                if rest.contains('@') {
-                    return Err(wrong(
-                        "holds credentials; put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-                    ));
-                }
-                let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-                if bucket.is_empty() {
-                    return Err(wrong("names no bucket; write s3://BUCKET/PREFIX"));
-                }
-                (Arc::new(open_s3(url, bucket)?), prefix.trim_matches('/'))
-            }
-            "memory" => (open_memory(rest), ""),
-            _ => return Err(wrong("has an unknown scheme; use file:// or s3://")),
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
         };
-        let (prefix, url) = (prefix.to_owned(), url.into());
-        Ok(Self { objects, prefix, url, directory, in_turn: false })
+        Self::open_with(url, std::env::vars_os().filter_map(text))
+    }
+
+    /// As [`Store::open`], with these variables in place of the environment's.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(
+        url: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self> {
+        let variables: Vec<_> = variables.into_iter().collect();
+        let Backend { objects, multipart, prefix, directory, secrets } =
+            open::open(url, &variables)?;
+        let (url, secrets, retry) = (url.into(), secrets.into(), Retry::PATIENT);
+        let store =
+            Self { objects, multipart, prefix, url, directory, retry, secrets, in_turn: false };
+        Ok(match faults::installed() {
+            Some(faults) => store.over(faults),
+            None => store,
+        })
+    }
+
+    /// The same store, misbehaving; for tests.
+    #[must_use]
+    pub fn with_faults(self, faults: Faults) -> Self {
+        self.over(Arc::new(faults))
+    }
+
+    /// The same store, with listings that lack what was written in the last seconds.
+    #[cfg(test)]
+    pub(crate) fn with_stale_lists(&self) -> Self {
+        self.clone().over(Arc::new(Faults::stale_lists()))
+    }
+
+    fn over(self, faults: Arc<Faults>) -> Self {
+        let multipart = self.multipart.map(|inner| {
+            let faults = Arc::clone(&faults);
+            Arc::new(Faulty { faults, inner }) as Arc<dyn MultipartStore>
+        });
+        let objects = Arc::new(Faulty { faults, inner: self.objects });
+        Self { objects, multipart, ..self }
     }
 
     /// A store for a simulation, over objects that fail on purpose; `url` is what messages call
     /// them. What would run beside the async threads, and end at a time that nobody can foretell, is
-    /// done in its turn.
+    /// done in its turn; and every failure reaches the caller.
     #[must_use]
     pub fn simulated(objects: Arc<dyn ObjectStore>, url: &str) -> Self {
-        let (prefix, url) = (String::new(), url.into());
-        Self { objects, prefix, url, directory: None, in_turn: true }
+        Self {
+            objects,
+            multipart: None,
+            prefix: String::new(),
+            url: url.into(),
+            directory: None,
+            retry: Retry::NEVER,
+            secrets: Arc::default(),
+            in_turn: true,
+        }
     }
 
     /// Opens a store to read from it: as [`Store::open`], but a directory that is not there is an
@@ -148,27 +193,47 @@ impl Store {
         let unwritable = |error: Error| Error::Unwritable {
             url: self.url.to_string(),
             reason: match error {
-                Error::Operation { reason, .. } => reason,
+                Error::Operation { reason, tries, .. } => format!("{reason}{tries}"),
                 other => other.to_string(),
             },
-            remedy: if self.url.starts_with("s3://") {
-                "check the bucket, AWS_ENDPOINT_URL, AWS_REGION and the credentials".to_owned()
-            } else {
-                "change the permissions or choose another run.store".to_owned()
-            },
+            remedy: match self.url.split(':').next() {
+                Some("s3") => "check the bucket, AWS_ENDPOINT_URL, AWS_REGION and the credentials",
+                Some("gs") => "check the bucket and the credentials in GOOGLE_SERVICE_ACCOUNT",
+                Some("az") => "check the container and the AZURE_STORAGE_ACCOUNT_* variables",
+                _ => "change the permissions or choose another run.store",
+            }
+            .to_owned(),
         };
         // This one may already lose, to its own retry when an answer got lost. The second must.
-        self.put_if_absent(&key, "probe").await.map_err(unwritable)?;
-        let second = self.put_if_absent(&key, "probe").await.map_err(unwritable);
-        self.delete(&key).await.map_err(unwritable)?;
-        if second? {
-            return Err(Error::Unwritable {
-                url: self.url.to_string(),
-                reason: "it lets two writers create the same object".to_owned(),
-                remedy: "use a store with conditional writes (If-None-Match)".to_owned(),
-            });
+        let first = self.put_if_absent(&key, "probe").await;
+        let second = match first {
+            Ok(_) => self.put_if_absent(&key, "probe").await,
+            Err(error) => Err(error),
+        };
+        let unconditional = |reason: String| Error::Unwritable {
+            url: self.url.to_string(),
+            reason,
+            remedy: "use a store with conditional writes (If-None-Match)".to_owned(),
+        };
+        match second {
+            // It may have been written although the answer says that it was not.
+            Err(error) => {
+                let _ = self.delete(&key).await;
+                Err(match error {
+                    Error::Unsupported { reason, .. } => unconditional(reason),
+                    error => unwritable(error),
+                })
+            }
+            Ok(won_again) => {
+                self.delete(&key).await.map_err(unwritable)?;
+                match won_again {
+                    true => {
+                        Err(unconditional("it lets two writers create the same object".to_owned()))
+                    }
+                    false => Ok(()),
+                }
+            }
         }
-        Ok(())
     }
 
     /// The whole object.
@@ -184,11 +249,67 @@ impl Store {
     /// # Errors
     /// When the store fails.
     pub async fn get_opt(&self, key: &str) -> Result<Option<Bytes>> {
-        let result = async { self.objects.get(&self.path(key)?).await?.bytes().await };
-        match result.await {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(self.failed("read", key, &error)),
+        Ok(self.read(key, None).await?.map(|(bytes, _)| bytes))
+    }
+
+    /// The whole object with its version, `None` when there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn get_versioned(&self, key: &str) -> Result<Option<(Bytes, Version)>> {
+        self.read(key, None).await
+    }
+
+    /// Some bytes of an object.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is none; also when it does not reach so far.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let read = self.read(key, Some(range.clone())).await?;
+        let (bytes, _) = read.ok_or_else(|| Error::NotFound { place: self.place(key) })?;
+        if bytes.len() as u64 != range.end - range.start {
+            let reason = format!("it ends before byte {}", range.end);
+            return Err(Error::Malformed { place: self.place(key), reason });
+        }
+        Ok(bytes)
+    }
+
+    async fn read(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<(Bytes, Version)>> {
+        let range = range.map(GetRange::Bounded);
+        let path = self.path(key);
+        let attempt = || async {
+            let options = GetOptions { range: range.clone(), ..GetOptions::default() };
+            let got = self.objects.get_opts(path.as_ref().map_err(wrong_key)?, options).await?;
+            let announced = got.range.end - got.range.start;
+            let (e_tag, version) = (got.meta.e_tag.clone(), got.meta.version.clone());
+            let bytes = got.bytes().await?;
+            if bytes.len() as u64 != announced {
+                let source = format!("the body ended after {} of {announced} bytes", bytes.len());
+                return Err(object_store::Error::Generic { store: "body", source: source.into() });
+            }
+            Ok((bytes, Version(UpdateVersion { e_tag, version })))
+        };
+        match self.retried("read", key, attempt).await {
+            Ok(read) => Ok(Some(read)),
+            Err(Failure { error: object_store::Error::NotFound { .. }, .. }) => Ok(None),
+            Err(failure) => Err(self.failed("read", key, failure)),
+        }
+    }
+
+    /// The object's size in bytes, `None` when there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn size(&self, key: &str) -> Result<Option<u64>> {
+        let path = self.path(key);
+        let attempt = || async { self.objects.head(path.as_ref().map_err(wrong_key)?).await };
+        match self.retried("look at", key, attempt).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(Failure { error: object_store::Error::NotFound { .. }, .. }) => Ok(None),
+            Err(failure) => Err(self.failed("look at", key, failure)),
         }
     }
 
@@ -197,31 +318,57 @@ impl Store {
     /// # Errors
     /// When the store fails; the older object is then still whole.
     pub async fn put(&self, key: &str, bytes: impl Into<Bytes>) -> Result<()> {
-        let bytes = bytes.into();
-        let result = async { self.objects.put(&self.path(key)?, bytes.into()).await };
-        result.await.map(drop).map_err(|error| self.failed("write", key, &error))
+        let written = self.write(key, bytes.into(), PutMode::Overwrite).await;
+        written.map(drop).map_err(|failure| self.failed("write", key, failure))
     }
 
     /// Writes the object unless it exists; `false` when somebody else was first.
     ///
-    /// When an answer got lost and the client tried again, `false` may also mean that this very
+    /// When an answer got lost and the call was tried again, `false` may also mean that this very
     /// call wrote the object. Who must know for sure looks at what is there.
     ///
     /// # Errors
     /// When the store fails.
     pub async fn put_if_absent(&self, key: &str, bytes: impl Into<Bytes>) -> Result<bool> {
-        let bytes = bytes.into();
-        let result = async {
-            self.objects.put_opts(&self.path(key)?, bytes.into(), PutMode::Create.into()).await
-        };
-        match result.await {
-            Ok(_) => Ok(true),
-            Err(
-                object_store::Error::AlreadyExists { .. }
-                | object_store::Error::Precondition { .. },
-            ) => Ok(false),
-            Err(error) => Err(self.failed("write", key, &error)),
+        self.write_if(key, bytes.into(), PutMode::Create).await
+    }
+
+    /// Writes the object if it is still the one that was read; `false` when it is not. As with
+    /// [`Store::put_if_absent`], that may be by this very call.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn put_if_unchanged(
+        &self,
+        key: &str,
+        bytes: impl Into<Bytes>,
+        seen: &Version,
+    ) -> Result<bool> {
+        self.write_if(key, bytes.into(), PutMode::Update(seen.0.clone())).await
+    }
+
+    async fn write_if(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<bool> {
+        use object_store::Error::{AlreadyExists, Precondition};
+        match self.write(key, bytes, mode).await {
+            Ok(()) => Ok(true),
+            Err(Failure { error: AlreadyExists { .. } | Precondition { .. }, .. }) => Ok(false),
+            Err(failure) => Err(self.failed("write", key, failure)),
         }
+    }
+
+    async fn write(
+        &self,
+        key: &str,
+        bytes: Bytes,
+        mode: PutMode,
+    ) -> std::result::Result<(), Failure> {
+        let path = self.path(key);
+        let attempt = || async {
+            let payload = PutPayload::from(bytes.clone());
+            let path = path.as_ref().map_err(wrong_key)?;
+            self.objects.put_opts(path, payload, mode.clone().into()).await
+        };
+        self.retried("write", key, attempt).await.map(drop)
     }
 
     /// Deletes the object; one that is not there is fine.
@@ -229,10 +376,11 @@ impl Store {
     /// # Errors
     /// When the store fails.
     pub async fn delete(&self, key: &str) -> Result<()> {
-        let result = async { self.objects.delete(&self.path(key)?).await };
-        match result.await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(self.failed("delete", key, &error)),
+        let path = self.path(key);
+        let attempt = || async { self.objects.delete(path.as_ref().map_err(wrong_key)?).await };
+        match self.retried("delete", key, attempt).await {
+            Ok(()) | Err(Failure { error: object_store::Error::NotFound { .. }, .. }) => Ok(()),
+            Err(failure) => Err(self.failed("delete", key, failure)),
         }
     }
 
@@ -242,16 +390,20 @@ impl Store {
     /// When the store fails.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
         let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
-        let result = async {
-            let found = self.objects.list(Some(&self.path(prefix)?));
+        let path = self.path(prefix);
+        let attempt = || async {
+            let found = self.objects.list(Some(path.as_ref().map_err(wrong_key)?));
             found.try_collect::<Vec<_>>().await
         };
-        let found = result.await.map_err(|error| self.failed("list", prefix, &error))?;
+        let found = self.retried("list", prefix, attempt).await;
+        let found = found.map_err(|failure| self.failed("list", prefix, failure))?;
         let mut objects: Vec<ObjectInfo> = found
             .into_iter()
             .filter_map(|meta| {
                 let key = meta.location.as_ref().get(skip..)?.to_owned();
-                Some(ObjectInfo { key, size: meta.size })
+                let written = u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0);
+                let modified = UNIX_EPOCH + Duration::from_millis(written);
+                Some(ObjectInfo { key, size: meta.size, modified })
             })
             .collect();
         objects.sort_by(|a, b| a.key.cmp(&b.key));
@@ -263,13 +415,21 @@ impl Store {
     /// # Errors
     /// When the store fails; some objects may be gone then.
     pub async fn delete_prefix(&self, prefix: &str) -> Result<usize> {
-        let objects = self.list(prefix).await?;
-        futures::stream::iter(&objects)
-            .map(|object| self.delete(&object.key))
-            .buffer_unordered(8)
-            .try_collect::<()>()
-            .await?;
-        Ok(objects.len())
+        let mut deleted = 0;
+        // Until nothing is left: a listing may lack what is new, and show what is gone.
+        for _ in 0..LISTINGS {
+            let objects = self.list(prefix).await?;
+            if objects.is_empty() {
+                break;
+            }
+            deleted += objects.len();
+            futures::stream::iter(&objects)
+                .map(|object| self.delete(&object.key))
+                .buffer_unordered(8)
+                .try_collect::<()>()
+                .await?;
+        }
+        Ok(deleted)
     }
 
     /// Removes what writers that were killed have left half-written below `prefix`, when nobody
@@ -281,10 +441,10 @@ impl Store {
     pub async fn sweep(&self, prefix: &str, age: Duration) -> Result<usize> {
         let Some(root) = self.directory.clone() else { return Ok(0) };
         let below = root.join(prefix);
-        let swept = tokio::task::spawn_blocking(move || sweep_directory(&below, age)).await;
+        let swept = tokio::task::spawn_blocking(move || directory::sweep(&below, age)).await;
         let failed = |reason: String| {
             let (operation, place) = ("clean up", self.place(prefix));
-            Error::Operation { operation, place, reason }
+            Error::Operation { operation, place, reason, tries: Tries::default() }
         };
         match swept {
             Ok(swept) => swept.map_err(|error| failed(error.to_string())),
@@ -311,112 +471,90 @@ impl Store {
         Ok(path?)
     }
 
-    fn failed(&self, operation: &'static str, key: &str, error: &object_store::Error) -> Error {
-        let place = self.place(key);
+    /// Tries a call until it succeeds, cannot succeed, or has had its chances.
+    async fn retried<T, F>(
+        &self,
+        operation: &'static str,
+        key: &str,
+        attempt: impl FnMut() -> F,
+    ) -> std::result::Result<T, Failure>
+    where
+        F: Future<Output = std::result::Result<T, object_store::Error>>,
+    {
+        let tell = |attempts: u32, pause: Duration, error: &object_store::Error| {
+            let (place, reason) = (self.place(key), reason(error, &self.secrets));
+            let again = format!("attempt {}, in {} ms", attempts + 1, pause.as_millis());
+            // Once may happen to any call.
+            match attempts {
+                1 => tracing::info!("cannot {operation} {place}: {reason}; {again}"),
+                _ => tracing::warn!("cannot {operation} {place}: {reason}; {again}"),
+            }
+        };
+        self.retry.run(attempt, tell).await
+    }
+
+    fn failed(&self, operation: &'static str, key: &str, failure: Failure) -> Error {
+        let Failure { error, attempts, elapsed } = failure;
+        let (place, reason) = (self.place(key), reason(&error, &self.secrets));
         match error {
-            object_store::Error::NotFound { .. } => Error::NotFound { place },
-            error => Error::Operation { operation, place, reason: reason(error) },
+            object_store::Error::NotImplemented { .. }
+            | object_store::Error::NotSupported { .. } => {
+                Error::Unsupported { operation, place, reason }
+            }
+            _ => {
+                let tries = Tries { attempts, elapsed };
+                Error::Operation { operation, place, reason, tries }
+            }
         }
     }
 }
 
-/// Removes files that were being written, `NAME#NUMBER`, and are older than `age`.
-fn sweep_directory(directory: &FilePath, age: Duration) -> std::io::Result<usize> {
-    let entries = match std::fs::read_dir(directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        entries => entries?,
-    };
-    let mut swept = 0;
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            swept += sweep_directory(&entry.path(), age)?;
-            continue;
-        }
-        let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.rsplit_once('#'));
-        let staged = number.is_some_and(|(_, number)| number.parse::<u64>().is_ok());
-        // A file that is gone by now had a living writer; one from the future goes another time.
-        let touched = entry.metadata().and_then(|metadata| metadata.modified());
-        let old = touched.is_ok_and(|time| time.elapsed().is_ok_and(|old| old >= age));
-        if staged && old {
-            std::fs::remove_file(entry.path())?;
-            swept += 1;
-        }
-    }
-    Ok(swept)
+/// Listings after which a prefix that does not become empty is given up: somebody writes there.
+const LISTINGS: usize = 5;
+
+/// A key that no store takes; said by every attempt anew, for errors of the client have no copies.
+fn wrong_key(error: &object_store::Error) -> object_store::Error {
+    let source = error.to_string().into();
+    object_store::Error::NotSupported { source }
 }
 
-/// What the system said when it was the system, else what the client said.
-fn reason(error: &object_store::Error) -> String {
+/// What the system said when it was the system, else what the client and the server said; nothing
+/// of `secrets` is in it.
+fn reason(error: &object_store::Error, secrets: &[String]) -> String {
+    let said = one_line(&answered(&error.to_string()));
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(inner) = cause {
+    let system = loop {
+        let Some(inner) = cause else { break None };
         if let Some(io) = inner.downcast_ref::<std::io::Error>()
             && io.raw_os_error().is_some()
         {
-            return io.to_string();
+            break Some(io.to_string());
         }
         cause = inner.source();
-    }
-    one_line(&error.to_string())
-}
-
-/// The URL without what stands between `//` and `@`.
-fn redact(url: &str) -> String {
-    match (url.find("://"), url.rfind('@')) {
-        (Some(start), Some(end)) if end > start => {
-            format!("{}***{}", &url[..start + 3], &url[end..])
-        }
-        _ => url.to_owned(),
-    }
-}
-
-fn open_directory(url: &str, path: &FilePath) -> Result<LocalFileSystem> {
-    let unwritable = |reason: String| Error::Unwritable {
-        url: url.to_owned(),
-        reason,
-        remedy: "change the permissions or choose another run.store".to_owned(),
     };
-    std::fs::create_dir_all(path).map_err(|error| {
-        if path.exists() && !path.is_dir() {
-            unwritable(format!("{} is a file, not a directory", path.display()))
-        } else {
-            unwritable(format!("{}: {error}", path.display()))
-        }
-    })?;
-    // Synced writes: a manifest must not outlive its parts when the machine loses power.
-    LocalFileSystem::new_with_prefix(path)
-        .map(|objects| objects.with_fsync(true).with_automatic_cleanup(true))
-        .map_err(|error| unwritable(reason(&error)))
-}
-
-fn open_s3(url: &str, bucket: &str) -> Result<impl ObjectStore> {
-    let builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
-    let plain = builder
-        .get_config_value(&AmazonS3ConfigKey::Endpoint)
-        .is_some_and(|endpoint| endpoint.starts_with("http://"));
-    let retry = RetryConfig {
-        max_retries: 8,
-        retry_timeout: Duration::from_secs(60),
-        ..RetryConfig::default()
+    let mut reason = match system {
+        // Of a remote store one wants to know which server it was.
+        Some(system) if said.contains("://") => format!("{said}: {system}"),
+        Some(system) => system,
+        None => said,
     };
-    builder
-        .with_allow_http(plain)
-        .with_conditional_put(S3ConditionalPut::ETagMatch)
-        .with_retry(retry)
-        .build()
-        .map_err(|error| Error::Url {
-            url: url.to_owned(),
-            reason: format!("cannot be opened: {}", reason(&error)),
-        })
+    for secret in secrets {
+        reason = reason.replace(secret.as_str(), "***");
+    }
+    reason
 }
 
-fn open_memory(name: &str) -> Arc<dyn ObjectStore> {
-    static NAMED: OnceLock<Mutex<HashMap<String, Arc<InMemory>>>> = OnceLock::new();
-    if name.is_empty() {
-        return Arc::new(InMemory::new());
+/// An error with the server's document cut down to its code and message: servers repeat in it what
+/// they were sent.
+fn answered(text: &str) -> String {
+    let Some((before, document)) = text.split_once('<') else { return text.to_owned() };
+    let element = |name: &str| {
+        let (_, rest) = document.split_once(&format!("{name}>"))?;
+        Some(rest.split_once('<')?.0)
+    };
+    match (element("Code"), element("Message")) {
+        (Some(code), Some(message)) => format!("{before}{code}: {message}"),
+        (Some(code), None) => format!("{before}{code}"),
+        _ => format!("{before}(a document)"),
     }
-    let mut named =
-        NAMED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    Arc::clone(named.entry(name.to_owned()).or_default()) as Arc<dyn ObjectStore>
 }

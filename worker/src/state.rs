@@ -4,11 +4,15 @@
 //! `optim.v.` before those names the moments of the optimizer. The list of all of them has one
 //! order, weights first, so that every rank cuts it the same way.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
 
-use looptrain_model::{Layout, TrainState};
+use looptrain_model::{Layout, TensorEntry, TrainState};
 use looptrain_proto::{Digest, Step};
-use looptrain_storage::{FIRST_MOMENT, SECOND_MOMENT, Tensor, split_tensors, weights_digest};
+use looptrain_storage::{
+    Checkpoints, FIRST_MOMENT, PartEntry, SECOND_MOMENT, Tensor, split_tensors, weights_digest,
+};
 
 /// A checkpoint that is not of this run's model.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -41,36 +45,80 @@ pub(crate) fn digest(layout: &Layout, weights: &[f32]) -> Digest {
     )
 }
 
-/// Copies part `part` of `parts` of the state.
-///
-/// # Panics
-/// When `part` is not below `parts`.
-pub(crate) fn part_tensors(
-    layout: &Layout,
-    state: &TrainState,
-    part: usize,
-    parts: usize,
-) -> Vec<Tensor> {
+/// A rank's part of a checkpoint, copied out of the state.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) tensors: Vec<Tensor>,
+    /// The weights that are not in it, for the digest of all.
+    others: Vec<Tensor>,
+}
+
+impl Part {
+    /// Copies part `part` of `parts` of the state, and no more of it than its digest takes.
+    ///
+    /// # Panics
+    /// When `part` is not below `parts`.
+    pub(crate) fn copy(layout: &Layout, state: &TrainState, part: usize, parts: usize) -> Self {
+        let mine = part_range(layout, part, parts);
+        let all = all_tensors(layout, state);
+        let weights = layout.tensors().len();
+        let others = (0..weights).filter(|index| !mine.contains(index));
+        Self {
+            others: others.map(|index| copied(&all[index])).collect(),
+            tensors: all[mine].iter().map(copied).collect(),
+        }
+    }
+
+    /// Writes the part, and works out the digest of all weights meanwhile.
+    pub(crate) async fn save(
+        self,
+        checkpoints: &Checkpoints,
+        step: Step,
+        part: usize,
+        parts: usize,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<(PartEntry, Digest), looptrain_storage::Error> {
+        let tensors: Arc<[Tensor]> = self.tensors.into();
+        let (mine, others) = (Arc::clone(&tensors), self.others);
+        let hash = tokio::task::spawn_blocking(move || {
+            weights_digest(mine.iter().chain(&others).map(Tensor::view))
+        });
+        let entry = checkpoints.save_part(step, part, parts, tensors, metadata).await?;
+        let digest = hash.await.map_err(|_| looptrain_storage::Error::Interrupted)?;
+        Ok((entry, digest))
+    }
+}
+
+/// A tensor of the list of all: prefix of its name, the buffer that it is in, and where.
+type Place<'a> = (&'static str, &'a [f32], &'a TensorEntry);
+
+/// The list of all tensors.
+fn all_tensors<'a>(layout: &'a Layout, state: &'a TrainState) -> Vec<Place<'a>> {
     let sources = [
         ("", &state.weights),
         (FIRST_MOMENT, &state.first_moment),
         (SECOND_MOMENT, &state.second_moment),
     ];
-    let all: Vec<_> = sources
-        .iter()
-        .flat_map(|(prefix, buffer)| layout.tensors().iter().map(move |e| (prefix, buffer, e)))
+    let entries = |(prefix, buffer): (&'static str, &'a Vec<f32>)| {
+        layout.tensors().iter().map(move |entry| (prefix, buffer.as_slice(), entry))
+    };
+    sources.into_iter().flat_map(entries).collect()
+}
+
+fn copied((prefix, buffer, entry): &Place<'_>) -> Tensor {
+    Tensor {
+        name: format!("{prefix}{}", entry.name),
+        shape: entry.shape.clone(),
+        data: buffer[entry.range()].to_vec(),
+    }
+}
+
+/// Which tensors of the list are in part `part` of `parts`.
+fn part_range(layout: &Layout, part: usize, parts: usize) -> Range<usize> {
+    let sizes: Vec<u64> = (0..3)
+        .flat_map(|_| layout.tensors().iter().map(|entry| (entry.len * size_of::<f32>()) as u64))
         .collect();
-    let sizes: Vec<u64> =
-        all.iter().map(|(.., entry)| (entry.len * size_of::<f32>()) as u64).collect();
-    let range = split_tensors(&sizes, parts)[part].clone();
-    all[range]
-        .iter()
-        .map(|(prefix, buffer, entry)| Tensor {
-            name: format!("{prefix}{}", entry.name),
-            shape: entry.shape.clone(),
-            data: buffer[entry.range()].to_vec(),
-        })
-        .collect()
+    split_tensors(&sizes, parts)[part].clone()
 }
 
 /// Puts the tensors of a checkpoint together; every tensor of the layout must be there, and no
@@ -131,8 +179,9 @@ mod tests {
     fn the_parts_of_any_number_of_ranks_make_the_same_state() {
         let (layout, state) = sample();
         for parts in [1, 2, 3, 8] {
-            let mut tensors: Vec<Tensor> =
-                (0..parts).flat_map(|part| part_tensors(&layout, &state, part, parts)).collect();
+            let mut tensors: Vec<Tensor> = (0..parts)
+                .flat_map(|part| Part::copy(&layout, &state, part, parts).tensors)
+                .collect();
             tensors.sort_by(|a, b| a.name.cmp(&b.name));
             let again = from_tensors(&layout, Step(5), tensors).unwrap();
             assert!(again.weights == state.weights && again.first_moment == state.first_moment);
@@ -141,10 +190,31 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn every_rank_has_the_digest_of_all_weights_and_copies_no_weight_twice() {
+        let (layout, state) = sample();
+        let store = looptrain_storage::Store::open("memory://").unwrap();
+        let checkpoints = Checkpoints::new(&store, "r");
+        for parts in [1, 2, 3, 8] {
+            for index in 0..parts {
+                let part = Part::copy(&layout, &state, index, parts);
+                let copies = part.tensors.iter().chain(&part.others);
+                let mut names: Vec<&str> = copies.map(|tensor| tensor.name.as_str()).collect();
+                let count = names.len();
+                names.sort_unstable();
+                names.dedup();
+                assert_eq!(names.len(), count);
+                assert!(part.others.is_empty() || parts > 1);
+                let saved = part.save(&checkpoints, Step(5), index, parts, BTreeMap::new());
+                assert_eq!(saved.await.unwrap().1, digest(&layout, &state.weights));
+            }
+        }
+    }
+
     #[test]
     fn a_checkpoint_of_another_model_is_told_by_the_tensor_that_differs() {
         let (layout, state) = sample();
-        let whole = || part_tensors(&layout, &state, 0, 1);
+        let whole = || Part::copy(&layout, &state, 0, 1).tensors;
         let mut short = whole();
         let gone = short.pop().unwrap().name;
         let error = from_tensors(&layout, Step(5), short).err().unwrap();

@@ -70,7 +70,16 @@ impl Core {
         if !(regular || self.save_overdue || self.ending()) {
             return;
         }
-        if self.saving.is_some() || self.now < self.save_retry_at {
+        if let Some(saving) = &self.saving {
+            let seconds = (self.now - saving.started).as_secs_f64();
+            let delayed = RunEvent::CheckpointDelayed { step, saving: saving.step, seconds };
+            // Once for each save: later steps at which one is due wait for the same one.
+            if !std::mem::replace(&mut self.save_overdue, true) {
+                self.publish(delayed);
+            }
+            return;
+        }
+        if self.now < self.save_retry_at {
             self.save_overdue = true;
             return;
         }

@@ -18,6 +18,11 @@ pub(crate) enum Bench {
     /// The ring all-reduce of a gradient over the loopback, and its way into fixed point and back
     #[command(after_help = "Example: looptrain bench reduce --mib 256 --ranks 2")]
     Reduce(ReduceBench),
+    /// What a save takes of a step, and how fast it is uploaded beside what the store's client reaches
+    /// alone
+    #[command(after_help = "Example: looptrain bench checkpoint --store s3://bucket --mib 512\n\
+        What it writes below the store's prefix is removed again.")]
+    Checkpoint(CheckpointBench),
     /// What the control plane costs: the same steps bare in one process, and as a local run
     #[command(after_help = "Example: looptrain bench orchestration examples/quickstart.toml\n\
         The run of the spec is left alone: one of another name is begun anew, in the same store.")]
@@ -56,6 +61,22 @@ pub(crate) struct ReduceBench {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
     pub(crate) ranks: u32,
     /// Times that they are reduced; the figures are of the median
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointBench {
+    /// URL of the store
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: String,
+    /// Size of the state: weights and both moments; about, for layers are whole
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) mib: u32,
+    /// Ranks that save a part each, side by side
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) ranks: u32,
+    /// Saves; the figures are of the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
 }

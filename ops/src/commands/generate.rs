@@ -35,7 +35,11 @@ pub(crate) async fn run(args: Generate) -> Result<()> {
         tokens: args.tokens,
         seed: args.seed,
     };
-    println!("{}{}", args.prompt, writer.text(manifest.step, &args.prompt).await?);
+    let checkpoints = Checkpoints::new(&store, &args.run);
+    let hold = checkpoints.hold(manifest.step).await;
+    let text = writer.text(manifest.step, &args.prompt).await;
+    hold.release().await;
+    println!("{}{}", args.prompt, text?);
     Ok(())
 }
 

@@ -56,7 +56,7 @@ pub struct Run {
     /// Prefix of the run in its store: letters, digits, `.`, `_`, `-`.
     pub name: String,
     /// URL of the object store: `file://PATH` (relative paths count from the working directory
-    /// of who loads the spec) or `s3://BUCKET/PREFIX`.
+    /// of who loads the spec), `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `az://CONTAINER/PREFIX`.
     pub store: String,
     /// Seed of the initial weights and of the data order.
     #[serde(default)]
@@ -311,13 +311,17 @@ pub struct MixturePart {
 pub struct Checkpoint {
     /// A checkpoint after every this many steps, and always after the last.
     pub every_steps: u64,
-    /// Checkpoints to keep.
+    /// Checkpoints to keep: the newest so many.
     pub keep: usize,
+    /// Checkpoints of steps that are multiples of this are kept as well; 0 for none.
+    pub keep_every_steps: u64,
+    /// Files of saves that came to nothing are removed when they are so many seconds old.
+    pub orphan_seconds: u64,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every_steps: 100, keep: 3 }
+        Self { every_steps: 100, keep: 3, keep_every_steps: 0, orphan_seconds: 3600 }
     }
 }
 

@@ -64,7 +64,7 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
     require!(
         store.contains("://"),
         "run.store",
-        "`{store}` is no URL; write file://PATH or s3://BUCKET/PREFIX"
+        "`{store}` is no URL; write file://PATH s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
     );
     let cluster = &spec.cluster;
     require!(

@@ -1,12 +1,12 @@
 //! Reading checkpoints back, trusting nothing: sizes, digests, duplicates and the weights as a
-//! whole are checked.
+//! whole are checked. Parts are hashed as they come in, a few megabytes at a time.
 
 use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::{Digest, Step};
 
 use super::digest::is_weight;
 use super::{CheckpointManifest, Checkpoints, PartEntry, Tensor, codec, weights_digest};
-use crate::{Error, Result};
+use crate::{Error, Result, read_record};
 
 /// Parts read at the same time.
 const CONCURRENT_PARTS: usize = 4;
@@ -39,6 +39,17 @@ impl Checkpoints {
         Ok(self.read(step, is_weight).await?.0)
     }
 
+    /// Checks that every part of the checkpoint of `step` is what was saved, keeping nothing of it.
+    /// What the parts are put together to was agreed upon by those who saved them.
+    pub(super) async fn verify_parts(&self, step: Step) -> Result<()> {
+        let manifest = self.manifest(step).await?;
+        let checks: Vec<_> =
+            manifest.parts.iter().map(|part| self.fetch(step, part, |_| {})).collect();
+        futures::stream::iter(checks).buffered(CONCURRENT_PARTS).try_collect::<()>().await?;
+        self.remember_verified(step);
+        Ok(())
+    }
+
     /// The checked state; tensors that are not `wanted`, moments only, come without data.
     async fn read(
         &self,
@@ -65,11 +76,13 @@ impl Checkpoints {
                 manifest.weights_digest
             )));
         }
+        self.remember_verified(step);
         Ok((manifest, tensors))
     }
 
     /// The newest checkpoint that verifies, with the newer ones that do not; `None` when the run
-    /// has no checkpoint.
+    /// has no checkpoint. The one that the run's record names is tried although the listing may
+    /// lack it yet.
     ///
     /// # Errors
     /// [`Error::NoGoodCheckpoint`] when there are checkpoints and none verifies: to begin from
@@ -78,7 +91,16 @@ impl Checkpoints {
         &self,
     ) -> Result<Option<(CheckpointManifest, Vec<SkippedCheckpoint>)>> {
         let mut skipped: Vec<SkippedCheckpoint> = Vec::new();
-        for step in self.list().await?.into_iter().rev() {
+        let mut steps = self.list().await?;
+        let recorded = read_record(&self.store, &self.run).await?;
+        if let Some(step) = recorded.and_then(|record| record.last_checkpoint)
+            && !steps.contains(&step)
+            && self.store.size(&self.manifest_key(step)).await?.is_some()
+        {
+            steps.push(step);
+            steps.sort();
+        }
+        for step in steps.into_iter().rev() {
             match self.verify(step).await {
                 Ok(manifest) => return Ok(Some((manifest, skipped))),
                 Err(error) => {
@@ -105,23 +127,11 @@ impl Checkpoints {
         part: &PartEntry,
         wanted: fn(&str) -> bool,
     ) -> Result<Vec<Tensor>> {
-        let key = self.part_key(step, &part.file);
-        let place = self.store.place(&key);
-        let bytes = self.store.get(&key).await?;
-        if bytes.len() as u64 != part.bytes {
-            let (has, says) = (bytes.len(), part.bytes);
-            return Err(Error::Malformed {
-                place,
-                reason: format!("it has {has} bytes, the manifest says {says}; {REMEDY}"),
-            });
-        }
-        let PartEntry { digest: expected, tensors: says, .. } = *part;
+        let place = self.store.place(&self.part_key(step, &part.file));
+        let mut bytes = Vec::with_capacity(usize::try_from(part.bytes).unwrap_or_default());
+        self.fetch(step, part, |chunk| bytes.extend_from_slice(chunk)).await?;
+        let says = part.tensors;
         let decode = move || {
-            let found = Digest::of(&bytes);
-            if found != expected {
-                let remedy = REMEDY.to_owned();
-                return Err(Error::Corrupt { place, expected, found, remedy });
-            }
             let tensors = codec::decode(&bytes, wanted);
             let tensors = tensors.and_then(|tensors| match tensors.len() as u64 {
                 has if has == says => Ok(tensors),
@@ -130,5 +140,35 @@ impl Checkpoints {
             tensors.map_err(|reason| Error::Malformed { place, reason })
         };
         self.store.blocking(decode).await?
+    }
+
+    /// Reads a part in chunks, in order, and checks that it is what the manifest says.
+    async fn fetch(&self, step: Step, part: &PartEntry, mut take: impl FnMut(&[u8])) -> Result<()> {
+        let key = self.part_key(step, &part.file);
+        let place = || self.store.place(&key);
+        match self.store.size(&key).await? {
+            None => return Err(Error::NotFound { place: place() }),
+            Some(has) if has != part.bytes => {
+                let says = part.bytes;
+                let reason = format!("it has {has} bytes, the manifest says {says}; {REMEDY}");
+                return Err(Error::Malformed { place: place(), reason });
+            }
+            Some(_) => {}
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut chunks = std::pin::pin!(self.store.stream(&key, part.bytes));
+        while let Some(chunk) = chunks.try_next().await? {
+            take(&chunk);
+            let hash = move || {
+                hasher.update(&chunk);
+                hasher
+            };
+            hasher = self.store.blocking(hash).await?;
+        }
+        let (found, expected) = (Digest::from(hasher.finalize()), part.digest);
+        if found != expected {
+            return Err(Error::Corrupt { place: place(), expected, found, remedy: REMEDY.into() });
+        }
+        Ok(())
     }
 }

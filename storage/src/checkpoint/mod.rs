@@ -18,6 +18,7 @@
 
 mod codec;
 mod digest;
+mod inventory;
 mod load;
 mod manifest;
 mod retention;
@@ -26,13 +27,17 @@ mod split;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::{Digest, Step};
 
 pub use digest::weights_digest;
+pub use inventory::{Hold, Stored};
 pub use load::SkippedCheckpoint;
 pub use manifest::{CheckpointManifest, PartEntry};
+pub use retention::{Pruning, Retention};
 pub use split::split_tensors;
 
 use crate::{Error, Result, Store, run_prefix};
@@ -66,13 +71,15 @@ impl Tensor {
 pub struct Checkpoints {
     store: Store,
     run: String,
+    /// The newest one that was read back and found to be what was saved; of all clones.
+    verified: Arc<Mutex<Option<Step>>>,
 }
 
 impl Checkpoints {
     /// Those of `run` in `store`; nothing is read yet.
     #[must_use]
     pub fn new(store: &Store, run: &str) -> Self {
-        Self { store: store.clone(), run: run.to_owned() }
+        Self { store: store.clone(), run: run.to_owned(), verified: Arc::default() }
     }
 
     /// Writes part `part` of `parts` of the state after `step`, over an older try if there is one.
@@ -88,10 +95,11 @@ impl Checkpoints {
         step: Step,
         part: usize,
         parts: usize,
-        tensors: Vec<Tensor>,
+        tensors: impl Into<Arc<[Tensor]>>,
         metadata: BTreeMap<String, String>,
     ) -> Result<PartEntry> {
         assert!(part < parts, "part {part} of {parts}");
+        let tensors = tensors.into();
         let file = format!("state-{part:04}-of-{parts:04}.safetensors");
         let key = self.part_key(step, &file);
         let count = tensors.len() as u64;
@@ -101,7 +109,7 @@ impl Checkpoints {
             .await?
             .map_err(|reason| Error::Malformed { place: self.store.place(&key), reason })?;
         let entry = PartEntry { file, bytes: bytes.len() as u64, digest, tensors: count };
-        self.store.put(&key, bytes).await?;
+        self.store.put_large(&key, bytes).await?;
         Ok(entry)
     }
 
@@ -159,23 +167,36 @@ impl Checkpoints {
         }
     }
 
-    /// Whether the parts that a manifest names are there in their right size.
+    /// Whether the parts that a manifest names are there in their right size. Each is asked for by
+    /// its name: a listing may lack what was written a moment ago.
     async fn check_parts(&self, manifest: &CheckpointManifest) -> Result<()> {
-        let objects = self.store.list(&self.directory(manifest.step)).await?;
-        for part in &manifest.parts {
-            let key = self.part_key(manifest.step, &part.file);
-            let place = self.store.place(&key);
-            match objects.iter().find(|object| object.key == key) {
-                None => return Err(Error::NotFound { place }),
-                Some(object) if object.size != part.bytes => {
-                    let (has, says) = (object.size, part.bytes);
-                    let reason = format!("it has {has} bytes, its writer reported {says}");
-                    return Err(Error::Malformed { place, reason });
-                }
-                Some(_) => {}
+        let checks: Vec<_> =
+            manifest.parts.iter().map(|part| self.check_size(manifest.step, part)).collect();
+        futures::stream::iter(checks).buffered(CONCURRENT_CHECKS).try_collect().await
+    }
+
+    async fn check_size(&self, step: Step, part: &PartEntry) -> Result<()> {
+        let key = self.part_key(step, &part.file);
+        let place = self.store.place(&key);
+        match self.store.size(&key).await? {
+            None => Err(Error::NotFound { place }),
+            Some(has) if has != part.bytes => {
+                let says = part.bytes;
+                let reason = format!("it has {has} bytes, its writer reported {says}");
+                Err(Error::Malformed { place, reason })
             }
+            Some(_) => Ok(()),
         }
-        Ok(())
+    }
+
+    /// The newest checkpoint that these clones have read back and found whole.
+    fn verified(&self) -> Option<Step> {
+        *self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember_verified(&self, step: Step) {
+        let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        *verified = (*verified).max(Some(step));
     }
 
     /// The steps that have a checkpoint, ascending. Whether it is whole is another question: see
@@ -240,3 +261,6 @@ const MANIFEST: &str = "manifest.json";
 
 /// A `looptrain.v1.Held`.
 const MEMORY: &str = "memory.binpb";
+
+/// Parts that are asked for at the same time.
+const CONCURRENT_CHECKS: usize = 8;

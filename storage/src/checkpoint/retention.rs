@@ -1,80 +1,170 @@
 //! Which checkpoints stay.
+//!
+//! First a plan, then the removal: whoever must still be the run's coordinator to remove anything
+//! looks in between, for the plan may take as long as it takes to read a checkpoint back.
 
-use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
 
 use looptrain_proto::Step;
 
-use super::{Checkpoints, MANIFEST};
-use crate::Result;
+use super::inventory::Files;
+use super::{Checkpoints, MANIFEST, MEMORY};
+use crate::{Error, Result};
+
+/// What to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// The newest so many; at least one.
+    pub keep: usize,
+    /// Also those of steps that are multiples of this; 0 for none.
+    pub keep_every_steps: u64,
+    /// Files that no manifest names are left by dead writers once they are so old.
+    pub grace: Duration,
+}
+
+/// What is to be removed.
+#[derive(Clone, Debug, Default)]
+pub struct Pruning {
+    /// Checkpoints, ascending.
+    pub checkpoints: Vec<Step>,
+    /// Files of saves that came to nothing: step and name.
+    pub orphans: Vec<(Step, String)>,
+    /// Files of the checkpoints: step, and names with the manifest first.
+    files: Vec<(Step, Vec<String>)>,
+}
 
 impl Checkpoints {
-    /// Removes all but the newest `keep` checkpoints (at least one) and those `in_use`; gives the
-    /// removed steps.
+    /// Plans what `retention` has no use for, but never those `in_use` or being read, nor the newest
+    /// that verifies: before anything goes, one of those that stay and are newer must have been
+    /// read back. When none of them verifies, the next older one that does stays as well, so that a
+    /// run always has something to return to.
     ///
-    /// Should none of those that stay have all its parts in the right size, the next older one
-    /// that does stays as well: a run always has something to return to. A manifest goes before
-    /// its parts, so that nothing half removed looks whole.
+    /// Parts without a manifest are what dead writers left behind, when they are older than
+    /// [`Retention::grace`], the newest checkpoint and all `in_use`. Newer ones are left alone: their
+    /// save may be under way. So are those in a checkpoint's directory that its manifest does
+    /// not name.
     ///
-    /// Parts without a manifest are what writers that died left behind, when they are older than
-    /// both the newest checkpoint and all `in_use`: they go, too, without being counted. Newer ones
-    /// are left alone: their save may be under way.
+    /// # Errors
+    /// When the store fails.
+    pub async fn plan(
+        &self,
+        retention: &Retention,
+        in_use: &[Step],
+        now: SystemTime,
+    ) -> Result<Pruning> {
+        let held = self.held(now).await?;
+        // Newest first. A run may have gone on from an older checkpoint than the newest.
+        let (committed, unfinished): (Vec<_>, Vec<_>) = (self.files().await?.into_iter().rev())
+            .partition(|(_, files)| files.contains_key(MANIFEST));
+        let Some(&(newest, _)) = committed.first() else { return Ok(Pruning::default()) };
+        let mut plan = Pruning::default();
+        let aged = |file: &super::inventory::File| {
+            now.duration_since(file.modified).is_ok_and(|age| age >= retention.grace)
+        };
+        let reached = in_use.iter().copied().fold(newest, Step::min);
+        for (step, files) in unfinished.iter().filter(|(step, _)| *step < reached) {
+            // A listing may lack a manifest that is there.
+            if files.values().all(aged)
+                && self.store.size(&self.manifest_key(*step)).await?.is_none()
+            {
+                plan.orphans.extend(files.keys().map(|name| (*step, name.clone())));
+            }
+        }
+        let wanted = |(index, (step, _)): (usize, &(Step, Files))| {
+            let every = retention.keep_every_steps;
+            index < retention.keep.max(1)
+                || in_use.contains(step)
+                || held.contains(step)
+                || (every > 0 && step.0.is_multiple_of(every))
+        };
+        let mut stays: Vec<bool> = committed.iter().enumerate().map(wanted).collect();
+        let newest_to_go = stays.iter().position(|stays| !stays);
+        if let Some(newest_to_go) = newest_to_go {
+            let steps: Vec<Step> = committed.iter().map(|(step, _)| *step).collect();
+            if let Some(anchor) = self.anchor(&steps, newest_to_go).await? {
+                stays[anchor] = true;
+            }
+        }
+        for (index, (step, files)) in committed.iter().enumerate().rev() {
+            if stays[index] {
+                // Older ones have been looked at when they were among the newest.
+                if index < retention.keep.max(1) {
+                    let old = files.iter().filter(|(_, file)| aged(file)).map(|(name, _)| name);
+                    plan.orphans.extend(self.unnamed(*step, old).await?);
+                }
+                continue;
+            }
+            let mut names: Vec<String> = files.keys().cloned().collect();
+            names.sort_by_key(|name| name != MANIFEST);
+            plan.checkpoints.push(*step);
+            plan.files.push((*step, names));
+        }
+        Ok(plan)
+    }
+
+    /// The newest of `steps` that verifies, by its index; those before `known` suffice when one of
+    /// them is known to.
+    async fn anchor(&self, steps: &[Step], known: usize) -> Result<Option<usize>> {
+        let verified = self.verified();
+        if let Some(index) = steps[..known].iter().position(|step| Some(*step) == verified) {
+            return Ok(Some(index));
+        }
+        for (index, step) in steps.iter().enumerate() {
+            match self.verify_parts(*step).await {
+                Ok(()) => return Ok(Some(index)),
+                // The store, and not the checkpoint: nothing is known, so nothing may go.
+                Err(error @ (Error::Operation { .. } | Error::Interrupted)) => return Err(error),
+                Err(error) => tracing::warn!(run = self.run, %step, "not to be relied on: {error}"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Those of `files` in the directory of `step` that its manifest does not name.
+    async fn unnamed<'a>(
+        &self,
+        step: Step,
+        files: impl Iterator<Item = &'a String>,
+    ) -> Result<Vec<(Step, String)>> {
+        let of_manifest = |name: &&String| [MANIFEST, MEMORY].contains(&name.as_str());
+        let mut files: Vec<&String> = files.filter(|name| !of_manifest(name)).collect();
+        if files.is_empty() {
+            return Ok(Vec::new());
+        }
+        match self.manifest(step).await {
+            Ok(manifest) => files.retain(|name| manifest.parts.iter().all(|it| it.file != **name)),
+            // Nobody knows what belongs to it.
+            Err(Error::Malformed { .. } | Error::NotFound { .. }) => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        }
+        Ok(files.into_iter().map(|name| (step, name.clone())).collect())
+    }
+
+    /// Carries a plan out. A manifest goes before its parts, so that nothing half removed looks
+    /// whole.
     ///
     /// # Errors
     /// When the store fails; some may be removed then.
-    pub async fn prune(&self, keep: usize, in_use: &[Step]) -> Result<Vec<Step>> {
-        let mut files: BTreeMap<Step, BTreeMap<String, u64>> = BTreeMap::new();
-        for object in self.store.list(&self.prefix()).await? {
-            if let Some((step, file)) = self.split_key(&object.key) {
-                files.entry(step).or_default().insert(file.to_owned(), object.size);
+    pub async fn remove(&self, plan: &Pruning) -> Result<()> {
+        for (step, file) in &plan.orphans {
+            tracing::debug!(run = self.run, %step, file, "removing what a dead writer left");
+            self.store.delete(&self.part_key(*step, file)).await?;
+        }
+        for (step, files) in &plan.files {
+            for file in files {
+                self.store.delete(&self.part_key(*step, file)).await?;
             }
-        }
-        let (committed, unfinished): (Vec<_>, Vec<_>) =
-            files.into_iter().rev().partition(|(_, files)| files.contains_key(MANIFEST));
-        // Newest first. A run may have gone on from an older checkpoint than the newest.
-        if let Some(&(newest, _)) = committed.first() {
-            let reached = in_use.iter().copied().fold(newest, Step::min);
-            for (step, files) in unfinished.iter().filter(|(step, _)| *step < reached) {
-                tracing::debug!(run = self.run, %step, "removing a checkpoint that was never committed");
-                self.remove(*step, files).await?;
-            }
-        }
-        let mut removed = Vec::new();
-        let mut kept = 0;
-        let mut whole = false;
-        for (step, files) in committed {
-            let wanted = kept < keep.max(1) || in_use.contains(&step);
-            if wanted || !whole {
-                let is_whole = self.is_whole(step, &files).await;
-                // An incomplete one beyond the number to keep is of no use to anybody.
-                if wanted || is_whole {
-                    kept += 1;
-                    whole |= is_whole;
-                    continue;
-                }
-            }
-            self.remove(step, &files).await?;
-            removed.push(step);
-        }
-        removed.sort();
-        Ok(removed)
-    }
-
-    /// Removes the files of one step, a manifest before what it names.
-    async fn remove(&self, step: Step, files: &BTreeMap<String, u64>) -> Result<()> {
-        if files.contains_key(MANIFEST) {
-            self.store.delete(&self.manifest_key(step)).await?;
-        }
-        for file in files.keys().filter(|file| *file != MANIFEST) {
-            self.store.delete(&self.part_key(step, file)).await?;
         }
         Ok(())
     }
 
-    /// Whether all parts are there in the right size; their content is not read.
-    async fn is_whole(&self, step: Step, files: &BTreeMap<String, u64>) -> bool {
-        let manifest = self.manifest(step).await;
-        manifest.is_ok_and(|manifest| {
-            manifest.parts.iter().all(|part| files.get(&part.file) == Some(&part.bytes))
-        })
+    /// Plans and removes at once; gives the removed steps.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::plan`] and [`Checkpoints::remove`].
+    pub async fn prune(&self, retention: &Retention, in_use: &[Step]) -> Result<Vec<Step>> {
+        let plan = self.plan(retention, in_use, SystemTime::now()).await?;
+        self.remove(&plan).await?;
+        Ok(plan.checkpoints)
     }
 }

@@ -6,8 +6,15 @@ use std::collections::BTreeMap;
 
 use looptrain_proto::{Cursor, Digest, Generation, Step};
 
-use super::{CheckpointManifest, Checkpoints, Tensor, split_tensors, weights_digest};
+use std::time::{Duration, SystemTime};
+
+use super::{CheckpointManifest, Checkpoints, Retention, Tensor, split_tensors, weights_digest};
 use crate::{Error, Store};
+
+/// The newest so many, and what dead writers left goes at once.
+fn newest(keep: usize) -> Retention {
+    Retention { keep, keep_every_steps: 0, grace: Duration::ZERO }
+}
 
 fn state(seed: f32) -> Vec<Tensor> {
     let tensor = |prefix: &str, layer: usize| Tensor {
@@ -255,13 +262,13 @@ async fn pruning_keeps_the_newest_and_those_in_use() {
         committed(&checkpoints, step).await;
     }
     saved(&checkpoints, 60, 2, &state(1.0)).await;
-    let removed = checkpoints.prune(2, &[Step(20)]).await.unwrap();
+    let removed = checkpoints.prune(&newest(2), &[Step(20)]).await.unwrap();
     assert_eq!(removed, [Step(10), Step(30)]);
     assert_eq!(checkpoints.list().await.unwrap(), [Step(20), Step(40), Step(50)]);
     assert!(store.list("runs/r/checkpoints/step-0000000010").await.unwrap().is_empty());
     let uncommitted = store.list("runs/r/checkpoints/step-0000000060").await.unwrap();
     assert_eq!(uncommitted.len(), 2, "a save under way is left alone");
-    assert_eq!(checkpoints.prune(0, &[]).await.unwrap(), [Step(20), Step(40)]);
+    assert_eq!(checkpoints.prune(&newest(0), &[]).await.unwrap(), [Step(20), Step(40)]);
     checkpoints.load(Step(50)).await.unwrap();
 }
 
@@ -277,16 +284,16 @@ async fn pruning_removes_what_dead_writers_left_but_never_what_may_be_in_the_mak
         let steps: std::collections::BTreeSet<u64> = steps.map(|(step, _)| step.0).collect();
         steps.into_iter().collect::<Vec<_>>()
     };
-    assert_eq!(checkpoints.prune(2, &[]).await.unwrap(), []);
+    assert_eq!(checkpoints.prune(&newest(2), &[]).await.unwrap(), []);
     assert_eq!(left().await, [15, 25, 35, 45], "nothing is committed: any may be in the making");
 
     // A run that went on from 20, because 40 is damaged, and may be writing 25 or 35 now.
     committed(&checkpoints, 20).await;
     committed(&checkpoints, 40).await;
-    assert_eq!(checkpoints.prune(2, &[Step(20)]).await.unwrap(), []);
+    assert_eq!(checkpoints.prune(&newest(2), &[Step(20)]).await.unwrap(), []);
     assert_eq!(left().await, [20, 25, 35, 40, 45]);
 
-    assert_eq!(checkpoints.prune(2, &[]).await.unwrap(), []);
+    assert_eq!(checkpoints.prune(&newest(2), &[]).await.unwrap(), []);
     assert_eq!(left().await, [20, 40, 45]);
 }
 
@@ -298,6 +305,102 @@ async fn pruning_never_removes_the_last_whole_checkpoint() {
     }
     store.delete(&part(40, 1)).await.unwrap();
     store.put(&part(30, 1), "torn").await.unwrap();
-    assert_eq!(checkpoints.prune(1, &[]).await.unwrap(), [Step(10), Step(30)]);
+    assert_eq!(checkpoints.prune(&newest(1), &[]).await.unwrap(), [Step(10), Step(30)]);
     assert_eq!(checkpoints.newest_good().await.unwrap().unwrap().0.step, Step(20));
+}
+
+#[tokio::test]
+async fn every_mth_checkpoint_stays_for_good() {
+    let (_, checkpoints) = fresh();
+    for step in [10, 20, 30, 40, 50, 60] {
+        committed(&checkpoints, step).await;
+    }
+    let retention = Retention { keep_every_steps: 20, ..newest(1) };
+    assert_eq!(checkpoints.prune(&retention, &[]).await.unwrap(), [Step(10), Step(30), Step(50)]);
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(20), Step(40), Step(60)]);
+}
+
+#[tokio::test]
+async fn the_newest_checkpoint_that_verifies_stays_though_newer_ones_are_as_large() {
+    let (store, checkpoints) = fresh();
+    for step in [10, 20, 30, 40] {
+        committed(&checkpoints, step).await;
+    }
+    for step in [30, 40] {
+        damage(&store, &part(step, 1)).await;
+    }
+    // 30 is no use to anybody; 20 is what the run would go back to.
+    assert_eq!(checkpoints.prune(&newest(1), &[]).await.unwrap(), [Step(10), Step(30)]);
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(20), Step(40)]);
+    assert_eq!(checkpoints.newest_good().await.unwrap().unwrap().0.step, Step(20));
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_is_read_stays_until_its_reader_lets_it_go() {
+    let (store, checkpoints) = fresh();
+    for step in [10, 20, 30] {
+        committed(&checkpoints, step).await;
+    }
+    let hold = checkpoints.hold(Step(10)).await;
+    assert_eq!(checkpoints.prune(&newest(1), &[]).await.unwrap(), [Step(20)]);
+    // A reader that has not let go in so long is dead.
+    let late = SystemTime::now() + Duration::from_secs(7 * 3600);
+    let plan = checkpoints.plan(&newest(1), &[], late).await.unwrap();
+    assert_eq!(plan.checkpoints, [Step(10)]);
+    hold.release().await;
+    assert_eq!(checkpoints.prune(&newest(1), &[]).await.unwrap(), [Step(10)]);
+    assert!(store.list("runs/r/readers").await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn what_dead_writers_left_stays_for_a_grace_period() {
+    let (store, checkpoints) = fresh();
+    saved(&checkpoints, 15, 2, &state(1.0)).await;
+    committed(&checkpoints, 20).await;
+    // Of another try of the same step, in other parts.
+    saved(&checkpoints, 20, 2, &state(20.0)).await;
+    let retention = Retention { grace: Duration::from_secs(60), ..newest(1) };
+    let now = SystemTime::now();
+    let plan = checkpoints.plan(&retention, &[], now).await.unwrap();
+    assert!(plan.orphans.is_empty() && plan.checkpoints.is_empty(), "{plan:?}");
+    let later = now + Duration::from_secs(61);
+    let plan = checkpoints.plan(&retention, &[], later).await.unwrap();
+    let steps: Vec<u64> = plan.orphans.iter().map(|(step, _)| step.0).collect();
+    assert_eq!((steps, &plan.checkpoints[..]), (vec![15, 15, 20, 20], &[][..]));
+    checkpoints.remove(&plan).await.unwrap();
+    assert_eq!(store.list("runs/r/checkpoints").await.unwrap().len(), 4);
+    checkpoints.load(Step(20)).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_inventory_tells_whole_checkpoints_from_torn_and_unfinished_ones() {
+    let (store, checkpoints) = fresh();
+    committed(&checkpoints, 10).await;
+    committed(&checkpoints, 20).await;
+    store.put(&part(20, 1), "torn").await.unwrap();
+    saved(&checkpoints, 30, 2, &state(1.0)).await;
+    let stored = checkpoints.inventory().await.unwrap();
+    let seen: Vec<(u64, usize, bool, bool)> = (stored.iter())
+        .map(|it| (it.step.0, it.files, it.manifest.is_some(), it.complete))
+        .collect();
+    assert_eq!(seen, [(10, 3, true, true), (20, 3, true, false), (30, 2, false, false)]);
+    assert!(stored[0].bytes > 480 && stored[1].bytes < stored[0].bytes, "{stored:?}");
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_a_listing_lacks_is_made_found_and_never_taken_for_an_orphan() {
+    let (store, checkpoints) = fresh();
+    committed(&checkpoints, 10).await;
+    let fresh = crate::RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
+    let register = crate::Register::claim(&store, "r", |_| Ok(fresh.clone())).await;
+    register.unwrap().update(|record| record.last_checkpoint = Some(Step(10))).await.unwrap();
+    // Its listings lack all that was written in the last seconds.
+    let stale = Checkpoints::new(&store.with_stale_lists(), "r");
+    assert!(stale.list().await.unwrap().is_empty());
+    let manifest = saved(&stale, 20, 3, &state(20.0)).await;
+    stale.commit(&manifest).await.unwrap();
+    let (found, skipped) = stale.newest_good().await.unwrap().unwrap();
+    assert_eq!((found.step, skipped.len()), (Step(10), 0), "the one that the record names");
+    assert_eq!(stale.prune(&newest(1), &[]).await.unwrap(), []);
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(10), Step(20)]);
 }

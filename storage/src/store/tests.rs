@@ -2,7 +2,148 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use object_store::memory::InMemory;
+use object_store::{
+    CopyOptions, Error as ClientError, GetResult, ListResult, MultipartUpload, ObjectMeta,
+    PutMultipartOptions, PutOptions, PutResult,
+};
+
 use super::*;
+
+/// A store without some of what others have, and what it was asked.
+#[derive(Debug, Default)]
+struct Lacking {
+    memory: InMemory,
+    lack: Option<Lack>,
+    asked: Mutex<Vec<String>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lack {
+    /// It writes whatever the condition.
+    Conditions,
+    /// It says that it knows no conditions.
+    Knowledge,
+    /// It is closed to whoever has these credentials.
+    Trust,
+    /// There is no answer.
+    Life,
+}
+
+impl fmt::Display for Lacking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a store without {:?}", self.lack)
+    }
+}
+
+impl Lacking {
+    fn refusal(&self, call: &str) -> Option<ClientError> {
+        self.asked.lock().unwrap().push(call.to_owned());
+        let document = "<?xml version=\"1.0\"?><Error><Code>SignatureDoesNotMatch</Code><Message>\
+            The request signature does not match.</Message><AWSAccessKeyId>AKIDEXAMPLE\
+            </AWSAccessKeyId><StringToSign>AWS4 wJalrXUtnFEMI</StringToSign></Error>";
+        let denied = format!(
+            "Server returned non-2xx status code: 403 Forbidden: {document}\nwJalrXUtnFEMI"
+        );
+        match self.lack? {
+            Lack::Trust => {
+                Some(ClientError::PermissionDenied { path: "k".into(), source: denied.into() })
+            }
+            Lack::Life => Some(ClientError::Generic {
+                store: "S3",
+                source: "error sending request with wJalrXUtnFEMI".into(),
+            }),
+            _ => None,
+        }
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Lacking {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        mut options: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        if let Some(refusal) = self.refusal("put") {
+            return Err(refusal);
+        }
+        match (self.lack, &options.mode) {
+            (Some(Lack::Conditions), _) => options.mode = PutMode::Overwrite,
+            (Some(Lack::Knowledge), PutMode::Create) => {
+                let operation = "`put_opts` with mode `PutMode::Create`".into();
+                return Err(ClientError::NotImplemented { operation, implementer: "S3".into() });
+            }
+            _ => {}
+        }
+        self.memory.put_opts(location, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.memory.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(
+        &self,
+        location: &Path,
+        options: GetOptions,
+    ) -> object_store::Result<GetResult> {
+        match self.refusal("get") {
+            Some(refusal) => Err(refusal),
+            None => self.memory.get_opts(location, options).await,
+        }
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.memory.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.memory.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
+        self.memory.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(
+        &self,
+        from: &Path,
+        to: &Path,
+        options: CopyOptions,
+    ) -> object_store::Result<()> {
+        self.memory.copy_opts(from, to, options).await
+    }
+}
+
+/// A store like a remote one, whose pauses are short.
+fn lacking(lack: Lack) -> (Store, Arc<Lacking>) {
+    let objects = Arc::new(Lacking { lack: Some(lack), ..Lacking::default() });
+    let retry = Retry { first_pause: Duration::from_micros(50), ..Retry::PATIENT };
+    let secrets = Arc::from(["AKIDEXAMPLE".to_owned(), "wJalrXUtnFEMI".to_owned()]);
+    let store = Store { retry, secrets, ..Store::simulated(objects.clone(), "s3://bucket") };
+    (store, objects)
+}
+
+/// As [`stores`], misbehaving in a third of all calls.
+fn in_a_storm(seed: u64) -> (tempfile::TempDir, Vec<Store>) {
+    let (directory, stores) = stores();
+    let retry = Retry { attempts: 30, first_pause: Duration::from_micros(50), ..Retry::PATIENT };
+    let storm = |store: Store| Store { retry, ..store }.with_faults(Faults::new(seed, 0.33));
+    (directory, stores.into_iter().map(storm).collect())
+}
 
 fn stores() -> (tempfile::TempDir, Vec<Store>) {
     let directory = tempfile::tempdir().unwrap();
@@ -125,6 +266,9 @@ fn urls_that_name_no_store_say_what_to_write() {
         ("file://", "names no directory"),
         ("s3:///x", "names no bucket"),
         ("ftp://host/x", "unknown scheme"),
+        ("gs://", "write gs://BUCKET/PREFIX"),
+        ("az:///x", "write az://CONTAINER/PREFIX"),
+        ("gs://topsecret@bucket/x", "GOOGLE_SERVICE_ACCOUNT"),
         ("s3://KEYID:topsecret@bucket/x", "AWS_SECRET_ACCESS_KEY"),
     ] {
         let error = Store::open(url).unwrap_err().to_string();
@@ -139,4 +283,122 @@ fn an_s3_prefix_goes_before_every_key() {
     assert_eq!(store.path("runs/a").unwrap().as_ref(), "some/where/runs/a");
     assert_eq!(store.place("runs/a"), "s3://bucket/some/where/runs/a");
     assert_eq!(format!("{store:?}"), r#"Store("s3://bucket/some/where/")"#);
+}
+
+#[test]
+fn google_and_azure_are_opened_with_their_own_variables() {
+    let variables = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    };
+    let key = r#"{"private_key":"","private_key_id":"","client_email":"","disable_oauth":true}"#;
+    let google = variables(&[("GOOGLE_SERVICE_ACCOUNT_KEY", key)]);
+    let store = Store::open_with("gs://bucket/some/where", google).unwrap();
+    assert_eq!(store.path("k").unwrap().as_ref(), "some/where/k");
+    assert!(store.multipart.is_some());
+
+    let azure =
+        [("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0a2V5")];
+    let store = Store::open_with("az://container", variables(&azure)).unwrap();
+    assert_eq!(store.path("k").unwrap().as_ref(), "k");
+    assert_eq!(format!("{store:?}"), r#"Store("az://container")"#);
+}
+
+#[test]
+fn credentials_that_cannot_be_parsed_are_not_repeated() {
+    for (url, name) in [
+        ("gs://bucket", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+        ("az://container", "AZURE_STORAGE_ACCOUNT_KEY"),
+        ("s3://bucket", "AWS_SECRET_ACCESS_KEY"),
+    ] {
+        let variable = (name.to_owned(), "topsecret%%%".to_owned());
+        let error = Store::open_with(url, [variable]).err().map(|error| error.to_string());
+        assert!(!error.unwrap_or_default().contains("topsecret"), "{url}");
+    }
+}
+
+#[tokio::test]
+async fn a_store_without_conditional_writes_is_refused_with_the_remedy() {
+    for (lack, said) in
+        [(Lack::Conditions, "two writers create the same object"), (Lack::Knowledge, "PutMode")]
+    {
+        let (store, objects) = lacking(lack);
+        let error = store.check_writable().await.unwrap_err().to_string();
+        for part in ["cannot write to the store s3://bucket", said, "If-None-Match"] {
+            assert!(error.contains(part), "`{part}` is missing in: {error}");
+        }
+        assert_eq!(objects.memory.list(None).count().await, 0, "the probe is gone");
+    }
+}
+
+#[tokio::test]
+async fn an_error_says_what_was_tried_on_what_how_often_and_for_how_long() {
+    let (store, objects) = lacking(Lack::Life);
+    let error = store.get("runs/r/x").await.unwrap_err();
+    let Error::Operation { operation, place, tries, .. } = &error else { panic!("{error}") };
+    assert_eq!((*operation, place.as_str()), ("read", "s3://bucket/runs/r/x"));
+    assert_eq!((tries.attempts, objects.asked.lock().unwrap().len()), (10, 10));
+    assert!(!tries.elapsed.is_zero());
+    let text = error.to_string();
+    assert!(text.starts_with("cannot read s3://bucket/runs/r/x: ") && !text.contains('\n'));
+    assert!(text.contains("(10 attempts in 0."), "{text}");
+    for error in
+        [store.put("k", "v").await.unwrap_err(), store.put_if_absent("k", "v").await.unwrap_err()]
+    {
+        assert!(error.to_string().starts_with("cannot write s3://bucket/k: "), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn what_does_not_pass_is_tried_once_and_no_message_holds_credentials() {
+    let (store, objects) = lacking(Lack::Trust);
+    let error = store.get("k").await.unwrap_err();
+    assert_eq!(objects.asked.lock().unwrap().len(), 1);
+    let text = format!("{error} {error:?}");
+    assert!(text.contains("SignatureDoesNotMatch: The request signature"), "{text}");
+    for secret in ["AKIDEXAMPLE", "wJalrXUtnFEMI", "StringToSign"] {
+        assert!(!text.contains(secret), "{text}");
+    }
+    let (silent, _) = lacking(Lack::Life);
+    let text = format!("{:?}", silent.get("k").await.unwrap_err());
+    assert!(text.contains("error sending request with ***"), "{text}");
+}
+
+#[tokio::test]
+async fn nothing_is_lost_torn_or_made_up_in_a_storm() {
+    for seed in 0..8 {
+        for store in in_a_storm(seed).1 {
+            store.check_writable().await.unwrap();
+            for number in 0..20 {
+                let body = format!("{number}").repeat(1000);
+                store.put(&format!("a/{number:02}"), body.clone()).await.unwrap();
+                assert_eq!(store.get(&format!("a/{number:02}")).await.unwrap(), body);
+                let range = store.get_range(&format!("a/{number:02}"), 10..20).await.unwrap();
+                assert_eq!(range, body[10..20]);
+                assert_eq!(
+                    store.size(&format!("a/{number:02}")).await.unwrap(),
+                    Some(body.len() as u64)
+                );
+            }
+            assert_eq!(store.get_opt("a/99").await.unwrap(), None);
+            // What is written stays written, whoever was told what.
+            assert!(!store.put_if_absent("a/00", "other").await.unwrap());
+            store.put_if_absent("b", "mine").await.unwrap();
+            assert_eq!(store.get("b").await.unwrap(), "mine");
+            store.delete("b").await.unwrap();
+            assert_eq!(store.get_opt("b").await.unwrap(), None);
+        }
+    }
+}
+
+#[tokio::test]
+async fn large_objects_survive_a_storm_whole() {
+    let bytes: Vec<u8> = (0..3 * large::PART_BYTES + 5).map(|i| (i % 251) as u8).collect();
+    for seed in 0..3 {
+        for store in in_a_storm(seed).1 {
+            store.put_large("large", bytes.clone()).await.unwrap();
+            let size = store.size("large").await.unwrap().unwrap();
+            let chunks: Vec<Bytes> = store.stream("large", size).try_collect().await.unwrap();
+            assert!(chunks.concat() == bytes, "seed {seed} of {store:?}");
+        }
+    }
 }

@@ -47,6 +47,23 @@ fn a_state_is_fetched_from_several_sources_and_its_speed_measured() {
 }
 
 #[test]
+fn a_save_is_measured_beside_a_plain_copy_and_the_client_alone_and_leaves_nothing() {
+    let scratch = Scratch::new();
+    let arguments = ["bench", "checkpoint", "--store", "file://store", "--mib", "24"];
+    let figures =
+        figures(&scratch.run(&[&arguments[..], &["--ranks", "2", "--rounds", "2"]].concat()));
+    assert_eq!((&figures["bench"], &figures["ranks"]), (&"checkpoint".into(), &2.into()));
+    let bytes = positive(&figures, "/bytes");
+    assert!((24e6..28e6).contains(&bytes), "{figures}");
+    let copies = positive(&figures, "/stall_ms") / positive(&figures, "/copy_ms");
+    assert!((copies / positive(&figures, "/stall_in_copies") - 1.0).abs() < 0.05, "{figures}");
+    let speed = |name: &str| positive(&figures, &format!("/{name}_megabytes_per_second"));
+    let share = speed("upload") / speed("client_alone");
+    assert!((share / positive(&figures, "/share_of_client_alone") - 1.0).abs() < 0.2, "{figures}");
+    assert!(!scratch.path("store/runs/.bench-checkpoint").join("bare-0").exists());
+}
+
+#[test]
 fn an_all_reduce_is_measured_beside_its_fixed_point() {
     let arguments = ["bench", "reduce", "--mib", "8", "--ranks", "3", "--rounds", "3"];
     let figures = figures(&Scratch::new().run(&arguments));

@@ -5,6 +5,7 @@
 mod bad_input;
 mod bench;
 mod chaos;
+mod checkpoints;
 mod cluster;
 mod elastic;
 mod end_to_end;
@@ -14,5 +15,8 @@ mod network;
 mod operate;
 mod preemption;
 mod same_bits;
+#[path = "../stores/seaweed.rs"]
+mod seaweed;
+mod stores;
 mod support;
 mod tool;

@@ -273,7 +273,7 @@ pub(crate) fn wait_until(happened: impl Fn() -> bool) {
 }
 
 /// The text of the tests: the project's own sources, as a TOML list.
-fn text() -> String {
+pub(crate) fn text() -> String {
     let folders = ["proto", "storage", "model", "coordinator", "worker", "ops"];
     let paths: Vec<String> =
         folders.iter().map(|name| format!("{:?}", repository().join(name).join("src"))).collect();

@@ -178,7 +178,8 @@ impl Mime {
         let Save { step, part, parts, .. } = order;
         let tensors = arithmetic::tensors(weights).into_iter().zip(0..);
         let mine = tensors.filter(|(_, index)| index % parts == part).map(|(tensor, _)| tensor);
-        let (mine, at, of) = (mine.collect(), part as usize, parts as usize);
+        let (at, of) = (part as usize, parts as usize);
+        let mine: Vec<_> = mine.collect();
         let saved = self.checkpoints.save_part(Step(step), at, of, mine, BTreeMap::new()).await;
         let entry = saved.map_err(|error| error.to_string())?;
         Ok(PartSaved {

@@ -3,7 +3,9 @@
 //! Nothing of a worker knows of this module.
 
 mod bare;
+mod saves;
 mod transfer;
 
 pub use bare::{BareError, BareStep, bare_steps};
+pub use saves::{Save, Saves};
 pub use transfer::{TransferError, Transfers};

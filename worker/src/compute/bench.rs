@@ -13,11 +13,10 @@ use looptrain_model::{Engine, Layout, SlotBatch, SlotOutput, StageSettings, Trai
 use looptrain_proto::spec::NonFinite;
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
-use looptrain_storage::Tensor;
 
 use super::sums;
 use crate::reduce::exact::{FixedPoint, OutOfRange};
-use crate::state;
+use crate::state::{self, Part};
 use crate::transfer::Shelf;
 use crate::{Moment, Moments};
 
@@ -61,15 +60,6 @@ pub(crate) struct Report {
     pub(crate) statistics: StepStatistics,
     /// Time the update before this step took.
     pub(crate) optimizer_seconds: f64,
-}
-
-/// A rank's part of a checkpoint, copied out of the state.
-#[derive(Debug)]
-pub(crate) struct Part {
-    pub(crate) tensors: Vec<Tensor>,
-    /// All weights, for their digest.
-    pub(crate) weights: Vec<f32>,
-    pub(crate) layout: Layout,
 }
 
 /// A reduced gradient that waits for its commit; filled with NaN, which no sum of integers gives, it
@@ -365,11 +355,7 @@ impl Bench {
         parts: usize,
     ) -> Result<Part, ComputeError> {
         let state = self.state_of(Some(step), "save", step)?;
-        Ok(Part {
-            tensors: state::part_tensors(&self.layout, state, part, parts),
-            weights: state.weights.clone(),
-            layout: self.layout.clone(),
-        })
+        Ok(Part::copy(&self.layout, state, part, parts))
     }
 }
 

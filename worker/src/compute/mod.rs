@@ -16,7 +16,7 @@ use std::thread;
 use looptrain_proto::Spec;
 use tokio::sync::oneshot;
 
-pub(crate) use bench::{Bench, ComputeError, Part};
+pub(crate) use bench::{Bench, ComputeError};
 
 use crate::transfer::Shelf;
 use crate::{Moments, WorkerError};

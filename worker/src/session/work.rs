@@ -22,11 +22,11 @@ use tracing::Instrument;
 use super::duties::{Duties, Holding, Membership};
 use super::failure::Failure;
 use super::memory::Memory;
-use crate::compute::{Bench, Compute, ComputeError, Part};
+use crate::compute::{Bench, Compute, ComputeError};
 use crate::feed::Feed;
 use crate::reduce::Collective;
 use crate::reduce::tcp::{Peer, Peers, Ring};
-use crate::state::{self, StateError};
+use crate::state::{self, Part, StateError};
 use crate::transfer::{self, FetchError, Item};
 use crate::{Moment, Moments, WorkerError};
 
@@ -208,16 +208,14 @@ impl Work {
     ) -> Result<(looptrain_storage::PartEntry, Digest), String> {
         let start = Instant::now();
         let copied = copied.await.map_err(|error| error.to_string())?;
-        let Part { tensors, weights, layout } = copied.map_err(|error| error.to_string())?;
-        let hash = tokio::task::spawn_blocking(move || state::digest(&layout, &weights));
+        let copied = copied.map_err(|error| error.to_string())?;
         let metadata = BTreeMap::from([
             ("run".to_owned(), self.spec.run.name.clone()),
             ("step".to_owned(), step.to_string()),
             ("trajectory".to_owned(), self.spec.trajectory_digest().to_string()),
         ]);
-        let saved = self.checkpoints.save_part(step, part, parts, tensors, metadata).await;
-        let entry = saved.map_err(|error| error.to_string())?;
-        let digest = hash.await.map_err(|error| format!("hashing the weights: {error}"))?;
+        let saved = copied.save(&self.checkpoints, step, part, parts, metadata).await;
+        let (entry, digest) = saved.map_err(|error| error.to_string())?;
         let seconds = start.elapsed().as_secs_f64();
         tracing::info!(bytes = entry.bytes, seconds, "saved a part of the checkpoint");
         Ok((entry, digest))

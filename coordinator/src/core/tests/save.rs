@@ -50,6 +50,29 @@ fn the_manifest_is_written_when_all_parts_are_in() {
 }
 
 #[test]
+fn a_save_slower_than_the_interval_delays_the_next_one_and_says_so_once() {
+    let (mut rig, ids) = to_the_save(2);
+    (0..8).for_each(|_| rig.prepare_all());
+    let delayed: Vec<(Step, Step)> = (rig.published.iter())
+        .filter_map(|event| match event {
+            RunEvent::CheckpointDelayed { step, saving, .. } => Some((*step, *saving)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(delayed, [(Step(8), Step(4))], "and not again at step 12");
+    assert!(failed(&rig).is_empty());
+    ids.iter().for_each(|worker| rig.saved(*worker));
+    rig.manifest_written();
+    rig.prepare_all();
+    let Some(Directive::Save(save)) =
+        rig.sent[&ids[0]].iter().rfind(|sent| matches!(sent, Directive::Save(_)))
+    else {
+        panic!("the delayed one is made")
+    };
+    assert_eq!(save.step, 13, "of the state that is committed by then");
+}
+
+#[test]
 fn parts_of_an_older_generation_still_count() {
     let (mut rig, ids) = to_the_save(3);
     rig.saved(ids[0]);

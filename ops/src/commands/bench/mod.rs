@@ -3,6 +3,7 @@
 //! One file a bench, thin over what the crates offer. `docs/performance.md` says how to read the
 //! figures, and what they were.
 
+mod checkpoint;
 mod commit;
 mod figures;
 mod orchestration;
@@ -17,6 +18,7 @@ use crate::telemetry::Telemetry;
 pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
     let figures = match bench {
         Bench::Commit(args) => commit::run(args).await?,
+        Bench::Checkpoint(args) => checkpoint::run(args).await?,
         Bench::Transfer(args) => transfer::run(args).await?,
         Bench::Reduce(args) => reduce::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,

@@ -1,0 +1,145 @@
+//! Large objects: written in parts and read in ranges, several at a time.
+//!
+//! Each part and each range is retried by itself, so that a hiccup in the middle of gigabytes costs
+//! a few megabytes. Parts are slices of the one buffer that is written: nothing is copied.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt};
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path;
+use object_store::{ObjectStoreExt, WriteMultipart};
+
+use super::Store;
+use super::retry::Failure;
+use crate::{Error, Result};
+
+/// Bytes of a part, unless there were too many of them then, and of a range.
+pub(super) const PART_BYTES: usize = 8 << 20;
+
+/// Parts or ranges that are under way at the same time.
+pub(super) const CONCURRENT: usize = 8;
+
+/// More parts than this no store takes; S3 takes 10,000.
+const MOST_PARTS: usize = 9_000;
+
+/// Uploads that are begun for one object, when the store loses them.
+const UPLOADS: u32 = 3;
+
+impl Store {
+    /// Writes a large object, over an older one if need be; it appears when all of it is there. A
+    /// writer that dies leaves parts that are no object: in a directory [`Store::sweep`] finds them,
+    /// a remote store has rules for theirs.
+    ///
+    /// # Errors
+    /// When the store fails; the older object is then still whole.
+    pub async fn put_large(&self, key: &str, bytes: impl Into<Bytes>) -> Result<()> {
+        let bytes = bytes.into();
+        let Some(multipart) = self.multipart.as_ref().filter(|_| bytes.len() > PART_BYTES) else {
+            return self.put(key, bytes).await;
+        };
+        let path = self.path(key).map_err(|error| self.unnamed("write", key, error))?;
+        let mut lost = 0;
+        loop {
+            match self.upload(&**multipart, key, &path, &bytes).await {
+                // The answer to the end of the upload got lost, and it is over; or the store forgot
+                // it. Whoever wrote what is there now, it is not known to be this.
+                Err(Failure { error: object_store::Error::NotFound { .. }, .. })
+                    if lost + 1 < UPLOADS =>
+                {
+                    lost += 1;
+                    tracing::warn!(key, "the store has lost an upload; beginning it again");
+                }
+                done => return done.map_err(|failure| self.failed("write", key, failure)),
+            }
+        }
+    }
+
+    async fn upload(
+        &self,
+        multipart: &dyn MultipartStore,
+        key: &str,
+        path: &Path,
+        bytes: &Bytes,
+    ) -> std::result::Result<(), Failure> {
+        let id = self.retried("write", key, || multipart.create_multipart(path)).await?;
+        let id = &id;
+        let part_bytes = PART_BYTES.max(bytes.len().div_ceil(MOST_PARTS));
+        let parts: Vec<_> = ranges(bytes.len() as u64, part_bytes as u64).enumerate().collect();
+        let put = |(index, range): (usize, Range<u64>)| async move {
+            let part = bytes.slice(range.start as usize..range.end as usize);
+            let put = || multipart.put_part(path, id, index, part.clone().into());
+            self.retried("write", key, put).await
+        };
+        let finished = async {
+            let parts: Vec<PartId> =
+                futures::stream::iter(parts).map(put).buffered(CONCURRENT).try_collect().await?;
+            let complete = || multipart.complete_multipart(path, id, parts.clone());
+            self.retried("write", key, complete).await
+        };
+        let finished = finished.await;
+        if finished.is_err() {
+            // What it leaves takes room, and is no reason to fail in another way.
+            let _ = multipart.abort_multipart(path, id).await;
+        }
+        finished.map(drop)
+    }
+
+    /// What [`Store::put_large`] is compared with: the same bytes through the client's own multipart
+    /// upload, with as many parts of the same size under way, and nothing around it.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn put_bare(&self, key: &str, bytes: Bytes) -> Result<()> {
+        let put = async {
+            let upload = self.objects.put_multipart(&self.path(key)?).await?;
+            let mut writer = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+            for range in ranges(bytes.len() as u64, PART_BYTES as u64) {
+                writer.wait_for_capacity(CONCURRENT).await?;
+                writer.put(bytes.slice(range.start as usize..range.end as usize));
+            }
+            writer.finish().await
+        };
+        put.await.map(drop).map_err(|error| self.unnamed("write", key, error))
+    }
+
+    /// The `size` bytes of an object in order, range by range, several of them under way at a time.
+    pub fn stream<'a>(
+        &'a self,
+        key: &'a str,
+        size: u64,
+    ) -> impl Stream<Item = Result<Bytes>> + Send + 'a {
+        futures::stream::iter(ranges(size, PART_BYTES as u64))
+            .map(move |range| self.get_range(key, range))
+            .buffered(CONCURRENT)
+    }
+
+    /// What a key that is none says.
+    pub(super) fn unnamed(
+        &self,
+        operation: &'static str,
+        key: &str,
+        error: object_store::Error,
+    ) -> Error {
+        let elapsed = std::time::Duration::ZERO;
+        self.failed(operation, key, Failure { error, attempts: 0, elapsed })
+    }
+}
+
+/// `0..size` in pieces of `length`, of which the last may be shorter.
+fn ranges(size: u64, length: u64) -> impl Iterator<Item = Range<u64>> {
+    (0..size.div_ceil(length)).map(move |index| index * length..((index + 1) * length).min(size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_cover_an_object_without_a_gap() {
+        assert_eq!(ranges(0, 4).count(), 0);
+        assert_eq!(ranges(8, 4).collect::<Vec<_>>(), [0..4, 4..8]);
+        assert_eq!(ranges(9, 4).collect::<Vec<_>>(), [0..4, 4..8, 8..9]);
+    }
+}

@@ -1,0 +1,141 @@
+//! `looptrain checkpoint`, and runs that are killed while they save.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::{End, Running, Scratch, is_gone, signal, wait_until, workers_of};
+
+const RUN: [&str; 4] = ["--store", "file://store", "--run", "small"];
+
+/// `looptrain checkpoint ACTION` on the run.
+fn checkpoint(scratch: &Scratch, action: &str, more: &[&str]) -> End {
+    scratch.run(&[&["checkpoint", action], &RUN[..], more].concat())
+}
+
+#[track_caller]
+fn json(end: &End) -> Value {
+    serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"))
+}
+
+fn steps(list: &Value) -> Vec<u64> {
+    let stored = list["stored"].as_array().unwrap();
+    stored.iter().map(|entry| entry["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn checkpoints_are_listed_verified_and_pruned() {
+    let scratch = Scratch::new();
+    let often = ["--workers", "2", "--set", "checkpoint.every_steps=1"];
+    // Saves may be slower than steps; so many are kept that none goes.
+    let many = ["--set", "checkpoint.keep=100"];
+    let end = scratch.train(&[&often[..], &many].concat()).done();
+
+    let list = json(&checkpoint(&scratch, "list", &["--json"]));
+    assert_eq!((&list["run"], &list["newest"]), (&"small".into(), &14.into()));
+    let all = steps(&list);
+    assert!(all.len() >= 3 && all.is_sorted() && all.last() == Some(&14), "{list:#}");
+    let last = list["stored"].as_array().unwrap().last().unwrap();
+    assert_eq!(last["weights"], end.field("weights"));
+    assert_eq!((&last["complete"], &last["problem"]), (&true.into(), &Value::Null));
+    assert!(last["bytes"].as_u64().unwrap() > 100_000 && last["parts"] == 2, "{last}");
+    let text = checkpoint(&scratch, "list", &[]);
+    assert_eq!(text.stdout.lines().count(), all.len(), "{text:?}");
+    assert!(text.last_line().starts_with("step 14 ") && text.stdout.contains("blake3:"));
+
+    let verified = json(&checkpoint(&scratch, "verify", &["--json"]));
+    let checks = verified["checkpoints"].as_array().unwrap();
+    assert!(checks.len() == all.len() && checks.iter().all(|it| it["good"] == true), "{verified}");
+
+    // The newest does not verify any more: the one before it is what the run would go back to.
+    let part = scratch.path("store/runs/small/checkpoints/step-0000000014");
+    let part = part.join("state-0001-of-0002.safetensors");
+    let mut bytes = fs::read(&part).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&part, bytes).unwrap();
+    let bad = checkpoint(&scratch, "verify", &["--step", "14"]);
+    bad.fails(1, &["step 14"]);
+    assert!(bad.stdout.contains("bad: ") && bad.stdout.contains("state-0001-of-0002"), "{bad:?}");
+    assert_eq!(checkpoint(&scratch, "verify", &["--step", &all[0].to_string()]).code, Some(0));
+
+    let dry = json(&checkpoint(&scratch, "prune", &["--keep", "1", "--dry-run", "--json"]));
+    assert_eq!(dry["removed"].as_array().unwrap().len(), all.len() - 2, "{dry}");
+    assert_eq!(steps(&json(&checkpoint(&scratch, "list", &["--json"]))), all, "nothing went");
+    let pruned = checkpoint(&scratch, "prune", &["--keep", "1"]);
+    assert_eq!(pruned.code, Some(0), "{pruned:?}");
+    assert!(pruned.stdout.contains("removed the checkpoint of step"), "{pruned:?}");
+    let left = steps(&json(&checkpoint(&scratch, "list", &["--json"])));
+    assert_eq!(left, all[all.len() - 2..]);
+
+    let none = scratch.run(&["checkpoint", "list", "--store", "file://store", "--run", "none"]);
+    none.fails(1, &["`none`", "file://store"]);
+}
+
+#[test]
+fn every_mth_checkpoint_of_a_run_stays() {
+    let scratch = Scratch::new();
+    let retention = [
+        "--set",
+        "checkpoint.every_steps=2",
+        "--set",
+        "checkpoint.keep=1",
+        "--set",
+        "checkpoint.keep_every_steps=5",
+    ];
+    // So slow that every checkpoint is made.
+    scratch.train(&[&["--workers", "1", "--until", "10"], &retention[..]].concat());
+    scratch.train(&[&["--workers", "1"], &retention[..]].concat()).done();
+    assert_eq!(steps(&json(&checkpoint(&scratch, "list", &["--json"]))), [10, 14]);
+}
+
+#[test]
+fn a_run_that_is_killed_again_and_again_while_it_saves_goes_on_from_what_was_saved() {
+    const KILLS: u64 = 8;
+    let scratch = Scratch::new();
+    let often = [
+        "--workers",
+        "2",
+        "--set",
+        "checkpoint.every_steps=1",
+        "--set",
+        "stages.0.steps=150",
+        "--set",
+        "sample.tokens=0",
+    ];
+    let (mut newest, mut seed) = (0, 11_u64);
+    for kill in 0..KILLS {
+        let mut running =
+            Running::start(scratch.command(&[&["train", "spec.toml"], &often[..]].concat()));
+        if newest > 0 {
+            let line = running.wait_for(|line| line.starts_with("going on from the checkpoint"));
+            let from: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
+            assert!(from >= newest, "kill {kill}: {line}, after {newest}");
+        }
+        let line = running
+            .wait_for(|line| line.starts_with("checkpoint of step ") && line.contains(" in "));
+        newest = line.split([' ', ':']).nth(3).unwrap().parse().unwrap();
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(Duration::from_micros((seed >> 33) % 80_000));
+        let workers = workers_of(running.id());
+        running.signal("KILL");
+        assert_eq!(running.end().code, None);
+        workers
+            .iter()
+            .filter(|worker| !is_gone(**worker))
+            .for_each(|worker| signal(*worker, "KILL"));
+        wait_until(|| workers.iter().all(|worker| is_gone(*worker)));
+    }
+    let end = scratch.train(&often).done();
+    assert!(end.stderr.contains("going on from the checkpoint of step "), "{end:?}");
+    assert!(!end.stderr.contains("passed over"), "what has a manifest is whole: {end:?}");
+    let calm = Scratch::new();
+    let calm = calm.train(&["--workers", "1", "--set", "stages.0.steps=150"]).done();
+    assert_eq!(end.field("weights"), calm.field("weights"));
+
+    let pruned = checkpoint(&scratch, "prune", &["--orphan-seconds", "0"]);
+    assert_eq!(pruned.code, Some(0), "{pruned:?}");
+    let list = json(&checkpoint(&scratch, "list", &["--json"]));
+    let stored = list["stored"].as_array().unwrap();
+    assert!(stored.iter().all(|entry| entry["complete"] == true), "{list:#}");
+}

@@ -1,0 +1,113 @@
+//! Whole runs on a real S3 server, and on a store that misbehaves.
+
+use std::process::Command;
+use std::sync::OnceLock;
+
+use looptrain_storage::Faults;
+
+use crate::seaweed::{ACCESS_KEY, SECRET_KEY, Seaweed};
+use crate::support::{End, Running, Scratch, repository, signal, text, workers_of};
+
+/// The quickstart's path in seconds, on text that does not change meanwhile.
+fn tiny(scratch: &Scratch, more: &[&str]) -> Command {
+    let spec = repository().join("examples/tiny.toml");
+    let paths = format!("datasets.0.source.paths={}", text());
+    let arguments = ["train", spec.to_str().unwrap(), "--set", &paths, "--workers", "2"];
+    scratch.command(&[&arguments[..], more].concat())
+}
+
+/// Digest of the weights that it ends with in a directory, when nothing happens to it.
+fn undisturbed() -> &'static str {
+    static DIGEST: OnceLock<String> = OnceLock::new();
+    DIGEST.get_or_init(|| {
+        Running::start(tiny(&Scratch::new(), &[])).end().done().field("weights").to_owned()
+    })
+}
+
+/// Nothing that a process says holds the credentials it was given.
+#[track_caller]
+fn says_no_secret(end: &End) {
+    for secret in [ACCESS_KEY, SECRET_KEY] {
+        let told = end.stdout.contains(secret) || end.stderr.contains(secret);
+        assert!(!told, "a credential is in what was printed");
+    }
+}
+
+#[test]
+fn a_run_on_a_real_s3_server_whose_workers_are_killed_ends_with_the_weights_of_one_in_a_directory()
+{
+    let Some(seaweed) = Seaweed::start() else { return };
+    let scratch = Scratch::new();
+    let mut command = tiny(&scratch, &["--set", "run.store=s3://lab/here"]);
+    command.envs(seaweed.variables());
+    let mut running = Running::start(command);
+    for kill in 0..2 {
+        running.wait_for(|line| line.starts_with("checkpoint of step "));
+        let worker = workers_of(running.id())[kill];
+        signal(worker, "KILL");
+        running.wait_for(|line| line.starts_with("worker worker-") && line.contains(" lost: "));
+    }
+    let end = running.end().done();
+    assert_eq!(end.field("weights"), undisturbed(), "{end:?}");
+    says_no_secret(&end);
+
+    let ask = |arguments: &[&str]| {
+        let run = ["--store", "s3://lab/here", "--run", "tiny"];
+        let mut command = scratch.command(&[arguments, &run].concat());
+        command.envs(seaweed.variables()).env("RUST_LOG", "trace");
+        Running::start(command).end()
+    };
+    let verified = ask(&["checkpoint", "verify"]);
+    assert_eq!(verified.code, Some(0), "{verified:?}");
+    assert!(verified.stdout.contains("good: "), "{verified:?}");
+    assert!(verified.stderr.contains("TRACE"), "everything is said");
+    says_no_secret(&verified);
+    assert_eq!(ask(&["checkpoint", "prune", "--keep", "1"]).code, Some(0));
+    let list = ask(&["checkpoint", "list"]);
+    assert_eq!(list.stdout.lines().count(), 1, "{list:?}");
+
+    // With another key the server is not to be had, and says why.
+    let mut command = tiny(&scratch, &["--set", "run.store=s3://lab/here"]);
+    command.envs(seaweed.variables()).env("AWS_SECRET_ACCESS_KEY", format!("{SECRET_KEY}-not"));
+    let refused = Running::start(command).end();
+    refused.fails(1, &["cannot write to the store s3://lab/here", "AWS_ENDPOINT_URL"]);
+    says_no_secret(&refused);
+}
+
+#[test]
+fn a_server_that_does_not_answer_is_tried_for_a_while_and_named() {
+    let scratch = Scratch::new();
+    let mut command = tiny(&scratch, &["--set", "run.store=s3://lab"]);
+    command.envs([
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
+    ]);
+    let end = Running::start(command).end();
+    end.fails(1, &["s3://lab", "http://127.0.0.1:9", "(10 attempts in ", "AWS_ENDPOINT_URL"]);
+    assert!(end.stderr.contains("attempt 3, in "), "it says that it tries: {end:?}");
+    says_no_secret(&end);
+}
+
+#[test]
+fn a_run_through_a_storm_in_the_store_ends_with_the_same_weights() {
+    let scratch = Scratch::new();
+    let mut command = tiny(&scratch, &["--set", "checkpoint.every_steps=25"]);
+    command.env("LOOPTRAIN_STORE_FAULTS", "seed=4,share=0.2");
+    let end = Running::start(command).end().done();
+    assert_eq!(end.field("weights"), undisturbed(), "{end:?}");
+    for name in Faults::NAMES {
+        let fired =
+            end.stderr.lines().filter(|line| line.contains(&format!("store fault: {name} on")));
+        assert!(fired.count() >= 1, "no {name} in: {}", end.stderr);
+    }
+    let list =
+        scratch.run(&["checkpoint", "verify", "--store", "file://.looptrain", "--run", "tiny"]);
+    assert_eq!(list.code, Some(0), "{list:?}");
+
+    let mut command = tiny(&scratch, &[]);
+    command.env("LOOPTRAIN_STORE_FAULTS", "often");
+    let wrong = Running::start(command).end();
+    wrong.fails(2, &["LOOPTRAIN_STORE_FAULTS", "seed=NUMBER", "often"]);
+}
