@@ -13,6 +13,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path as FilePath;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -132,6 +133,12 @@ impl Store {
         &self.url
     }
 
+    /// Whether objects come over a network.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.directory.is_none() && !self.url.starts_with("memory://")
+    }
+
     /// The object's URL, for messages.
     pub(crate) fn place(&self, key: &str) -> String {
         let slash = if self.url.ends_with('/') { "" } else { "/" };
@@ -190,6 +197,23 @@ impl Store {
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.failed("read", key, &error)),
         }
+    }
+
+    /// Some bytes of an object.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is none; also when it does not reach so far.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let read = async { self.objects.get_range(&self.path(key)?, range.clone()).await };
+        let bytes = read.await.map_err(|error| self.failed("read", key, &error))?;
+        if bytes.len() as u64 != range.end - range.start {
+            let reason = format!("it ends before byte {}", range.end);
+            return Err(Error::Malformed { place: self.place(key), reason });
+        }
+        Ok(bytes)
     }
 
     /// Writes the object, over an older one if need be.
