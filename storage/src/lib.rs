@@ -8,6 +8,7 @@
 //! <store>/runs/<run>/record/00000000000000000007.json
 //! <store>/runs/<run>/checkpoints/step-0000001000/state-0003-of-0008.safetensors, manifest.json
 //! <store>/runs/<run>/metrics/steps-0000000001.jsonl
+//! <store>/runs/<run>/audit/step-0000000001/incarnation-1-generation-1-rank-0.jsonl
 //! ```
 //!
 //! Two rules hold everywhere. Data first, index last: a dataset or a checkpoint exists once its
@@ -17,6 +18,7 @@
 //! [`Order`] is the other half of the data path: a pure function from a position in a stage to a
 //! sequence of a dataset.
 
+mod audit;
 mod checkpoint;
 mod dataset;
 mod error;
@@ -25,13 +27,15 @@ mod order;
 mod record;
 mod store;
 
+pub use audit::{Attempt, AuditSummary, SlotUse, StepUse, check_audit, read_audit, write_audit};
 pub use checkpoint::{
     CheckpointManifest, Checkpoints, FIRST_MOMENT, PartEntry, SECOND_MOMENT, SkippedCheckpoint,
     Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
-    Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
-    TextTokenizer, TokenType, check_fit, dataset_prefix, prepare,
+    Dataset, DatasetManifest, PrepareEvent, ReadCounts, Reading, ReadingOptions, ShardEntry,
+    SourceSummary, Split, SplitManifest, Synthetic, TextTokenizer, TokenType, check_fit,
+    dataset_prefix, prepare, synthetic,
 };
 pub use error::{Error, Result};
 pub use metrics::{MetricsLog, read_metrics};

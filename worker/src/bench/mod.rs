@@ -3,7 +3,9 @@
 //! Nothing of a worker knows of this module.
 
 mod bare;
+mod feeding;
 mod transfer;
 
 pub use bare::{BareError, BareStep, bare_steps};
+pub use feeding::{Fed, Feeding};
 pub use transfer::{TransferError, Transfers};

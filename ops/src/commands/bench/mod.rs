@@ -4,6 +4,7 @@
 //! figures, and what they were.
 
 mod commit;
+mod data;
 mod figures;
 mod orchestration;
 mod reduce;
@@ -17,6 +18,7 @@ use crate::telemetry::Telemetry;
 pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
     let figures = match bench {
         Bench::Commit(args) => commit::run(args).await?,
+        Bench::Data(args) => data::run(args).await?,
         Bench::Transfer(args) => transfer::run(args).await?,
         Bench::Reduce(args) => reduce::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,
