@@ -40,22 +40,6 @@ pub enum DataError {
         /// Rows of the model's embedding.
         model: usize,
     },
-    /// A token outside of the model's embedding.
-    #[error(
-        "dataset `{dataset}`, sequence {sequence} of length {length}: token {token} is outside of model.vocab_size = {vocabulary}; prepare the dataset again"
-    )]
-    Token {
-        /// Name in the spec.
-        dataset: String,
-        /// Index of the sequence.
-        sequence: u64,
-        /// Its length.
-        length: usize,
-        /// The token.
-        token: u32,
-        /// Rows of the model's embedding.
-        vocabulary: usize,
-    },
     /// There is no such step in the spec.
     #[error("the spec has no step {0}")]
     NoSuchStep(Step),
@@ -120,10 +104,12 @@ impl Data {
         });
         let sequences: Vec<_> = drawn.collect();
         let mut tokens = Vec::with_capacity(count * (length + 1));
-        let read = |(dataset, sequence)| self.sequence(dataset, Split::Train, length, sequence);
-        let mut read = iter(sequences.clone()).map(read).buffered(AT_ONCE);
-        while let Some(sequence) = read.try_next().await? {
-            tokens.extend(sequence);
+        let find = |(dataset, sequence): (usize, u64)| {
+            self.datasets[dataset].find_sequence(Split::Train, length, sequence)
+        };
+        let mut found = iter(sequences.clone()).map(find).buffered(AT_ONCE);
+        while let Some(sequence) = found.try_next().await? {
+            sequence.append_to(&mut tokens)?;
         }
         let batch = SlotBatch { tokens, sequences: count, sequence_length: length };
         Ok(Slot { batch, sequences })
@@ -158,32 +144,12 @@ impl Data {
             let held = self.datasets[dataset].sequences(Split::Validation, length);
             let sequence = if wanted <= held { spread(turn, wanted, held) } else { turn };
             if sequence < held {
-                let tokens = self.sequence(dataset, Split::Validation, length, sequence).await?;
+                let dataset = &self.datasets[dataset];
+                let tokens = dataset.read_sequence(Split::Validation, length, sequence).await?;
                 batches.push(SlotBatch { tokens, sequences: 1, sequence_length: length });
             }
         }
         Ok(batches)
-    }
-
-    async fn sequence(
-        &self,
-        dataset: usize,
-        split: Split,
-        length: usize,
-        sequence: u64,
-    ) -> Result<Vec<u32>, DataError> {
-        let tokens = self.datasets[dataset].read_sequence(split, length, sequence).await?;
-        let vocabulary = self.spec.model.vocab_size;
-        match tokens.iter().copied().max() {
-            Some(token) if token as usize >= vocabulary => Err(DataError::Token {
-                dataset: self.spec.datasets[dataset].name.clone(),
-                sequence,
-                length,
-                token,
-                vocabulary,
-            }),
-            _ => Ok(tokens),
-        }
     }
 }
 
@@ -233,8 +199,8 @@ mod tests {
         assert_eq!(found.len(), 4);
         for (turn, batch) in found.iter().enumerate() {
             let place = turn as u64 * held / 4;
-            let expected = data.sequence(0, Split::Validation, 8, place).await.unwrap();
-            assert_eq!(batch.tokens, expected);
+            let expected = data.datasets[0].read_sequence(Split::Validation, 8, place).await;
+            assert_eq!(batch.tokens, expected.unwrap());
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use futures::future::try_join_all;
 use looptrain_proto::Digest;
 use tokio::sync::Semaphore;
 
@@ -111,6 +112,13 @@ pub struct ReadCounts {
     pub damaged: u64,
 }
 
+/// Some tokens, in the block that holds them.
+#[derive(Clone, Debug)]
+pub(super) struct Piece {
+    pub(super) dtype: TokenType,
+    pub(super) bytes: Bytes,
+}
+
 /// A shard as it lies in the store.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ShardFile<'a> {
@@ -149,13 +157,13 @@ impl Reading {
         ReadCounts { memory, disk, store, store_bytes, hedged, overtaken, damaged }
     }
 
-    /// Appends `count` tokens of a shard from `first` on to `out`.
-    pub(super) async fn tokens(
+    /// Adds what holds `count` tokens of a shard from `first` on to `out`.
+    pub(super) async fn pieces(
         &self,
         shard: ShardFile<'_>,
         first: u64,
         count: u64,
-        out: &mut Vec<u32>,
+        out: &mut Vec<Piece>,
     ) -> Result<()> {
         let contents = self.contents(shard).await?;
         let (mut next, end) = (first, first + count);
@@ -164,41 +172,41 @@ impl Reading {
             let rows = (contents.batch_rows - row).min(end - next);
             let width = contents.dtype.bytes();
             let begin = contents.places[batch as usize] + row * width;
-            self.bytes(shard, &contents, begin, rows * width, out).await?;
+            self.range(shard, &contents, begin..begin + rows * width, out).await?;
             next += rows;
         }
         Ok(())
     }
 
-    /// Appends the tokens in `bytes` bytes of a shard's file from `begin` on to `out`.
-    async fn bytes(
+    /// Adds what holds some bytes of a shard's file to `out`. Tokens are as wide as a divisor of a
+    /// block and begin at multiples of that, so that none is in two blocks.
+    async fn range(
         &self,
         shard: ShardFile<'_>,
         contents: &Contents,
-        begin: u64,
-        bytes: u64,
-        out: &mut Vec<u32>,
+        range: Range<u64>,
+        out: &mut Vec<Piece>,
     ) -> Result<()> {
-        let end = begin + bytes;
-        let within = |block: u64| {
+        let dtype = contents.dtype;
+        let piece = |block: u64, bytes: &Bytes| {
             let start = block * BLOCK;
-            (begin.max(start) - start) as usize..(end.min(start + BLOCK) - start) as usize
+            let begin = (range.start.max(start) - start) as usize;
+            let end = (range.end.min(start + BLOCK) - start) as usize;
+            Piece { dtype, bytes: bytes.slice(begin..end) }
         };
-        // Tokens are as wide as a divisor of a block and begin at multiples of that.
-        let blocks = begin / BLOCK..end.div_ceil(BLOCK);
         let mut missing = Vec::new();
-        for block in blocks.clone() {
+        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
             match self.inner.blocks.peek(&contents.hashes[block as usize]) {
                 Some(bytes) if missing.is_empty() => {
                     self.inner.counts.memory.fetch_add(1, Ordering::Relaxed);
-                    contents.dtype.extend(out, &bytes[within(block)]);
+                    out.push(piece(block, &bytes));
                 }
                 _ => missing.push(block),
             }
         }
         let fetched = missing.iter().map(|&block| self.block(shard, contents, block as usize));
-        for (block, bytes) in missing.iter().zip(futures::future::try_join_all(fetched).await?) {
-            contents.dtype.extend(out, &bytes[within(*block)]);
+        for (block, bytes) in missing.iter().zip(try_join_all(fetched).await?) {
+            out.push(piece(*block, &bytes));
         }
         Ok(())
     }

@@ -46,8 +46,7 @@ impl Fixture {
     }
 
     async fn read(&self, reading: &Reading, first: u64, count: u64) -> Result<Vec<u32>> {
-        let mut out = Vec::new();
-        reading.tokens(self.shard(), first, count, &mut out).await.map(|()| out)
+        read(reading, self.shard(), first, count).await
     }
 
     /// Changes a byte of the shard in the store.
@@ -56,6 +55,13 @@ impl Fixture {
         damaged[place] ^= 1;
         self.store.put(self.key, damaged).await.unwrap();
     }
+}
+
+async fn read(reading: &Reading, shard: ShardFile<'_>, first: u64, count: u64) -> Result<Vec<u32>> {
+    let (mut pieces, mut out) = (Vec::new(), Vec::new());
+    reading.pieces(shard, first, count, &mut pieces).await?;
+    pieces.iter().for_each(|piece| piece.dtype.extend(&mut out, &piece.bytes));
+    Ok(out)
 }
 
 fn with_disk(directory: &std::path::Path) -> Reading {
@@ -84,12 +90,12 @@ async fn all_of_a_shard_reads_as_it_was_written_whatever_the_memory() {
     let fixture = Fixture::new().await;
     for memory in [0, 200_000, MEMORY] {
         let reading = Reading::new(ReadingOptions { memory, disk: None });
-        let mut read = Vec::new();
+        let mut all = Vec::new();
         for first in (0..1_500_000).step_by(49_999) {
             let count = (1_500_000 - first).min(49_999);
-            reading.tokens(fixture.shard(), first, count, &mut read).await.unwrap();
+            all.extend(fixture.read(&reading, first, count).await.unwrap());
         }
-        assert!(read == tokens(), "with {memory} bytes of memory");
+        assert!(all == tokens(), "with {memory} bytes of memory");
     }
 }
 
@@ -131,14 +137,14 @@ async fn a_damaged_block_is_named_with_its_bytes_and_the_others_can_be_read() {
 async fn a_shard_that_is_not_the_one_of_the_manifest_is_refused() {
     let fixture = Fixture::new().await;
     let other = ShardFile { digest: Digest::of(b"other"), ..fixture.shard() };
-    let error = Reading::default().tokens(other, 0, 10, &mut Vec::new()).await.unwrap_err();
+    let error = read(&Reading::default(), other, 0, 10).await.unwrap_err();
     let found = fixture.shard().digest;
     assert!(matches!(error, Error::Corrupt { found: f, .. } if f == found), "{error}");
     let longer = ShardFile { tokens: 1_500_001, ..fixture.shard() };
-    let error = Reading::default().tokens(longer, 0, 10, &mut Vec::new()).await.unwrap_err();
+    let error = read(&Reading::default(), longer, 0, 10).await.unwrap_err();
     assert!(error.to_string().contains("1500000 tokens, the manifest says 1500001"), "{error}");
     let shorter = ShardFile { bytes: fixture.file.len() as u64 + 5, ..fixture.shard() };
-    assert!(Reading::default().tokens(shorter, 0, 10, &mut Vec::new()).await.is_err());
+    assert!(read(&Reading::default(), shorter, 0, 10).await.is_err());
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ pub use blocks::{ReadCounts, Reading, ReadingOptions};
 pub use fit::check_fit;
 pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
 pub use prepare::{PrepareEvent, prepare};
-pub use read::Dataset;
+pub use read::{Dataset, Sequence};
 pub use shard::TokenType;
 pub use synthetic::{Synthetic, synthetic};
 pub use tokenizer::TextTokenizer;

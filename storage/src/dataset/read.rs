@@ -8,7 +8,7 @@ use futures::stream::{StreamExt, iter};
 use looptrain_proto::{Digest, spec};
 use tokio::sync::OnceCell;
 
-use super::blocks::{Reading, ShardFile};
+use super::blocks::{Piece, Reading, ShardFile};
 use super::shard::{self, Tokens};
 use super::{DatasetManifest, Split, TextTokenizer, dataset_prefix, manifest_key, tokenizer_key};
 use crate::{Error, Result, Store, blocking};
@@ -139,6 +139,21 @@ impl Dataset {
         sequence_length: usize,
         index: u64,
     ) -> Result<Vec<u32>> {
+        let mut tokens = Vec::with_capacity(sequence_length + 1);
+        self.find_sequence(split, sequence_length, index).await?.append_to(&mut tokens)?;
+        Ok(tokens)
+    }
+
+    /// The same sequence, in memory and not yet copied from there.
+    ///
+    /// # Errors
+    /// As [`Dataset::read_sequence`], but for what the tokens are.
+    pub async fn find_sequence(
+        &self,
+        split: Split,
+        sequence_length: usize,
+        index: u64,
+    ) -> Result<Sequence<'_>> {
         let sequences = self.sequences(split, sequence_length);
         if index >= sequences {
             return Err(Error::OutOfRange {
@@ -152,32 +167,32 @@ impl Dataset {
             Split::Train => &self.inner.train_starts,
             Split::Validation => &self.inner.validation_starts,
         };
-        let wanted = sequence_length + 1;
+        let mut missing = sequence_length as u64 + 1;
         let mut position = index * sequence_length as u64;
-        let mut tokens = Vec::with_capacity(wanted);
-        let shards = &self.manifest().split(split).shards;
+        let mut pieces = Vec::with_capacity(2);
         // The last shard that begins at or before the position; empty shards are passed over.
         let mut shard = starts.partition_point(|&start| start <= position) - 1;
-        while tokens.len() < wanted {
+        while missing > 0 {
             let first = position - starts[shard];
-            let here = (shards[shard].tokens - first).min((wanted - tokens.len()) as u64);
+            let here = missing.min(self.manifest().split(split).shards[shard].tokens - first);
             if here > 0 {
-                self.read(split, shard, first, here, &mut tokens).await?;
+                self.find(split, shard, first, here, &mut pieces).await?;
             }
+            missing -= here;
             shard += 1;
             position = starts.get(shard).copied().unwrap_or(position);
         }
-        Ok(tokens)
+        Ok(Sequence { dataset: self, split, sequence_length, index, pieces })
     }
 
-    /// Appends tokens of a shard to `out`.
-    async fn read(
+    /// Adds what holds some tokens of a shard to `out`.
+    async fn find(
         &self,
         split: Split,
         index: usize,
         first: u64,
         count: u64,
-        out: &mut Vec<u32>,
+        out: &mut Vec<Piece>,
     ) -> Result<()> {
         let Inner { store, manifest, reading, .. } = &*self.inner;
         let entry = &manifest.split(split).shards[index];
@@ -192,16 +207,7 @@ impl Dataset {
             dtype: manifest.dtype,
             dataset: &dataset,
         };
-        let begin = out.len();
-        reading.tokens(shard, first, count, out).await?;
-        match out[begin..].iter().max() {
-            Some(&token) if token as usize >= manifest.vocabulary_size => {
-                let vocabulary = manifest.vocabulary_size;
-                let reason = format!("token {token} is not in the vocabulary of {vocabulary}");
-                Err(Error::Malformed { place: store.place(&key), reason })
-            }
-            _ => Ok(()),
-        }
+        reading.pieces(shard, first, count, out).await
     }
 
     /// Nats per token of the validation split under the unigram model of the training split, with
@@ -266,6 +272,42 @@ impl Dataset {
         let store = &self.inner.store;
         let remedy = remedy(store, &dataset_prefix(&self.manifest().name));
         Error::Corrupt { place: store.place(key), expected, found, remedy }
+    }
+}
+
+/// A sequence of a dataset, in the blocks that hold it.
+#[derive(Debug)]
+pub struct Sequence<'a> {
+    dataset: &'a Dataset,
+    split: Split,
+    sequence_length: usize,
+    index: u64,
+    pieces: Vec<Piece>,
+}
+
+impl Sequence<'_> {
+    /// Appends its tokens to `out`.
+    ///
+    /// # Errors
+    /// When one of them is not in the vocabulary.
+    pub fn append_to(&self, out: &mut Vec<u32>) -> Result<()> {
+        let begin = out.len();
+        self.pieces.iter().for_each(|piece| piece.dtype.extend(out, &piece.bytes));
+        let Inner { store, manifest, .. } = &*self.dataset.inner;
+        let (vocabulary, largest) = (manifest.vocabulary_size, out[begin..].iter().max());
+        match largest {
+            Some(&token) if token as usize >= vocabulary => {
+                let Self { split, sequence_length, index, .. } = self;
+                let reason = format!(
+                    "token {token} is not in the vocabulary of {vocabulary}, in the {split} sequence {index} of {sequence_length} tokens; prepare the dataset again"
+                );
+                Err(Error::Malformed {
+                    place: store.place(&dataset_prefix(&manifest.name)),
+                    reason,
+                })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
