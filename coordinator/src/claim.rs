@@ -92,7 +92,7 @@ impl Claim<'_> {
             Ok(RunRecord { begun, ..self.new_record() })
         })
         .await?;
-        for part in ["checkpoints", "metrics", "evaluations"] {
+        for part in ["checkpoints", "metrics", "evaluations", "audit"] {
             self.store.delete_prefix(&format!("{}/{part}", run_prefix(run))).await?;
         }
         Ok(register)

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use bench::{
-    Bench, CheckpointBench, CommitBench, OrchestrationBench, ReduceBench, TransferBench,
+    Bench, CheckpointBench, CommitBench, DataBench, OrchestrationBench, ReduceBench, TransferBench,
 };
 pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointVerify, StoredRun,
@@ -61,6 +61,13 @@ pub(crate) enum Command {
     /// Stop a run at the next step, with a checkpoint; the same start command goes on from there
     #[command(after_help = "Example: looptrain stop --coordinator http://127.0.0.1:7400")]
     Stop(Stop),
+    /// Compare what every committed step of an audited run was computed from with the data order
+    #[command(
+        after_help = "Example: looptrain audit --store file://.looptrain --run quickstart --read\n\
+        The run must have been started with --audit. Exit status 1 and the first difference if \
+        there is one."
+    )]
+    Audit(Audit),
     /// Continue a text with the newest checkpoint of a run
     #[command(
         after_help = "Example: looptrain generate --store file://.looptrain --run quickstart \
@@ -94,6 +101,7 @@ impl Command {
             Self::Pause(_) => "pause",
             Self::Resume(_) => "resume",
             Self::Stop(_) => "stop",
+            Self::Audit(_) => "audit",
             Self::Generate(_) => "generate",
             Self::Checkpoint(_) => "checkpoint",
             Self::Bench(_) => "bench",
@@ -119,6 +127,9 @@ pub(crate) struct SpecArgs {
     /// Serve the status page and /metrics on this address, such as 127.0.0.1:8080
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) dashboard: Option<SocketAddr>,
+    /// Have workers write which sequences each step was computed from, for `looptrain audit`
+    #[arg(long)]
+    pub(crate) audit: bool,
 }
 
 #[derive(Debug, Args)]
@@ -181,6 +192,16 @@ pub(crate) struct Worker {
     /// Where the metadata service is instead of at its usual address; for tests
     #[arg(long, value_name = "URL", hide = true, requires = "preemption_notice")]
     pub(crate) metadata_service: Option<String>,
+    /// Keep blocks of datasets in this directory, which workers of a machine share; without it, those
+    /// of a remote store are kept in $LOOPTRAIN_CACHE, or below the user's cache directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+    /// How large that directory may be; 0 for no cache; by default $LOOPTRAIN_CACHE_GIB, or 16
+    #[arg(long, value_name = "GIB")]
+    pub(crate) cache_gib: Option<u32>,
+    /// Serve /metrics of this worker on this address, such as 127.0.0.1:9100
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub(crate) metrics: Option<SocketAddr>,
     /// Print warnings and errors alone
     #[arg(long)]
     pub(crate) quiet: bool,
@@ -245,6 +266,22 @@ pub(crate) struct Stop {
     /// For the run's log
     #[arg(long, default_value = "")]
     pub(crate) reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Audit {
+    /// URL of the store
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: String,
+    /// Name of the run in the store
+    #[arg(long)]
+    pub(crate) run: String,
+    /// Also read all sequences again, and compare their tokens with those that were used
+    #[arg(long)]
+    pub(crate) read: bool,
+    /// Print what every step used, one JSON line a step, before the result
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

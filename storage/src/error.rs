@@ -179,6 +179,14 @@ pub enum Error {
         /// Why, and what to do.
         reason: String,
     },
+    /// A run has not used what its order draws.
+    #[error("the audit does not hold at step {step}: {reason}")]
+    OutOfOrder {
+        /// The step.
+        step: Step,
+        /// What differs.
+        reason: String,
+    },
     /// The process is shutting down.
     #[error("interrupted: the process is shutting down")]
     Interrupted,

@@ -9,6 +9,7 @@
 //! <store>/runs/<run>/checkpoints/step-0000001000/state-0003-of-0008.safetensors, manifest.json
 //! <store>/runs/<run>/readers/step-0000001000-0123456789abcdef
 //! <store>/runs/<run>/metrics/steps-0000000001.jsonl
+//! <store>/runs/<run>/audit/step-0000000001/incarnation-1-generation-1-rank-0.jsonl
 //! ```
 //!
 //! Two rules hold everywhere. Data first, index last: a dataset or a checkpoint exists once its
@@ -18,6 +19,7 @@
 //! [`Order`] is the other half of the data path: a pure function from a position in a stage to a
 //! sequence of a dataset.
 
+mod audit;
 mod checkpoint;
 mod dataset;
 mod error;
@@ -26,13 +28,15 @@ mod order;
 mod record;
 mod store;
 
+pub use audit::{Attempt, AuditSummary, SlotUse, StepUse, check_audit, read_audit, write_audit};
 pub use checkpoint::{
     CheckpointManifest, Checkpoints, FIRST_MOMENT, Hold, PartEntry, Pruning, Retention,
     SECOND_MOMENT, SkippedCheckpoint, Stored, Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
-    Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
-    TextTokenizer, TokenType, check_fit, dataset_prefix, prepare,
+    Dataset, DatasetManifest, PrepareEvent, ReadCounts, Reading, ReadingOptions, Sequence,
+    ShardEntry, SourceSummary, Split, SplitManifest, Synthetic, TextTokenizer, TokenType,
+    check_fit, dataset_prefix, prepare, synthetic,
 };
 pub use error::{Error, Result, Tries};
 pub use metrics::{MetricsLog, read_metrics};

@@ -6,15 +6,21 @@
 //! 1. *Which part of the mixture.* One period of the mixture (as many positions as the weights sum
 //!    to) is laid out once by Tijdeman's greedy rule for the chairman assignment problem: among the
 //!    parts whose quota allows one more, take the one whose next deadline comes first. Over any
-//!    prefix every part then stays within one sequence of its exact share.
+//!    prefix every part of k then stays within 1 - 1/(2k - 2) of a sequence of its exact share. So
+//!    a window from anywhere to anywhere has of each of two parts its share within one sequence, and
+//!    of each of more within two; one of whole periods has it exactly.
 //!    (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980.)
 //! 2. *Which sequence of the part.* The n-th draw from a part belongs to data epoch
 //!    n / sequences; within an epoch a Feistel network keyed by (seed, stage, part, epoch) permutes
 //!    the sequences. It works on the next even power of two; results outside are fed in again
 //!    (cycle walking), which keeps it a bijection. At most 4 rounds of that are expected.
 //!
-//! Callers: the worker's feed, and later the ledger's proof. Changing anything here changes what
+//! Callers: the worker's feed, and the check of the audit. Changing anything here changes what
 //! runs train on.
+
+use looptrain_proto::Spec;
+
+use crate::{Dataset, Split};
 
 /// The order of one stage.
 #[derive(Clone, Debug)]
@@ -75,6 +81,28 @@ impl Order {
             })
             .collect();
         Self { parts, period: lay_out(&weights) }
+    }
+
+    /// The order of stage `stage` of a run on `datasets`, which are those of the spec and fit it.
+    ///
+    /// # Panics
+    /// As [`Order::new`].
+    #[must_use]
+    pub fn of_stage(spec: &Spec, stage: usize, datasets: &[Dataset]) -> Self {
+        let length = spec.stages[stage].sequence_length;
+        let part = |&(dataset, weight): &(usize, u32)| {
+            (weight, datasets[dataset].sequences(Split::Train, length))
+        };
+        let parts: Vec<_> = spec.mixture(stage).iter().map(part).collect();
+        Self::new(spec.run.seed, stage, &parts)
+    }
+
+    /// Positions after which the mixture repeats itself: the sum of its weights in lowest terms.
+    /// Wherever a window begins, one of as many positions, or of a multiple, has of every part exactly
+    /// its share.
+    #[must_use]
+    pub fn period(&self) -> u64 {
+        self.period.len() as u64
     }
 
     /// The sequence at position `index` of the stage.
@@ -227,6 +255,43 @@ mod tests {
         }
 
         #[test]
+        fn a_window_of_whole_periods_has_exactly_the_weights_wherever_it_begins(
+            weights in prop::collection::vec(1_u32..60, 1..8), start in 0_u64..1 << 40,
+            periods in 1_u64..3,
+        ) {
+            let parts: Vec<(u32, u64)> = weights.iter().map(|&weight| (weight, 77)).collect();
+            let order = Order::new(3, 0, &parts);
+            let window = periods * order.period();
+            let mut drawn = vec![0_u64; weights.len()];
+            (start..start + window).for_each(|index| drawn[order.at(index).part] += 1);
+            let total: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
+            for (&drawn, &weight) in drawn.iter().zip(&weights) {
+                prop_assert_eq!(drawn * total, u64::from(weight) * window);
+            }
+        }
+
+        #[test]
+        fn any_window_is_within_one_sequence_of_two_weights_and_within_two_of_more(
+            weights in prop::collection::vec(1_u32..40, 2..6), start in 0_u64..1 << 40,
+        ) {
+            let parts: Vec<(u32, u64)> = weights.iter().map(|&weight| (weight, 1000)).collect();
+            let order = Order::new(1, 0, &parts);
+            let total: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
+            let bound = if weights.len() == 2 { total } else { 2 * total };
+            // Windows from some places to all places within a period; what is beyond is exact.
+            for begin in (start..start + total).step_by(7) {
+                let mut drawn = vec![0_u64; weights.len()];
+                for n in 1..=total {
+                    drawn[order.at(begin + n - 1).part] += 1;
+                    for (&drawn, &weight) in drawn.iter().zip(&weights) {
+                        let off = (drawn * total).abs_diff(n * u64::from(weight));
+                        prop_assert!(off <= bound, "{n} from {begin}: off by {off} / {total}");
+                    }
+                }
+            }
+        }
+
+        #[test]
         fn a_mixture_reads_each_part_in_its_own_epochs(
             seed: u64, weights in prop::collection::vec(1_u32..9, 2..4),
         ) {
@@ -273,6 +338,56 @@ mod tests {
             drawn,
             [(0, 0, 321_050), (0, 0, 835_320), (1, 0, 42), (0, 0, 931_696), (0, 750_000, 364_385)]
         );
+    }
+
+    #[test]
+    fn long_stretches_are_the_same_on_every_machine() {
+        // Digests of (part, epoch, sequence) as 8 bytes each, lowest first: of mixtures of one, two
+        // and four parts, small and large, from the beginning and from far away.
+        let stretch = |seed, stage, parts: &[(u32, u64)], begin: u64| {
+            let order = Order::new(seed, stage, parts);
+            let mut hasher = blake3::Hasher::new();
+            for drawn in (begin..begin + 10_000).map(|index| order.at(index)) {
+                for number in [drawn.part as u64, drawn.epoch, drawn.sequence] {
+                    hasher.update(&number.to_le_bytes());
+                }
+            }
+            hasher.finalize().to_hex()[..16].to_owned()
+        };
+        let far = 1_000_000_000_000;
+        let many = [(5, 1), (3, 900), (1, 1 << 40), (11, 123_457)];
+        let found = [
+            stretch(0, 0, &[(1, 1000)], 0),
+            stretch(u64::MAX, 3, &[(1, u64::MAX >> 1)], far),
+            stretch(7, 1, &[(3, 1_000_000), (1, 77)], 0),
+            stretch(7, 1, &many, 0),
+            stretch(7, 1, &many, far),
+        ];
+        assert_eq!(
+            found,
+            [
+                "9a5a33ad39fdeb63",
+                "b04188cd8d933ba3",
+                "47811c87f217d84b",
+                "40741adbfb408fe8",
+                "d2c109711ddbe747",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_far_position_is_found_as_soon_as_a_near_one() {
+        let order = Order::new(3, 0, &[(3, 1_000_003), (2, 5_000_011)]);
+        let time = |begin: u64| {
+            let start = std::time::Instant::now();
+            let sum = (begin..begin + 20_000).map(|index| order.at(index).sequence).sum::<u64>();
+            assert!(std::hint::black_box(sum) > 0);
+            start.elapsed()
+        };
+        // The best of several, for other programs take their time from either.
+        let best = |begin| (0..20).map(|_| time(begin)).min().unwrap_or_default();
+        let (near, far) = (best(0), best(1_000_000_000_000));
+        assert!(far < 2 * near, "{near:?} at 0, {far:?} at 10^12");
     }
 
     #[test]

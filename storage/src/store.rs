@@ -177,6 +177,12 @@ impl Store {
         &self.url
     }
 
+    /// Whether objects come over a network.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.directory.is_none() && !self.url.starts_with("memory://")
+    }
+
     /// The object's URL, for messages.
     pub(crate) fn place(&self, key: &str) -> String {
         let slash = if self.url.ends_with('/') { "" } else { "/" };

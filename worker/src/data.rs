@@ -6,9 +6,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use futures::TryStreamExt;
+use futures::stream::{StreamExt, iter};
 use looptrain_model::SlotBatch;
 use looptrain_proto::{Spec, Step};
-use looptrain_storage::{Dataset, Order, Split, Store, check_fit};
+use looptrain_storage::{Dataset, Order, Reading, Split, Store, check_fit};
+
+/// Sequences of a slot that are read at once; the store's reads are bounded for all together.
+const AT_ONCE: usize = 32;
 
 /// Data that is missing, does not fit the spec, or cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -35,28 +40,20 @@ pub enum DataError {
         /// Rows of the model's embedding.
         model: usize,
     },
-    /// A token outside of the model's embedding.
-    #[error(
-        "dataset `{dataset}`, sequence {sequence} of length {length}: token {token} is outside of model.vocab_size = {vocabulary}; prepare the dataset again"
-    )]
-    Token {
-        /// Name in the spec.
-        dataset: String,
-        /// Index of the sequence.
-        sequence: u64,
-        /// Its length.
-        length: usize,
-        /// The token.
-        token: u32,
-        /// Rows of the model's embedding.
-        vocabulary: usize,
-    },
     /// There is no such step in the spec.
     #[error("the spec has no step {0}")]
     NoSuchStep(Step),
     /// The store failed, or a stage needs more than there is.
     #[error(transparent)]
     Store(#[from] looptrain_storage::Error),
+}
+
+/// One slot of one step, and what it is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) batch: SlotBatch,
+    /// Index of the dataset in the spec and of the sequence in it, in the batch's order.
+    pub(crate) sequences: Vec<(usize, u64)>,
 }
 
 /// The datasets of a run and the order of their sequences.
@@ -70,14 +67,18 @@ pub(crate) struct Data {
 }
 
 impl Data {
-    pub(crate) async fn open(spec: Arc<Spec>, store: &Store) -> Result<Self, DataError> {
+    pub(crate) async fn open(
+        spec: Arc<Spec>,
+        store: &Store,
+        reading: &Reading,
+    ) -> Result<Self, DataError> {
         let mut datasets = Vec::new();
         for dataset in &spec.datasets {
             let name = dataset.name.clone();
-            let opened = Dataset::open(store, &name).await?.ok_or_else(|| DataError::Missing {
-                dataset: name.clone(),
-                store: store.url().to_owned(),
-            })?;
+            let opened = Dataset::open_with(store, &name, reading).await?;
+            let missing =
+                || DataError::Missing { dataset: name.clone(), store: store.url().to_owned() };
+            let opened = opened.ok_or_else(missing)?;
             let (vocabulary, model) = (opened.manifest().vocabulary_size, spec.model.vocab_size);
             if vocabulary > model {
                 return Err(DataError::Vocabulary { dataset: name, vocabulary, model });
@@ -85,32 +86,40 @@ impl Data {
             datasets.push(opened);
         }
         check_fit(&spec, &datasets)?;
-        let order = |index: usize| {
-            let length = spec.stages[index].sequence_length;
-            let part = |&(dataset, weight): &(usize, u32)| {
-                (weight, datasets[dataset].sequences(Split::Train, length))
-            };
-            let parts: Vec<_> = spec.mixture(index).iter().map(part).collect();
-            Order::new(spec.run.seed, index, &parts)
-        };
-        let orders = (0..spec.stages.len()).map(order).collect();
+        let stages = 0..spec.stages.len();
+        let orders = stages.map(|stage| Order::of_stage(&spec, stage, &datasets)).collect();
         Ok(Self { spec, datasets, orders })
     }
 
-    /// The batch of one slot of one step.
-    pub(crate) async fn slot(&self, step: Step, slot: u32) -> Result<SlotBatch, DataError> {
+    /// One slot of one step.
+    pub(crate) async fn slot(&self, step: Step, slot: u32) -> Result<Slot, DataError> {
         let at = self.spec.position(step).ok_or(DataError::NoSuchStep(step))?;
         let stage = &self.spec.stages[at.stage];
         let mixture = self.spec.mixture(at.stage);
-        let length = stage.sequence_length;
-        let first = at.first_sequence + u64::from(slot) * stage.slot_sequences as u64;
-        let mut tokens = Vec::with_capacity(stage.slot_sequences * (length + 1));
-        for index in first..first + stage.slot_sequences as u64 {
+        let (length, count) = (stage.sequence_length, stage.slot_sequences);
+        let first = at.first_sequence + u64::from(slot) * count as u64;
+        let drawn = (first..first + count as u64).map(|index| {
             let place = self.orders[at.stage].at(index);
-            let dataset = mixture[place.part].0;
-            tokens.extend(self.sequence(dataset, Split::Train, length, place.sequence).await?);
+            (mixture[place.part].0, place.sequence)
+        });
+        let sequences: Vec<_> = drawn.collect();
+        let mut tokens = Vec::with_capacity(count * (length + 1));
+        let find = |(dataset, sequence): (usize, u64)| {
+            self.datasets[dataset].find_sequence(Split::Train, length, sequence)
+        };
+        let mut found = iter(sequences.clone()).map(find).buffered(AT_ONCE);
+        while let Some(sequence) = found.try_next().await? {
+            sequence.append_to(&mut tokens)?;
         }
-        Ok(SlotBatch { tokens, sequences: stage.slot_sequences, sequence_length: length })
+        let batch = SlotBatch { tokens, sequences: count, sequence_length: length };
+        Ok(Slot { batch, sequences })
+    }
+
+    /// Memory that a slot of a step takes, if there is such a step.
+    pub(crate) fn slot_bytes(&self, step: Step) -> Option<usize> {
+        let stage = &self.spec.stages[self.spec.position(step)?.stage];
+        let batch = stage.slot_sequences * (4 * (stage.sequence_length + 1) + 16);
+        Some(size_of::<Slot>() + batch)
     }
 
     /// The evaluation sequences `range` of the stage of `step`, each a batch of its own, so that a
@@ -135,32 +144,12 @@ impl Data {
             let held = self.datasets[dataset].sequences(Split::Validation, length);
             let sequence = if wanted <= held { spread(turn, wanted, held) } else { turn };
             if sequence < held {
-                let tokens = self.sequence(dataset, Split::Validation, length, sequence).await?;
+                let dataset = &self.datasets[dataset];
+                let tokens = dataset.read_sequence(Split::Validation, length, sequence).await?;
                 batches.push(SlotBatch { tokens, sequences: 1, sequence_length: length });
             }
         }
         Ok(batches)
-    }
-
-    async fn sequence(
-        &self,
-        dataset: usize,
-        split: Split,
-        length: usize,
-        sequence: u64,
-    ) -> Result<Vec<u32>, DataError> {
-        let tokens = self.datasets[dataset].read_sequence(split, length, sequence).await?;
-        let vocabulary = self.spec.model.vocab_size;
-        match tokens.iter().copied().max() {
-            Some(token) if token as usize >= vocabulary => Err(DataError::Token {
-                dataset: self.spec.datasets[dataset].name.clone(),
-                sequence,
-                length,
-                token,
-                vocabulary,
-            }),
-            _ => Ok(tokens),
-        }
     }
 }
 
@@ -179,14 +168,14 @@ mod tests {
         let (spec, store) = tiny_store().await;
         let mut spec = (*spec).clone();
         change(&mut spec);
-        Data::open(Arc::new(spec), &store).await.unwrap_err().to_string()
+        Data::open(Arc::new(spec), &store, &Reading::default()).await.unwrap_err().to_string()
     }
 
     #[tokio::test]
     async fn a_dataset_that_is_not_there_is_named_with_its_store() {
         let store = Store::open("memory://nothing-here").unwrap();
         let spec = Arc::new(tiny_spec("memory://nothing-here"));
-        let text = Data::open(spec, &store).await.unwrap_err().to_string();
+        let text = Data::open(spec, &store, &Reading::default()).await.unwrap_err().to_string();
         assert!(text.contains("no dataset `text` in memory://nothing-here"), "{text}");
         assert!(text.contains("[datasets.source]") && !text.contains("prepare"), "{text}");
     }
@@ -203,15 +192,15 @@ mod tests {
     async fn an_evaluation_is_spread_over_the_split() {
         let (mut spec, store) = tiny_store().await;
         Arc::make_mut(&mut spec).evaluation.sequences = 4;
-        let data = Data::open(spec, &store).await.unwrap();
+        let data = Data::open(spec, &store, &Reading::default()).await.unwrap();
         let held = data.datasets[0].sequences(Split::Validation, 8);
         assert!(held >= 8, "the split has {held} sequences");
         let found = data.validation(Step(1), 0..u64::MAX).await.unwrap();
         assert_eq!(found.len(), 4);
         for (turn, batch) in found.iter().enumerate() {
             let place = turn as u64 * held / 4;
-            let expected = data.sequence(0, Split::Validation, 8, place).await.unwrap();
-            assert_eq!(batch.tokens, expected);
+            let expected = data.datasets[0].read_sequence(Split::Validation, 8, place).await;
+            assert_eq!(batch.tokens, expected.unwrap());
         }
     }
 
@@ -219,7 +208,7 @@ mod tests {
     async fn validation_stops_at_its_end_however_much_is_asked_for() {
         let (mut spec, store) = tiny_store().await;
         Arc::make_mut(&mut spec).evaluation.sequences = 1 << 40;
-        let data = Data::open(spec, &store).await.unwrap();
+        let data = Data::open(spec, &store, &Reading::default()).await.unwrap();
         let all = data.datasets[0].sequences(Split::Validation, 8);
         let some = data.validation(Step(1), 0..3).await.unwrap();
         let rest = data.validation(Step(1), 3..all + 9).await.unwrap();

@@ -5,18 +5,20 @@
 //!
 //! - `session`: the stream of directives and votes with the coordinator, and what each directive
 //!   does;
-//! - `feed` and `data`: from (step, slot) to tokens, read ahead;
+//! - `feed` and `data`: from (step, slot) to tokens, read ahead; `audit`: what became of them;
 //! - `compute`: the thread that owns the model and the training state;
 //! - [`reduce`]: fixed point, and the ring that sums it over ranks;
 //! - `state`: the training state as the tensors of a checkpoint;
 //! - `transfer`: the training state from peer to peer;
 //! - [`bench`]: entrances for measurements.
 
+mod audit;
 pub mod bench;
 mod compute;
 mod data;
 mod error;
 mod feed;
+pub mod metrics;
 mod moment;
 pub mod reduce;
 mod session;
@@ -38,13 +40,14 @@ use tokio::time::Instant;
 pub use data::DataError;
 pub use error::WorkerError;
 pub use moment::{Moment, Moments};
-pub use settings::{Stop, WorkerSettings, host_name};
+pub use settings::{BlockCache, Stop, WorkerSettings, host_name};
 
 /// What [`take_part`] is put together from.
 pub mod parts {
     pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Memory};
 }
 
+use audit::Audit;
 use compute::Compute;
 use data::Data;
 use feed::Feed;
@@ -221,12 +224,15 @@ async fn furnish(
 ) -> Result<Work, WorkerError> {
     let (peers, joiners) = listener.serve(Digest::of(spec.run.name.as_bytes()));
     let store = Store::open(&spec.run.store)?;
-    let data = Data::open(Arc::clone(&spec), &store).await?;
+    let reading = settings.reading(&store);
+    let data = Data::open(Arc::clone(&spec), &store, &reading).await?;
+    metrics::observe(&reading);
     let moments = settings.moments.clone();
     let compute = Compute::start(Arc::clone(&spec), settings.threads, moments.clone())?;
     // Ends with the listener, which hands the joiners on.
     tokio::spawn(transfer::serve(joiners, compute.shelf().clone(), moments.clone()));
     Ok(Work {
+        audit: Audit::new(&spec, &store),
         feed: Feed::new(Arc::new(data)),
         compute,
         sources: Mutex::default(),

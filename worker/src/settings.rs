@@ -1,9 +1,11 @@
 //! What a worker is told by whoever starts it, and what it finds out about its machine.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use looptrain_storage::{Reading, ReadingOptions, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::{Moments, WorkerError};
@@ -49,8 +51,21 @@ pub struct WorkerSettings {
     /// How long a worker that has lost its coordinator keeps its state and looks for a new one at
     /// the same address; with zero it ends at once.
     pub reconnect_timeout: Duration,
+    /// Where blocks of datasets are kept on the local disk, and shared with other workers.
+    pub cache: Option<BlockCache>,
     /// For tests that hurt this worker at an exact moment.
     pub moments: Moments,
+}
+
+/// A cache of datasets on the local disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockCache {
+    /// Where it is; made if need be.
+    pub directory: PathBuf,
+    /// How large it may be.
+    pub bytes: u64,
+    /// Also for a store that is on the local disk itself.
+    pub always: bool,
 }
 
 impl WorkerSettings {
@@ -65,8 +80,16 @@ impl WorkerSettings {
             stop: Stop::default(),
             connect_timeout: Duration::from_secs(30),
             reconnect_timeout: Duration::ZERO,
+            cache: None,
             moments: Moments::default(),
         }
+    }
+
+    /// How this worker reads the datasets of a store.
+    pub(crate) fn reading(&self, store: &Store) -> Reading {
+        let cache = self.cache.iter().find(|cache| cache.always || store.is_remote());
+        let disk = cache.map(|cache| (cache.directory.clone(), cache.bytes));
+        Reading::new(ReadingOptions { disk, ..ReadingOptions::default() })
     }
 }
 

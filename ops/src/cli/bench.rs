@@ -12,6 +12,13 @@ pub(crate) enum Bench {
     /// the loopback, with workers that compute nothing
     #[command(after_help = "Example: looptrain bench commit --workers 2000 --steps 300")]
     Commit(CommitBench),
+    /// The feed by itself: samples a second over one data epoch, and the time to the first batch at
+    /// the beginning of a run and far into it
+    #[command(
+        after_help = "Example: looptrain bench data --million-tokens 64 --sequence-length 2048\n\
+        The dataset is made of tokens that look random; with --store it stays, for another time."
+    )]
+    Data(DataBench),
     /// Training state from peer to peer over the loopback: served, fetched, hashed, verified
     #[command(after_help = "Example: looptrain bench transfer --mib 1024 --sources 2")]
     Transfer(TransferBench),
@@ -37,6 +44,25 @@ pub(crate) struct CommitBench {
     /// Steps that are measured
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataBench {
+    /// Size of the dataset, in millions of tokens of 16 bits
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub(crate) million_tokens: u64,
+    /// Tokens of a sequence, which is a sample
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) sequence_length: u64,
+    /// Where the dataset is made, unless it is there; a directory that is removed by default
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: Option<String>,
+    /// Keep its blocks in this directory, as workers do with those of a remote store
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+    /// Times that the feed begins at each place; the figures are of the medians
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
 }
 
 #[derive(Debug, Args)]

@@ -53,7 +53,9 @@ pub(crate) struct PreparedRun {
 impl PreparedRun {
     /// Reads the spec, opens the store and makes what datasets are missing.
     pub(crate) async fn new(args: &SpecArgs) -> Result<Self> {
-        let mut spec = Spec::load(&args.spec, &args.overrides)?;
+        let mut overrides = args.overrides.clone();
+        overrides.extend(args.audit.then(|| "run.audit=true".to_owned()));
+        let mut spec = Spec::load(&args.spec, &overrides)?;
         let store = Store::open(&spec.run.store)?;
         store.check_writable().await?;
         let datasets = datasets::ensure(&store, &spec).await?;

@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod audit;
 mod bench;
 mod chaos;
 mod checkpoint;
@@ -19,12 +20,13 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
     match command {
         Command::Train(args) => train::run(args, telemetry).await,
         Command::Coordinator(args) => coordinator::run(args, telemetry).await,
-        Command::Worker(args) => worker::run(args).await,
+        Command::Worker(args) => worker::run(args, telemetry).await,
         Command::Status(args) => status::run(args).await,
         Command::Drain(args) => orders::drain(args).await,
         Command::Pause(args) => orders::pause(args).await,
         Command::Resume(args) => orders::resume(args).await,
         Command::Stop(args) => orders::stop(args).await,
+        Command::Audit(args) => audit::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Checkpoint(args) => checkpoint::run(args).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,

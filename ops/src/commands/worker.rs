@@ -1,9 +1,13 @@
 //! `looptrain worker`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
-use looptrain_worker::{Moments, WorkerSettings, host_name};
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::routing::get;
+use looptrain_worker::{BlockCache, Moments, WorkerSettings, host_name};
+use tokio::net::TcpListener;
 
 use super::all_threads;
 use crate::cli::Worker;
@@ -11,11 +15,22 @@ use crate::fault::Faults;
 use crate::preemption;
 use crate::progress::print_line;
 use crate::signals;
+use crate::telemetry::Telemetry;
 
-pub(crate) async fn run(args: Worker) -> Result<()> {
+/// Room for blocks of a remote store, unless told otherwise.
+const CACHE_GIB: u32 = 16;
+
+pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
     let signal = signals::stop_on_signals("leaving the run after the step in flight")?;
     if args.bound {
         signals::end_with_parent();
+    }
+    if let Some(address) = args.metrics {
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.with_context(|| format!("cannot serve /metrics on {address}"))?;
+        let render = telemetry.renderer();
+        let app = Router::new().route("/metrics", get(move || async move { render() }));
+        tokio::spawn(axum::serve(listener, app).into_future());
     }
     let name = args.name.unwrap_or_else(|| format!("{}-{}", host_name(), std::process::id()));
     let threads = args.threads.unwrap_or_else(all_threads);
@@ -35,6 +50,7 @@ pub(crate) async fn run(args: Worker) -> Result<()> {
     if let Some(source) = args.preemption_notice {
         preemption::watch(source, args.metadata_service, settings.stop.clone())?;
     }
+    settings.cache = cache(args.cache, args.cache_gib)?;
     if !args.faults.is_empty() {
         let faults = Faults::new(args.faults);
         settings.moments =
@@ -45,4 +61,27 @@ pub(crate) async fn run(args: Worker) -> Result<()> {
         print_line(&format!("ended: {}", finished.reason));
     }
     Ok(())
+}
+
+/// The cache of blocks: as given, else as the environment says, else for remote stores alone.
+fn cache(directory: Option<PathBuf>, gib: Option<u32>) -> Result<Option<BlockCache>> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let gib = match (gib, variable("LOOPTRAIN_CACHE_GIB")) {
+        (Some(gib), _) => gib,
+        (None, Some(text)) => text
+            .to_str()
+            .and_then(|text| text.parse().ok())
+            .context("LOOPTRAIN_CACHE_GIB is no number of GiB; write one such as 16")?,
+        (None, None) => CACHE_GIB,
+    };
+    let always = directory.is_some();
+    let usual = || {
+        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
+        Some(cache?.join("looptrain"))
+    };
+    let directory =
+        directory.or_else(|| variable("LOOPTRAIN_CACHE").map(PathBuf::from)).or_else(usual);
+    let directory = directory.filter(|_| gib > 0);
+    Ok(directory.map(|directory| BlockCache { directory, bytes: u64::from(gib) << 30, always }))
 }

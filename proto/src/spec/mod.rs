@@ -61,6 +61,10 @@ pub struct Run {
     /// Seed of the initial weights and of the data order.
     #[serde(default)]
     pub seed: u64,
+    /// Every worker writes to the store which sequences it has used for a step before it votes for
+    /// it, and the run waits for a store that does not take that; `looptrain audit` reads it.
+    #[serde(default)]
+    pub audit: bool,
 }
 
 /// How the gradients of the ranks become one.

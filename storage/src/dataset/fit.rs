@@ -54,6 +54,7 @@ fn names(datasets: &[&Dataset]) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::Reading;
     use super::super::testing::manifest;
     use super::*;
     use crate::Store;
@@ -101,8 +102,9 @@ mod tests {
     /// Checks datasets of so many (training, validation) tokens.
     fn check(a: (u64, u64), b: (u64, u64)) -> std::result::Result<(), String> {
         let store = Store::open("memory://").unwrap();
-        let dataset =
-            |name, (train, validation)| Dataset::new(&store, manifest(name, train, validation), 0);
+        let dataset = |name, (train, validation)| {
+            Dataset::new(&store, manifest(name, train, validation), Reading::default())
+        };
         check_fit(&spec(), &[dataset("a", a), dataset("b", b)]).map_err(|error| error.to_string())
     }
 
@@ -135,8 +137,9 @@ mod tests {
         let store = Store::open("memory://").unwrap();
         let mut spec = spec();
         spec.stages.remove(0);
-        let datasets = [("a", 5), ("b", 0)]
-            .map(|(name, tokens)| Dataset::new(&store, manifest(name, tokens, tokens), 0));
+        let datasets = [("a", 5), ("b", 0)].map(|(name, tokens)| {
+            Dataset::new(&store, manifest(name, tokens, tokens), Reading::default())
+        });
         check_fit(&spec, &datasets).unwrap();
     }
 }

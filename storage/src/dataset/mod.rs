@@ -8,24 +8,32 @@
 //! [`prepare`] makes a dataset from text files; [`Dataset`] reads one. The same files and options
 //! give byte-identical shards: no clock, no randomness, no dependence on thread timing.
 
+mod blocks;
 mod cache;
 mod collect;
+mod contents;
+mod disk;
 mod fit;
+mod hedge;
 mod manifest;
 mod prepare;
 #[cfg(test)]
 mod prepare_tests;
 mod read;
 mod shard;
+mod synthetic;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+mod tree;
 
+pub use blocks::{ReadCounts, Reading, ReadingOptions};
 pub use fit::check_fit;
 pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
 pub use prepare::{PrepareEvent, prepare};
-pub use read::Dataset;
+pub use read::{Dataset, Sequence};
 pub use shard::TokenType;
+pub use synthetic::{Synthetic, synthetic};
 pub use tokenizer::TextTokenizer;
 
 /// Where everything of a dataset lives in its store.

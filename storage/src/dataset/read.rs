@@ -1,20 +1,19 @@
-//! Reading a dataset: sequences out of shards that are fetched whole, checked and kept in memory.
+//! Reading a dataset: sequences out of shards, of which no more is fetched than the blocks that hold
+//! them; see [`super::blocks`].
 
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
+use futures::stream::{StreamExt, iter};
 use looptrain_proto::{Digest, spec};
 use tokio::sync::OnceCell;
 
-use super::cache::ShardCache;
+use super::blocks::{Piece, Reading, ShardFile};
 use super::shard::{self, Tokens};
 use super::{DatasetManifest, Split, TextTokenizer, dataset_prefix, manifest_key, tokenizer_key};
 use crate::{Error, Result, Store, blocking};
 
-/// Memory for decoded shards of one dataset.
-const CACHE_BYTES: usize = 512 << 20;
-
-/// A dataset in a store. Cheap to clone; clones share the shards in memory.
+/// A dataset in a store. Cheap to clone; clones share what is in memory.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     inner: Arc<Inner>,
@@ -27,7 +26,7 @@ struct Inner {
     /// First token of every shard within its split.
     train_starts: Vec<u64>,
     validation_starts: Vec<u64>,
-    shards: ShardCache,
+    reading: Reading,
     tokenizer: OnceCell<TextTokenizer>,
 }
 
@@ -37,6 +36,14 @@ impl Dataset {
     /// # Errors
     /// When the store fails or the manifest is not one this program can read.
     pub async fn open(store: &Store, name: &str) -> Result<Option<Self>> {
+        Self::open_with(store, name, &Reading::default()).await
+    }
+
+    /// As [`Dataset::open`], to be read as `reading` says, together with others.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub async fn open_with(store: &Store, name: &str, reading: &Reading) -> Result<Option<Self>> {
         let key = manifest_key(name);
         let Some(bytes) = store.get_opt(&key).await? else { return Ok(None) };
         let malformed = |reason: String| Error::Malformed { place: store.place(&key), reason };
@@ -44,11 +51,11 @@ impl Dataset {
             serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
         match manifest.complaint(name) {
             Some(reason) => Err(malformed(reason)),
-            None => Ok(Some(Self::new(store, manifest, CACHE_BYTES))),
+            None => Ok(Some(Self::new(store, manifest, reading.clone()))),
         }
     }
 
-    pub(super) fn new(store: &Store, manifest: DatasetManifest, cache_bytes: usize) -> Self {
+    pub(super) fn new(store: &Store, manifest: DatasetManifest, reading: Reading) -> Self {
         let starts = |split| {
             let mut next = 0;
             let shards = manifest.split(split).shards.iter();
@@ -60,7 +67,7 @@ impl Dataset {
                 validation_starts: starts(Split::Validation),
                 store: store.clone(),
                 manifest,
-                shards: ShardCache::new(cache_bytes),
+                reading,
                 tokenizer: OnceCell::new(),
             }),
         }
@@ -132,6 +139,21 @@ impl Dataset {
         sequence_length: usize,
         index: u64,
     ) -> Result<Vec<u32>> {
+        let mut tokens = Vec::with_capacity(sequence_length + 1);
+        self.find_sequence(split, sequence_length, index).await?.append_to(&mut tokens)?;
+        Ok(tokens)
+    }
+
+    /// The same sequence, in memory and not yet copied from there.
+    ///
+    /// # Errors
+    /// As [`Dataset::read_sequence`], but for what the tokens are.
+    pub async fn find_sequence(
+        &self,
+        split: Split,
+        sequence_length: usize,
+        index: u64,
+    ) -> Result<Sequence<'_>> {
         let sequences = self.sequences(split, sequence_length);
         if index >= sequences {
             return Err(Error::OutOfRange {
@@ -145,19 +167,47 @@ impl Dataset {
             Split::Train => &self.inner.train_starts,
             Split::Validation => &self.inner.validation_starts,
         };
-        let wanted = sequence_length + 1;
+        let mut missing = sequence_length as u64 + 1;
         let mut position = index * sequence_length as u64;
-        let mut tokens = Vec::with_capacity(wanted);
+        let mut pieces = Vec::with_capacity(2);
         // The last shard that begins at or before the position; empty shards are passed over.
         let mut shard = starts.partition_point(|&start| start <= position) - 1;
-        while tokens.len() < wanted {
-            let from = (position - starts[shard]) as usize;
-            let missing = wanted - tokens.len();
-            self.shard(split, shard).await?.extend(&mut tokens, from, missing);
+        while missing > 0 {
+            let first = position - starts[shard];
+            let here = missing.min(self.manifest().split(split).shards[shard].tokens - first);
+            if here > 0 {
+                self.find(split, shard, first, here, &mut pieces).await?;
+            }
+            missing -= here;
             shard += 1;
             position = starts.get(shard).copied().unwrap_or(position);
         }
-        Ok(tokens)
+        Ok(Sequence { dataset: self, split, sequence_length, index, pieces })
+    }
+
+    /// Adds what holds some tokens of a shard to `out`.
+    async fn find(
+        &self,
+        split: Split,
+        index: usize,
+        first: u64,
+        count: u64,
+        out: &mut Vec<Piece>,
+    ) -> Result<()> {
+        let Inner { store, manifest, reading, .. } = &*self.inner;
+        let entry = &manifest.split(split).shards[index];
+        let dataset = dataset_prefix(&manifest.name);
+        let key = format!("{dataset}/{}", entry.file);
+        let shard = ShardFile {
+            store,
+            key: &key,
+            digest: entry.digest,
+            bytes: entry.bytes,
+            tokens: entry.tokens,
+            dtype: manifest.dtype,
+            dataset: &dataset,
+        };
+        reading.pieces(shard, first, count, out).await
     }
 
     /// Nats per token of the validation split under the unigram model of the training split, with
@@ -177,25 +227,21 @@ impl Dataset {
     async fn count(&self, split: Split) -> Result<Vec<u64>> {
         let mut counts = vec![0_u64; self.manifest().vocabulary_size];
         let shards = 0..self.manifest().split(split).shards.len();
-        let mut shards =
-            futures::stream::iter(shards.map(|index| self.shard(split, index))).buffered(2);
+        let mut shards = iter(shards.map(|index| self.whole(split, index))).buffered(2);
         let mut tokens = Vec::new();
         while let Some(shard) = shards.try_next().await? {
             tokens.clear();
             shard.extend(&mut tokens, 0, shard.len());
             for &token in &tokens {
-                // `shard` has checked that tokens are in the vocabulary.
+                // `whole` has checked that tokens are in the vocabulary.
                 counts[token as usize] += 1;
             }
         }
         Ok(counts)
     }
 
-    async fn shard(&self, split: Split, index: usize) -> Result<Arc<Tokens>> {
-        self.inner.shards.get((split, index), self.fetch(split, index)).await
-    }
-
-    async fn fetch(&self, split: Split, index: usize) -> Result<Tokens> {
+    /// All tokens of a shard, for those who want all of them.
+    async fn whole(&self, split: Split, index: usize) -> Result<Tokens> {
         let Inner { store, manifest, .. } = &*self.inner;
         let entry = manifest.split(split).shards[index].clone();
         let key = format!("{}/{}", dataset_prefix(&manifest.name), entry.file);
@@ -223,12 +269,54 @@ impl Dataset {
     }
 
     fn corrupt(&self, key: &str, expected: Digest, found: Digest) -> Error {
-        let remedy = format!(
-            "restore the file, or delete {} and start again to prepare the dataset anew",
-            self.inner.store.place(&dataset_prefix(&self.manifest().name))
-        );
-        Error::Corrupt { place: self.inner.store.place(key), expected, found, remedy }
+        let store = &self.inner.store;
+        let remedy = remedy(store, &dataset_prefix(&self.manifest().name));
+        Error::Corrupt { place: store.place(key), expected, found, remedy }
     }
+}
+
+/// A sequence of a dataset, in the blocks that hold it.
+#[derive(Debug)]
+pub struct Sequence<'a> {
+    dataset: &'a Dataset,
+    split: Split,
+    sequence_length: usize,
+    index: u64,
+    pieces: Vec<Piece>,
+}
+
+impl Sequence<'_> {
+    /// Appends its tokens to `out`.
+    ///
+    /// # Errors
+    /// When one of them is not in the vocabulary.
+    pub fn append_to(&self, out: &mut Vec<u32>) -> Result<()> {
+        let begin = out.len();
+        self.pieces.iter().for_each(|piece| piece.dtype.extend(out, &piece.bytes));
+        let Inner { store, manifest, .. } = &*self.dataset.inner;
+        let (vocabulary, largest) = (manifest.vocabulary_size, out[begin..].iter().max());
+        match largest {
+            Some(&token) if token as usize >= vocabulary => {
+                let Self { split, sequence_length, index, .. } = self;
+                let reason = format!(
+                    "token {token} is not in the vocabulary of {vocabulary}, in the {split} sequence {index} of {sequence_length} tokens; prepare the dataset again"
+                );
+                Err(Error::Malformed {
+                    place: store.place(&dataset_prefix(&manifest.name)),
+                    reason,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What to do about a damaged file of a dataset.
+pub(super) fn remedy(store: &Store, dataset: &str) -> String {
+    format!(
+        "restore the file, or delete {} and start again to prepare the dataset anew",
+        store.place(dataset)
+    )
 }
 
 /// Cross-entropy of the validation counts under the smoothed training counts.
@@ -244,11 +332,12 @@ pub(super) fn unigram_loss(train: &[u64], validation: &[u64]) -> f64 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{ShardEntry, SplitManifest, TokenType, testing};
+    use super::super::{ReadingOptions, ShardEntry, SplitManifest, TokenType, testing};
     use super::*;
 
     /// A dataset of `tokens` in shards of `shard_tokens`, the validation split alike.
-    async fn dataset(tokens: &[u32], shard_tokens: usize, cache_bytes: usize) -> (Store, Dataset) {
+    async fn dataset(tokens: &[u32], shard_tokens: usize, memory: usize) -> (Store, Dataset) {
+        let reading = Reading::new(ReadingOptions { memory, disk: None });
         let store = Store::open("memory://").unwrap();
         let mut splits = [SplitManifest::default(), SplitManifest::default()];
         for (split, name) in splits.iter_mut().zip(["tokens", "validation"]) {
@@ -273,7 +362,7 @@ mod tests {
             .put("datasets/d/manifest.json", serde_json::to_vec(&manifest).unwrap())
             .await
             .unwrap();
-        let dataset = Dataset::new(&store, manifest, cache_bytes);
+        let dataset = Dataset::new(&store, manifest, reading);
         (store, dataset)
     }
 
@@ -282,12 +371,12 @@ mod tests {
         #[test]
         fn a_sequence_is_the_same_however_the_stream_is_cut_into_shards(
             length in 1_usize..300, shard_tokens in 1_usize..80, sequence_length in 1_usize..60,
-            cache_bytes in prop::sample::select(vec![0, 100, 1 << 20]),
+            memory in prop::sample::select(vec![0, 4096, 1 << 20]),
         ) {
             let tokens: Vec<u32> = (0..length as u32).map(|i| i * 7 % 1000).collect();
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             runtime.block_on(async {
-                let (_, dataset) = dataset(&tokens, shard_tokens, cache_bytes).await;
+                let (_, dataset) = dataset(&tokens, shard_tokens, memory).await;
                 let sequences = dataset.sequences(Split::Train, sequence_length);
                 assert_eq!(sequences as usize, (length - 1) / sequence_length);
                 for index in 0..sequences {
@@ -312,7 +401,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_damaged_shard_is_named_with_both_digests_and_a_remedy() {
-        let (store, dataset) = dataset(&[1; 100], 50, 1000).await;
+        // Shards of different tokens: what is known of one is not taken for the other.
+        let tokens: Vec<u32> = (0..100).collect();
+        let (store, dataset) = dataset(&tokens, 50, 1000).await;
         let key = "datasets/d/tokens-00001.arrow";
         let mut bytes = store.get(key).await.unwrap().to_vec();
         let expected = Digest::of(&bytes);

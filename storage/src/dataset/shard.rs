@@ -4,6 +4,9 @@
 //! true where a document's first token is. Boundaries stand beside the tokens, so that a single
 //! record batch, read by range, is all it takes to mask attention between documents, whatever the
 //! tokenizer. A document may begin in one shard and end in the next.
+//!
+//! The footer's custom metadata has what it takes to read a few tokens and no more, and to check
+//! them: [`Contents`]. Readers that know nothing of it see an Arrow file like any other.
 
 use std::io::Cursor;
 use std::sync::Arc;
@@ -15,6 +18,9 @@ use arrow::ipc::reader::FileReader;
 use arrow::ipc::writer::FileWriter;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+
+use super::contents::{self, Contents};
+use super::tree;
 
 /// Rows of a record batch, the unit of a range read.
 const BATCH_ROWS: usize = 65_536;
@@ -34,6 +40,28 @@ impl TokenType {
     #[must_use]
     pub fn for_vocabulary(size: usize) -> Self {
         if size <= 1 << 16 { Self::U16 } else { Self::U32 }
+    }
+
+    /// Bytes of a token.
+    pub(super) fn bytes(self) -> u64 {
+        match self {
+            Self::U16 => 2,
+            Self::U32 => 4,
+        }
+    }
+
+    /// Appends the tokens that stand in `bytes` to `out`.
+    pub(super) fn extend(self, out: &mut Vec<u32>, bytes: &[u8]) {
+        match self {
+            Self::U16 => {
+                let (words, _) = bytes.as_chunks();
+                out.extend(words.iter().map(|&word| u32::from(u16::from_le_bytes(word))));
+            }
+            Self::U32 => {
+                let (words, _) = bytes.as_chunks();
+                out.extend(words.iter().map(|&word| u32::from_le_bytes(word)));
+            }
+        }
     }
 
     fn column(self, tokens: &[u32]) -> ArrayRef {
@@ -68,12 +96,37 @@ pub(super) fn encode(
 ) -> Result<Bytes, ArrowError> {
     let schema = dtype.schema();
     let mut writer = FileWriter::try_new(Vec::new(), &schema)?;
+    let mut places = Vec::new();
     for (tokens, starts) in tokens.chunks(BATCH_ROWS).zip(starts.chunks(BATCH_ROWS)) {
         let starts: ArrayRef = Arc::new(BooleanArray::from(starts.to_vec()));
         let columns = vec![dtype.column(tokens), starts];
+        let begin = writer.get_ref().len();
         writer.write(&RecordBatch::try_new(Arc::clone(&schema), columns)?)?;
+        let column = contents::token_column(&writer.get_ref()[begin..]);
+        let (place, _) = column.map_err(ArrowError::IpcError)?;
+        places.push(begin as u64 + place);
     }
+    // Of whole blocks alone: what follows stands in the last ones.
+    let whole = writer.get_ref().len() / tree::BLOCK as usize * tree::BLOCK as usize;
+    let hashes = tree::hashes(0, &writer.get_ref()[..whole]);
+    let (tokens, batch_rows) = (tokens.len() as u64, BATCH_ROWS as u64);
+    let contents = Contents { dtype, tokens, batch_rows, places, hashes };
+    writer.write_metadata(Contents::KEY, contents.to_text());
     Ok(writer.into_inner()?.into())
+}
+
+/// A shard of 16-bit tokens as they were before they had [`Contents`].
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(super) fn encode_as_before(tokens: &[u32]) -> Bytes {
+    let schema = TokenType::U16.schema();
+    let mut writer = FileWriter::try_new(Vec::new(), &schema).unwrap();
+    for tokens in tokens.chunks(BATCH_ROWS) {
+        let starts: ArrayRef = Arc::new(BooleanArray::from(vec![false; tokens.len()]));
+        let columns = vec![TokenType::U16.column(tokens), starts];
+        writer.write(&RecordBatch::try_new(Arc::clone(&schema), columns).unwrap()).unwrap();
+    }
+    writer.into_inner().unwrap().into()
 }
 
 /// The tokens of a shard, as wide as in the file.
@@ -96,14 +149,6 @@ impl Tokens {
         match self {
             Self::Narrow(tokens) => tokens.iter().max().map(|&token| u32::from(token)),
             Self::Wide(tokens) => tokens.iter().max().copied(),
-        }
-    }
-
-    /// Memory they take.
-    pub(super) fn bytes(&self) -> usize {
-        match self {
-            Self::Narrow(tokens) => 2 * tokens.len(),
-            Self::Wide(tokens) => 4 * tokens.len(),
         }
     }
 

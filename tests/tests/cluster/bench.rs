@@ -36,6 +36,29 @@ fn the_time_from_the_last_vote_to_the_last_commit_is_measured_with_real_sessions
 }
 
 #[test]
+fn the_feed_is_measured_over_an_epoch_and_its_first_batch_near_and_far() {
+    let scratch = Scratch::new();
+    let (store, cache) = ("file://bench-store", "cache");
+    let arguments = ["--million-tokens", "2", "--sequence-length", "512", "--rounds", "3"];
+    let arguments =
+        [&["bench", "data", "--store", store, "--cache", cache], &arguments[..]].concat();
+    let cold = figures(&scratch.run(&arguments));
+    assert_eq!(cold["bench"], "data");
+    let samples = positive(&cold, "/samples");
+    assert_eq!(samples, (1_999_999 / 512 / 64 * 64) as f64);
+    let speed = samples / positive(&cold, "/seconds");
+    assert!((positive(&cold, "/samples_per_second") / speed - 1.0).abs() < 0.1, "{cold}");
+    let (near, far) =
+        (positive(&cold, "/first_batch_ms/at_0"), positive(&cold, "/first_batch_ms/at_1e12"));
+    assert!((positive(&cold, "/first_batch_ratio") / (far / near) - 1.0).abs() < 0.1, "{cold}");
+    // Another process, to which the cache on the disk gives the same.
+    let warm = figures(&scratch.run(&arguments));
+    assert_eq!(warm["sum_of_tokens"], cold["sum_of_tokens"]);
+    assert_eq!((&warm["blocks"]["store"], &warm["store_bytes"]), (&0.into(), &0.into()));
+    assert!(positive(&warm, "/blocks/disk") > 60.0, "{warm}");
+}
+
+#[test]
 fn a_state_is_fetched_from_several_sources_and_its_speed_measured() {
     let arguments = ["bench", "transfer", "--mib", "16", "--sources", "2", "--rounds", "2"];
     let figures = figures(&Scratch::new().run(&arguments));

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use looptrain_proto::{Spec, Step};
-use looptrain_storage::Store;
+use looptrain_storage::{Reading, Store};
 
 use crate::compute::{Compute, ComputeError};
 use crate::data::Data;
@@ -63,7 +63,8 @@ pub async fn bare_steps(
 ) -> Result<Vec<BareStep>, BareError> {
     let spec = Arc::new(spec);
     let store = Store::open(&spec.run.store).map_err(WorkerError::from)?;
-    let data = Data::open(Arc::clone(&spec), &store).await.map_err(WorkerError::from)?;
+    let reading = Reading::default();
+    let data = Data::open(Arc::clone(&spec), &store, &reading).await.map_err(WorkerError::from)?;
     let mut work = Vec::new();
     for step in (1..=steps).map(Step) {
         let slots = spec.stages[spec.stage_of(step)].slots;

@@ -3,9 +3,11 @@
 //! Nothing of a worker knows of this module.
 
 mod bare;
+mod feeding;
 mod saves;
 mod transfer;
 
 pub use bare::{BareError, BareStep, bare_steps};
+pub use feeding::{Fed, Feeding};
 pub use saves::{Save, Saves};
 pub use transfer::{TransferError, Transfers};

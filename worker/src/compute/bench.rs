@@ -13,8 +13,11 @@ use looptrain_model::{Engine, Layout, SlotBatch, SlotOutput, StageSettings, Trai
 use looptrain_proto::spec::NonFinite;
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
+use looptrain_storage::SlotUse;
 
 use super::sums;
+use crate::audit;
+use crate::data::Slot;
 use crate::reduce::exact::{FixedPoint, OutOfRange};
 use crate::state::{self, Part};
 use crate::transfer::Shelf;
@@ -51,6 +54,8 @@ pub(crate) struct Contribution {
     pub(crate) computed: usize,
     /// What keeps the step from being applied, under a spec that skips such steps.
     pub(crate) detail: String,
+    /// What the slots were computed from, now or in an earlier try, in an audited run.
+    pub(crate) used: Vec<SlotUse>,
 }
 
 /// What is reported of a reduced step.
@@ -74,6 +79,8 @@ struct Prepared {
 struct Kept {
     step: Step,
     outputs: BTreeMap<u32, SlotOutput>,
+    /// What they, and others that there was no room for, were computed from.
+    used: BTreeMap<u32, SlotUse>,
 }
 
 /// Everything behind the compute thread.
@@ -185,7 +192,7 @@ impl Bench {
         &mut self,
         step: Step,
         first_slot: u32,
-        batches: Vec<SlotBatch>,
+        given: Vec<Slot>,
         cancelled: &AtomicBool,
     ) -> Result<Contribution, ComputeError> {
         let start = Instant::now();
@@ -208,12 +215,17 @@ impl Bench {
             fixed: FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots),
         };
         let (mut slots, mut missing, mut bad) = (Vec::new(), Vec::new(), Vec::new());
-        for (slot, batch) in (first_slot..).zip(batches) {
+        let all = first_slot..first_slot + given.len() as u32;
+        let mut used = Vec::new();
+        for (slot, given) in all.clone().zip(given) {
             match self.kept.outputs.get(&slot) {
                 Some(output) => adding.take(&mut sum, slot, output, &mut bad)?,
                 None => {
+                    if self.spec.run.audit {
+                        used.push(audit::use_of(&self.spec, slot, &given));
+                    }
                     slots.push(slot);
-                    missing.push(batch);
+                    missing.push(given.batch);
                 }
             }
         }
@@ -244,11 +256,13 @@ impl Bench {
                 return Err(ComputeError::Cancelled);
             }
         }
+        self.kept.used.extend(used.into_iter().map(|used| (used.slot, used)));
+        let used = all.filter_map(|slot| self.kept.used.get(&slot).cloned()).collect();
         // In the order of slots, whatever thread was first.
         bad.sort_unstable();
         let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");
         let seconds = start.elapsed().as_secs_f64();
-        Ok(Contribution { sums: sum, seconds, computed: missing.len(), detail })
+        Ok(Contribution { sums: sum, seconds, computed: missing.len(), detail, used })
     }
 
     /// Takes the reduced buffer of the step after the held one; the update waits for its commit.

@@ -10,13 +10,17 @@ fn bench(threads: usize) -> Bench {
     bench
 }
 
-fn batches(slots: std::ops::Range<u32>) -> Vec<SlotBatch> {
+fn batches(slots: std::ops::Range<u32>) -> Vec<Slot> {
     let batch = |slot: u32| SlotBatch {
         tokens: (0..18).map(|place| (slot * 31 + place * 7) % 300).collect(),
         sequences: 2,
         sequence_length: 8,
     };
-    slots.map(batch).collect()
+    let slot = |slot: u32| Slot {
+        batch: batch(slot),
+        sequences: vec![(0, 2 * u64::from(slot)), (0, 2 * u64::from(slot) + 1)],
+    };
+    slots.map(slot).collect()
 }
 
 fn share(bench: &mut Bench, step: u64, slots: std::ops::Range<u32>) -> Vec<i64> {
@@ -45,6 +49,35 @@ fn a_retry_with_other_slots_reuses_what_is_there_and_gives_the_same_bits() {
     share(&mut bench, 1, 0..2);
     assert_eq!(bench.kept.outputs.len(), 4);
     assert!(share(&mut bench, 1, 1..4) == fresh);
+}
+
+#[test]
+fn what_a_slot_was_computed_from_is_told_also_when_its_gradient_is_of_an_earlier_try() {
+    let mut spec = tiny_spec("memory://");
+    spec.run.audit = true;
+    let mut bench = Bench::new(Arc::new(spec), 1, Shelf::default(), Moments::default());
+    bench.initialise();
+    let on = AtomicBool::new(false);
+    let first = bench.contribute(Step(1), 1, batches(1..3), &on).unwrap();
+    let told = |used: &SlotUse| (used.slot, used.sequences.iter().map(|(_, at)| *at).collect());
+    let expected = |slots: std::ops::Range<u32>| -> Vec<(u32, Vec<u64>)> {
+        slots.map(|slot| (slot, vec![2 * u64::from(slot), 2 * u64::from(slot) + 1])).collect()
+    };
+    assert_eq!(first.used.iter().map(told).collect::<Vec<_>>(), expected(1..3));
+    // Given something else for the slots whose gradients are there, it tells of what they are of.
+    let mut others = batches(0..4);
+    others[1].sequences = vec![(0, 98), (0, 99)];
+    others[1].batch.tokens[3] ^= 1;
+    let second = bench.contribute(Step(1), 0, others, &on).unwrap();
+    assert_eq!(second.computed, 2);
+    assert_eq!(second.used.iter().map(told).collect::<Vec<_>>(), expected(0..4));
+    assert_eq!(second.used[1..3], first.used);
+    assert_eq!(share_used(&mut self::bench(1)), [], "nobody asked");
+}
+
+fn share_used(bench: &mut Bench) -> Vec<SlotUse> {
+    let on = AtomicBool::new(false);
+    bench.contribute(Step(1), 0, batches(0..2), &on).unwrap().used
 }
 
 #[test]
@@ -126,7 +159,7 @@ fn a_number_that_is_none_is_traced_to_its_slot() {
 #[test]
 fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
     let on = AtomicBool::new(false);
-    let all = batches(0..5);
+    let all: Vec<SlotBatch> = batches(0..5).into_iter().map(|slot| slot.batch).collect();
     let (whole, tokens) = bench(2).evaluate(Step(0), &all, &on).unwrap();
     let (left, some) = bench(1).evaluate(Step(0), &all[..2], &on).unwrap();
     let (right, others) = bench(1).evaluate(Step(0), &all[2..], &on).unwrap();
@@ -138,7 +171,7 @@ fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
 
 /// A bench of a run that skips steps, and batches of which slot 2 has a token that the model's
 /// weights turn into NaN.
-fn skipping(threads: usize) -> (Bench, Vec<SlotBatch>) {
+fn skipping(threads: usize) -> (Bench, Vec<Slot>) {
     let mut spec = tiny_spec("memory://");
     spec.optimizer.non_finite = NonFinite::Skip;
     let mut bench = Bench::new(Arc::new(spec), threads, Shelf::default(), Moments::default());
@@ -150,8 +183,8 @@ fn skipping(threads: usize) -> (Bench, Vec<SlotBatch>) {
     state.weights[embedding][poison] = f32::NAN;
     bench.adopt(state);
     let mut batches = batches(0..4);
-    batches.iter_mut().flat_map(|batch| &mut batch.tokens).for_each(|token| *token %= 299);
-    batches[2].tokens[0] = 299;
+    batches.iter_mut().flat_map(|slot| &mut slot.batch.tokens).for_each(|token| *token %= 299);
+    batches[2].batch.tokens[0] = 299;
     (bench, batches)
 }
 

@@ -22,6 +22,7 @@ use tracing::Instrument;
 use super::duties::{Duties, Holding, Membership};
 use super::failure::Failure;
 use super::memory::Memory;
+use crate::audit::Audit;
 use crate::compute::{Bench, Compute, ComputeError};
 use crate::feed::Feed;
 use crate::reduce::Collective;
@@ -47,6 +48,8 @@ const UPDATE_SOURCES: usize = 3;
 pub(crate) struct Work {
     pub(crate) spec: Arc<Spec>,
     pub(crate) feed: Feed,
+    /// In an audited run.
+    pub(crate) audit: Option<Audit>,
     pub(crate) compute: Compute,
     pub(crate) store: Store,
     pub(crate) checkpoints: Checkpoints,
@@ -253,6 +256,9 @@ impl Duties for Work {
             Ok::<_, Failure>(Ring::form(&self.peers, *ring, *rank, members, FORM_TIME).await?)
         };
         let (collective, digest) = tokio::try_join!(ring_formed, self.reach(*step))?;
+        if let Some(audit) = &self.audit {
+            audit.take_place(*ring, *rank);
+        }
         let generation = ring.generation.0;
         let weights_digest = digest.to_vec();
         Ok((collective, Ready { generation, step: step.0, weights_digest }))
@@ -281,9 +287,17 @@ impl Duties for Work {
         let mut sums = contribution.sums;
         let span = tracing::info_span!("reduce", world = collective.world());
         let under_way = || self.moments.at(Moment::Reduce(step));
-        let reduced = collective.all_reduce_watched(step.0, &mut sums, &under_way);
-        let blocked = reduced.instrument(span).await?;
-        let reduce = start.elapsed().as_secs_f64();
+        let reduced = async {
+            let blocked = collective.all_reduce_watched(step.0, &mut sums, &under_way).await?;
+            Ok::<_, Failure>((blocked, start.elapsed().as_secs_f64()))
+        };
+        let audited = async {
+            if let Some(audit) = &self.audit {
+                audit.write(step, &contribution.used).await;
+            }
+            Ok(())
+        };
+        let ((blocked, reduce), ()) = tokio::try_join!(reduced.instrument(span), audited)?;
 
         let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;
         Ok(Prepared {

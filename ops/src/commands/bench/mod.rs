@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod commit;
+mod data;
 mod figures;
 mod orchestration;
 mod reduce;
@@ -19,6 +20,7 @@ pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
     let figures = match bench {
         Bench::Commit(args) => commit::run(args).await?,
         Bench::Checkpoint(args) => checkpoint::run(args).await?,
+        Bench::Data(args) => data::run(args).await?,
         Bench::Transfer(args) => transfer::run(args).await?,
         Bench::Reduce(args) => reduce::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,

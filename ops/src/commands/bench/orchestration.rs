@@ -107,7 +107,8 @@ fn spec_args(args: &OrchestrationBench, steps: u32) -> Result<SpecArgs> {
         "evaluation.every_steps=0".into(),
         "evaluation.sequences=1".into(),
     ]);
-    Ok(SpecArgs { spec: args.spec.clone(), overrides, fresh: true, until: None, dashboard: None })
+    let spec = args.spec.clone();
+    Ok(SpecArgs { spec, overrides, fresh: true, until: None, dashboard: None, audit: false })
 }
 
 /// A step of the local run.
