@@ -83,10 +83,12 @@ fn every_mth_checkpoint_of_a_run_stays() {
         "--set",
         "checkpoint.keep_every_steps=5",
     ];
-    // So slow that every checkpoint is made.
     scratch.train(&[&["--workers", "1", "--until", "10"], &retention[..]].concat());
     scratch.train(&[&["--workers", "1"], &retention[..]].concat()).done();
-    assert_eq!(steps(&json(&checkpoint(&scratch, "list", &["--json"]))), [10, 14]);
+    // Of a step in between, too, if the one before it was slow.
+    let left = steps(&json(&checkpoint(&scratch, "list", &["--json"])));
+    assert!(left.contains(&10) && left.last() == Some(&14), "{left:?}");
+    assert!(left.iter().all(|step| *step == 14 || step.is_multiple_of(5)), "{left:?}");
 }
 
 #[test]

@@ -3,10 +3,12 @@
 //! s3s-fs is not among them: it looks whether an object exists and then writes it, so that of
 //! racing writers several win.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::TryStreamExt;
 use futures::future::join_all;
-use looptrain_storage::{Error, Faults, Store};
+use looptrain_storage::{Error, Faults, ObjectInfo, Store};
 use tempfile::TempDir;
 
 use crate::seaweed::Seaweed;
@@ -19,7 +21,9 @@ async fn keeps_its_promises(store: &Store, prefix: &str) {
     store.check_writable().await.unwrap();
     put_get_range_list_and_delete(store, &format!("{prefix}/basic")).await;
     large_objects(store, &format!("{prefix}/large")).await;
-    for round in 0..3 {
+    // SeaweedFS takes ten seconds for 64 writers of one object.
+    let rounds = if store.url().starts_with("s3://") { 1 } else { 5 };
+    for round in 0..rounds {
         one_of_64_racing_writers_creates_an_object(store, &format!("{prefix}/create/{round}"))
             .await;
         one_of_64_racing_writers_updates_an_object(store, &format!("{prefix}/update/{round}"))
@@ -27,7 +31,28 @@ async fn keeps_its_promises(store: &Store, prefix: &str) {
     }
     no_update_of_a_counter_is_lost(store, &format!("{prefix}/counter")).await;
     assert!(store.delete_prefix(prefix).await.unwrap() > 0);
+    if in_storm(store) {
+        // Listings do not lack anymore what is there by now.
+        tokio::time::sleep(STALE).await;
+        store.delete_prefix(prefix).await.unwrap();
+    }
     assert!(store.list(prefix).await.unwrap().is_empty());
+}
+
+/// Whether a store is one of [`storm`]'s, which its URL says.
+fn in_storm(store: &Store) -> bool {
+    store.url().contains("storm")
+}
+
+/// For so long a listing of a store in a storm may lack what was written.
+const STALE: Duration = Duration::from_secs(3);
+
+/// What is there below a prefix, by its keys.
+async fn listed(store: &Store, prefix: &str) -> Vec<ObjectInfo> {
+    if in_storm(store) {
+        tokio::time::sleep(STALE).await;
+    }
+    store.list(prefix).await.unwrap()
 }
 
 async fn put_get_range_list_and_delete(store: &Store, prefix: &str) {
@@ -52,7 +77,7 @@ async fn put_get_range_list_and_delete(store: &Store, prefix: &str) {
     assert!(store.get_range(&key("none"), 0..1).await.is_err());
 
     store.put(&format!("{prefix}-beside"), "not below").await.unwrap();
-    let listed = store.list(prefix).await.unwrap();
+    let listed = listed(store, prefix).await;
     let keys: Vec<&str> = listed.iter().map(|object| object.key.as_str()).collect();
     let expected = ["deep/er", "one", "one#1+ä &=", "two"].map(key);
     assert_eq!(keys, expected);
@@ -81,7 +106,7 @@ async fn large_objects(store: &Store, key: &str) {
         let middle = store.get_range(key, (8 << 20) - 3..(8 << 20) + 3).await.unwrap();
         assert_eq!(middle, bytes[(8 << 20) - 3..(8 << 20) + 3]);
     }
-    let listed = store.list(key.rsplit_once('/').unwrap().0).await.unwrap();
+    let listed = listed(store, key.rsplit_once('/').unwrap().0).await;
     let named: Vec<&str> = listed.iter().map(|object| object.key.as_str()).collect();
     assert!(named.contains(&key), "{named:?}");
     store.put_large(key, "small").await.unwrap();
@@ -135,7 +160,7 @@ async fn one_winner(store: &Store, key: &str, winners: Vec<usize>) {
     assert!(there.starts_with("writer "), "somebody has written: {there}");
     match winners[..] {
         [winner] => assert_eq!(there, format!("writer {winner}")),
-        [] if format!("{store:?}").contains("storm") => {}
+        [] if in_storm(store) => {}
         _ => panic!("{} of {RACERS} won: {winners:?}; there is {there}", winners.len()),
     }
 }
@@ -159,14 +184,14 @@ async fn no_update_of_a_counter_is_lost(store: &Store, key: &str) {
     }
     let count: u64 = std::str::from_utf8(&store.get(key).await.unwrap()).unwrap().parse().unwrap();
     // In a storm an update may be made and denied, and is made once more.
-    match format!("{store:?}").contains("storm") {
+    match in_storm(store) {
         true => assert!(count >= 80, "{count}"),
         false => assert_eq!(count, 80),
     }
 }
 
-/// The same store behind faults, under a URL that says so.
-fn in_a_storm(store: Store, seed: u64) -> Store {
+/// The same store behind faults; its URL says so.
+fn storm(store: Store, seed: u64) -> Store {
     store.with_faults(Faults::new(seed, 0.15))
 }
 
@@ -186,7 +211,7 @@ async fn a_directory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_in_a_storm() {
     let store = Store::open("memory://storm").unwrap();
-    keeps_its_promises(&in_a_storm(store, 5), "all").await;
+    keeps_its_promises(&storm(store, 5), "all").await;
 }
 
 #[test]
@@ -195,9 +220,8 @@ fn seaweedfs() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let open = |url: &str| Store::open_with(url, seaweed.variables()).unwrap();
     runtime.block_on(async {
-        keeps_its_promises(&open("s3://lab"), "all").await;
         keeps_its_promises(&open("s3://lab/some/where"), "all").await;
-        keeps_its_promises(&in_a_storm(open("s3://lab/storm"), 3), "all").await;
+        keeps_its_promises(&storm(open("s3://lab/storm"), 3), "all").await;
         assert!(open("s3://lab").list("").await.unwrap().is_empty(), "nothing is left");
     });
 }

@@ -11,6 +11,9 @@ use tempfile::TempDir;
 /// A server is usually there within two seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Runs a program until stdin ends, as it does with this process, however that ends.
+const WITH_STDIN: &str = "\"$0\" \"$@\" & read -r line; kill -KILL $!; wait";
+
 /// Credentials that occur in no other text.
 pub(crate) const ACCESS_KEY: &str = "AKIATESTSEAWEED0";
 pub(crate) const SECRET_KEY: &str = "s3cr3t-of-the-test-Qm9vLg";
@@ -35,7 +38,9 @@ impl Seaweed {
         let [master, volume, filer, s3, admin] = [(); 5].map(|()| free_port());
         let log = File::create(directory.path().join("log")).unwrap();
         std::fs::create_dir(directory.path().join("data")).unwrap();
-        let server = Command::new(program)
+        let server = Command::new("sh")
+            .args(["-c", WITH_STDIN])
+            .arg(program)
             .arg("mini")
             .arg(format!("-dir={}", directory.path().join("data").display()))
             .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=lab"])
@@ -47,7 +52,7 @@ impl Seaweed {
             .args(["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"])
             .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
             .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
@@ -89,7 +94,7 @@ impl Seaweed {
 
 impl Drop for Seaweed {
     fn drop(&mut self) {
-        let _ = self.server.kill();
+        drop(self.server.stdin.take());
         let _ = self.server.wait();
     }
 }
