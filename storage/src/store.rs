@@ -324,8 +324,8 @@ impl Store {
     /// # Errors
     /// When the store fails; the older object is then still whole.
     pub async fn put(&self, key: &str, bytes: impl Into<Bytes>) -> Result<()> {
-        let written = self.write(key, bytes.into(), PutMode::Overwrite).await;
-        written.map(drop).map_err(|failure| self.failed("write", key, failure))
+        let written = self.write(key, bytes.into().into(), PutMode::Overwrite).await;
+        written.map_err(|failure| self.failed("write", key, failure))
     }
 
     /// Writes the object unless it exists; `false` when somebody else was first.
@@ -355,7 +355,7 @@ impl Store {
 
     async fn write_if(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<bool> {
         use object_store::Error::{AlreadyExists, Precondition};
-        match self.write(key, bytes, mode).await {
+        match self.write(key, bytes.into(), mode).await {
             Ok(()) => Ok(true),
             Err(Failure { error: AlreadyExists { .. } | Precondition { .. }, .. }) => Ok(false),
             Err(failure) => Err(self.failed("write", key, failure)),
@@ -365,14 +365,13 @@ impl Store {
     async fn write(
         &self,
         key: &str,
-        bytes: Bytes,
+        payload: PutPayload,
         mode: PutMode,
     ) -> std::result::Result<(), Failure> {
         let path = self.path(key);
         let attempt = || async {
-            let payload = PutPayload::from(bytes.clone());
             let path = path.as_ref().map_err(wrong_key)?;
-            self.objects.put_opts(path, payload, mode.clone().into()).await
+            self.objects.put_opts(path, payload.clone(), mode.clone().into()).await
         };
         self.retried("write", key, attempt).await.map(drop)
     }

@@ -1,10 +1,12 @@
 //! Tensors to safetensors and back.
 //!
-//! The header is written here, because the same tensors must have the same bytes: the crate's own
+//! A part file is made without copying: a list of chunks, of which the first is the header and the
+//! others are the tensors' own memory. The header is written here, because the same tensors must have the same bytes: the crate's own
 //! writer goes through a hash map, whose order changes from run to run. Reading is the crate's,
 //! which checks offsets and sizes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
@@ -15,20 +17,20 @@ use super::Tensor;
 /// Data begins at a multiple of this many bytes.
 const ALIGNMENT: usize = 8;
 
-/// The bytes of a part file; tensors stand in it sorted by name.
+/// The bytes of a part file, in chunks; tensors stand in it sorted by name.
 pub(super) fn encode(
-    tensors: &[Tensor],
+    tensors: &Arc<[Tensor]>,
     metadata: &BTreeMap<String, String>,
-) -> Result<Bytes, String> {
-    let mut sorted: Vec<&Tensor> = tensors.iter().collect();
-    sorted.sort_by(|a, b| a.name.cmp(&b.name));
+) -> Result<Vec<Bytes>, String> {
+    let mut sorted: Vec<usize> = (0..tensors.len()).collect();
+    sorted.sort_by(|a, b| tensors[*a].name.cmp(&tensors[*b].name));
 
     let mut header = Map::new();
     if !metadata.is_empty() {
         header.insert("__metadata__".to_owned(), json!(metadata));
     }
     let mut end = 0;
-    for tensor in &sorted {
+    for tensor in sorted.iter().map(|index| &tensors[*index]) {
         if tensor.shape.iter().product::<usize>() != tensor.data.len() {
             return Err(format!(
                 "tensor `{}` has the shape {:?} and {} values",
@@ -47,13 +49,30 @@ pub(super) fn encode(
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
 
-    let mut bytes = Vec::with_capacity(8 + header.len() + end);
-    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&header);
-    for tensor in sorted {
-        bytes.extend_from_slice(&little_endian(&tensor.data));
+    let mut begin = (header.len() as u64).to_le_bytes().to_vec();
+    begin.extend_from_slice(&header);
+    let data = sorted.into_iter().map(|index| values(tensors, index));
+    Ok(std::iter::once(begin.into()).chain(data).collect())
+}
+
+/// The values of a tensor as they are stored: its own memory, which stays until they are dropped.
+#[cfg(target_endian = "little")]
+fn values(tensors: &Arc<[Tensor]>, index: usize) -> Bytes {
+    struct Values(Arc<[Tensor]>, usize);
+
+    impl AsRef<[u8]> for Values {
+        fn as_ref(&self) -> &[u8] {
+            bytemuck::cast_slice(&self.0[self.1].data)
+        }
     }
-    Ok(bytes.into())
+
+    Bytes::from_owner(Values(Arc::clone(tensors), index))
+}
+
+/// The values of a tensor as they are stored.
+#[cfg(target_endian = "big")]
+fn values(tensors: &Arc<[Tensor]>, index: usize) -> Bytes {
+    little_endian(&tensors[index].data).into_owned().into()
 }
 
 /// The tensors of a part file; those that are not `wanted` by their name come without data.
@@ -89,6 +108,11 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
+
+    /// The whole file.
+    fn encode(tensors: &[Tensor], metadata: &BTreeMap<String, String>) -> Result<Bytes, String> {
+        super::encode(&Arc::from(tensors), metadata).map(|chunks| chunks.concat().into())
+    }
 
     fn tensor(name: &str, shape: &[usize]) -> Tensor {
         let values = 0..shape.iter().product::<usize>();

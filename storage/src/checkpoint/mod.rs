@@ -103,14 +103,24 @@ impl Checkpoints {
         let file = format!("state-{part:04}-of-{parts:04}.safetensors");
         let key = self.part_key(step, &file);
         let count = tensors.len() as u64;
-        let encode =
-            move || codec::encode(&tensors, &metadata).map(|bytes| (Digest::of(&bytes), bytes));
-        let (digest, bytes) = (self.store.blocking(encode))
+        let encode = move || codec::encode(&tensors, &metadata);
+        let chunks = (self.store.blocking(encode))
             .await?
             .map_err(|reason| Error::Malformed { place: self.store.place(&key), reason })?;
-        let entry = PartEntry { file, bytes: bytes.len() as u64, digest, tensors: count };
-        self.store.put_large(&key, bytes).await?;
-        Ok(entry)
+        let bytes = chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        let hashed = chunks.clone();
+        let hash = move || {
+            let mut hasher = blake3::Hasher::new();
+            for chunk in &hashed {
+                hasher.update(chunk);
+            }
+            Digest::from(hasher.finalize())
+        };
+        // The digest is for the manifest: the part goes up meanwhile.
+        let (put, digest) =
+            futures::join!(self.store.put_chunks(&key, chunks), self.store.blocking(hash));
+        put?;
+        Ok(PartEntry { file, bytes, digest: digest?, tensors: count })
     }
 
     /// Leaves beside the checkpoint of `step` what its writer knows of the latest steps: a log whose

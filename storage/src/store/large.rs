@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
-use object_store::{ObjectStoreExt, WriteMultipart};
+use object_store::{ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 
 use super::Store;
 use super::retry::Failure;
@@ -35,14 +35,24 @@ impl Store {
     /// # Errors
     /// When the store fails; the older object is then still whole.
     pub async fn put_large(&self, key: &str, bytes: impl Into<Bytes>) -> Result<()> {
-        let bytes = bytes.into();
-        let Some(multipart) = self.multipart.as_ref().filter(|_| bytes.len() > PART_BYTES) else {
-            return self.put(key, bytes).await;
+        self.put_chunks(key, vec![bytes.into()]).await
+    }
+
+    /// As [`Store::put_large`], with the object in pieces that need not be put together.
+    ///
+    /// # Errors
+    /// As [`Store::put_large`].
+    pub async fn put_chunks(&self, key: &str, chunks: Vec<Bytes>) -> Result<()> {
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let Some(multipart) = self.multipart.as_ref().filter(|_| bytes > PART_BYTES) else {
+            let written = self.write(key, chunks.into_iter().collect(), PutMode::Overwrite).await;
+            return written.map_err(|failure| self.failed("write", key, failure));
         };
+        let parts = cut(chunks, PART_BYTES.max(bytes.div_ceil(MOST_PARTS)));
         let path = self.path(key).map_err(|error| self.unnamed("write", key, error))?;
         let mut lost = 0;
         loop {
-            match self.upload(&**multipart, key, &path, &bytes).await {
+            match self.upload(&**multipart, key, &path, &parts).await {
                 // The answer to the end of the upload got lost, and it is over; or the store forgot
                 // it. Whoever wrote what is there now, it is not known to be this.
                 Err(Failure { error: object_store::Error::NotFound { .. }, .. })
@@ -61,15 +71,13 @@ impl Store {
         multipart: &dyn MultipartStore,
         key: &str,
         path: &Path,
-        bytes: &Bytes,
+        parts: &[PutPayload],
     ) -> std::result::Result<(), Failure> {
         let id = self.retried("write", key, || multipart.create_multipart(path)).await?;
         let id = &id;
-        let part_bytes = PART_BYTES.max(bytes.len().div_ceil(MOST_PARTS));
-        let parts: Vec<_> = ranges(bytes.len() as u64, part_bytes as u64).enumerate().collect();
-        let put = |(index, range): (usize, Range<u64>)| async move {
-            let part = bytes.slice(range.start as usize..range.end as usize);
-            let put = || multipart.put_part(path, id, index, part.clone().into());
+        let parts: Vec<_> = parts.iter().cloned().enumerate().collect();
+        let put = |(index, part): (usize, PutPayload)| async move {
+            let put = || multipart.put_part(path, id, index, part.clone());
             self.retried("write", key, put).await
         };
         let finished = async {
@@ -127,6 +135,26 @@ impl Store {
     }
 }
 
+/// Chunks cut and put together to parts of `length` bytes, of which the last may be shorter.
+fn cut(chunks: Vec<Bytes>, length: usize) -> Vec<PutPayload> {
+    let (mut parts, mut part, mut room) = (Vec::new(), Vec::new(), length);
+    for mut chunk in chunks {
+        while chunk.len() >= room {
+            part.push(chunk.split_to(room));
+            parts.push(std::mem::take(&mut part).into_iter().collect());
+            room = length;
+        }
+        if !chunk.is_empty() {
+            room -= chunk.len();
+            part.push(chunk);
+        }
+    }
+    if !part.is_empty() {
+        parts.push(part.into_iter().collect());
+    }
+    parts
+}
+
 /// `0..size` in pieces of `length`, of which the last may be shorter.
 fn ranges(size: u64, length: u64) -> impl Iterator<Item = Range<u64>> {
     (0..size.div_ceil(length)).map(move |index| index * length..((index + 1) * length).min(size))
@@ -135,6 +163,21 @@ fn ranges(size: u64, length: u64) -> impl Iterator<Item = Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chunks_of_any_size_become_parts_of_one_size() {
+        let all: Vec<u8> = (0..100).collect();
+        for sizes in [vec![100], vec![1; 100], vec![0, 7, 0, 30, 63], vec![8, 16, 24, 52]] {
+            let mut rest = Bytes::from(all.clone());
+            let chunks = sizes.iter().map(|size| rest.split_to(*size)).collect();
+            let parts = cut(chunks, 8);
+            let lengths: Vec<usize> = parts.iter().map(PutPayload::content_length).collect();
+            assert_eq!((lengths.len(), &lengths[..12]), (13, &[8; 12][..]), "{sizes:?}");
+            let bytes: Vec<u8> = parts.iter().flatten().flatten().copied().collect();
+            assert_eq!(bytes, all);
+        }
+        assert_eq!(cut(vec![Bytes::from_static(&[0; 16])], 8).len(), 2);
+    }
 
     #[test]
     fn ranges_cover_an_object_without_a_gap() {
