@@ -34,9 +34,9 @@ pub use checkpoint::{
     SECOND_MOMENT, SkippedCheckpoint, Stored, Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
-    Dataset, DatasetManifest, PrepareEvent, ReadCounts, Reading, ReadingOptions, Sequence,
-    ShardEntry, SourceSummary, Split, SplitManifest, Synthetic, TextTokenizer, TokenType,
-    check_fit, dataset_prefix, prepare, synthetic,
+    Dataset, DatasetManifest, PrepareEvent, ReadCounts, Reading, ReadingOptions, ShardEntry,
+    SourceSummary, Split, SplitManifest, Synthetic, TextTokenizer, TokenType, check_fit,
+    dataset_prefix, prepare, read_sequences, synthetic,
 };
 pub use error::{Error, Result, Tries};
 pub use metrics::{MetricsLog, read_metrics};

@@ -19,7 +19,7 @@ mod tests;
 
 use std::fmt;
 use std::ops::Range;
-use std::path::Path as FilePath;
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -181,6 +181,11 @@ impl Store {
     #[must_use]
     pub fn is_remote(&self) -> bool {
         self.directory.is_none() && !self.url.starts_with("memory://")
+    }
+
+    /// The object's file, when it is one of this machine.
+    pub(crate) fn local_path(&self, key: &str) -> Option<PathBuf> {
+        self.directory.as_ref().map(|directory| directory.join(key))
     }
 
     /// The object's URL, for messages.

@@ -6,14 +6,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures::TryStreamExt;
-use futures::stream::{StreamExt, iter};
 use looptrain_model::SlotBatch;
 use looptrain_proto::{Spec, Step};
-use looptrain_storage::{Dataset, Order, Reading, Split, Store, check_fit};
-
-/// Sequences of a slot that are read at once; the store's reads are bounded for all together.
-const AT_ONCE: usize = 32;
+use looptrain_storage::{Dataset, Order, Reading, Split, Store, check_fit, read_sequences};
 
 /// Data that is missing, does not fit the spec, or cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -103,14 +98,9 @@ impl Data {
             (mixture[place.part].0, place.sequence)
         });
         let sequences: Vec<_> = drawn.collect();
-        let mut tokens = Vec::with_capacity(count * (length + 1));
-        let find = |(dataset, sequence): (usize, u64)| {
-            self.datasets[dataset].find_sequence(Split::Train, length, sequence)
-        };
-        let mut found = iter(sequences.clone()).map(find).buffered(AT_ONCE);
-        while let Some(sequence) = found.try_next().await? {
-            sequence.append_to(&mut tokens)?;
-        }
+        let wanted: Vec<(&Dataset, u64)> =
+            sequences.iter().map(|&(dataset, at)| (&self.datasets[dataset], at)).collect();
+        let tokens = read_sequences(&wanted, Split::Train, length).await?;
         let batch = SlotBatch { tokens, sequences: count, sequence_length: length };
         Ok(Slot { batch, sequences })
     }

@@ -17,6 +17,7 @@ use super::cache::Cache;
 use super::contents::{Contents, Ending};
 use super::disk::{DiskCache, Found};
 use super::hedge::{Hedge, Winner};
+use super::local::{LocalFile, LocalReads};
 use super::tree::{self, BLOCK};
 use crate::{Error, Result, Store, blocking};
 
@@ -25,6 +26,9 @@ const READERS: usize = 32;
 
 /// Memory for blocks, unless told otherwise.
 const MEMORY: usize = 256 << 20;
+
+/// Shards that are open at once, at most: a process may have 1,024 files and more.
+const OPEN_FILES: usize = 256;
 
 /// How much of the memory may be used for what is known of shards.
 const CONTENTS_SHARE: usize = 4;
@@ -40,6 +44,7 @@ pub struct Reading {
 struct Inner {
     blocks: Cache<tree::BlockHash, Bytes>,
     contents: Cache<Digest, Arc<Contents>>,
+    files: Cache<Digest, Arc<LocalFile>>,
     disk: Option<Arc<DiskCache>>,
     hedge: Hedge,
     readers: Semaphore,
@@ -72,6 +77,7 @@ impl Inner {
         Self {
             blocks: Cache::new(memory, Bytes::len),
             contents: Cache::new(memory / CONTENTS_SHARE, |contents| contents.bytes()),
+            files: Cache::new(OPEN_FILES, |_| 1),
             disk,
             hedge: Hedge::default(),
             readers: Semaphore::new(READERS),
@@ -95,7 +101,7 @@ struct Counts {
 /// A snapshot of where blocks have come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadCounts {
-    /// Blocks that were in memory.
+    /// Blocks that were in memory; of local files, reads of blocks that had been hashed before.
     pub memory: u64,
     /// Blocks that were on the local disk.
     pub disk: u64,
@@ -112,11 +118,13 @@ pub struct ReadCounts {
     pub damaged: u64,
 }
 
-/// Some tokens, in the block that holds them.
+/// Some tokens, and what holds them.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
-    pub(super) dtype: TokenType,
-    pub(super) bytes: Bytes,
+pub(super) enum Piece {
+    /// A part of a block in memory.
+    Block { dtype: TokenType, bytes: Bytes },
+    /// A file of this machine, which has not been read yet.
+    Local { file: Arc<LocalFile>, first: u64, count: u64 },
 }
 
 /// A shard as it lies in the store.
@@ -165,17 +173,40 @@ impl Reading {
         count: u64,
         out: &mut Vec<Piece>,
     ) -> Result<()> {
+        if let Some(file) = self.local(shard).await? {
+            out.push(Piece::Local { file, first, count });
+            return Ok(());
+        }
         let contents = self.contents(shard).await?;
-        let (mut next, end) = (first, first + count);
-        while next < end {
-            let (batch, row) = (next / contents.batch_rows, next % contents.batch_rows);
-            let rows = (contents.batch_rows - row).min(end - next);
-            let width = contents.dtype.bytes();
-            let begin = contents.places[batch as usize] + row * width;
-            self.range(shard, &contents, begin..begin + rows * width, out).await?;
-            next += rows;
+        for range in contents.ranges(first, count) {
+            self.range(shard, &contents, range, out).await?;
         }
         Ok(())
+    }
+
+    /// The shard as an open file, if it is one of this machine and not to be cached elsewhere.
+    async fn local(&self, shard: ShardFile<'_>) -> Result<Option<Arc<LocalFile>>> {
+        if self.inner.disk.is_some() {
+            return Ok(None);
+        }
+        if let Some(file) = self.inner.files.peek(&shard.digest) {
+            return Ok(Some(file));
+        }
+        let Some(path) = shard.store.local_path(shard.key) else { return Ok(None) };
+        let contents = self.contents(shard).await?;
+        let open = async {
+            let (name, bytes) = (shard.store.place(shard.key), shard.bytes);
+            let opened = blocking(move || LocalFile::open(&path, name, contents, bytes)).await?;
+            opened.map(Arc::new).map_err(|error| shard.unreadable(&error))
+        };
+        self.inner.files.get(&shard.digest, open).await.map(Some)
+    }
+
+    /// Takes note of what was read of local files.
+    pub(super) fn count(&self, reads: LocalReads) {
+        self.inner.counts.store.fetch_add(reads.hashed, Ordering::Relaxed);
+        self.inner.counts.store_bytes.fetch_add(reads.hashed * BLOCK, Ordering::Relaxed);
+        self.inner.counts.memory.fetch_add(reads.trusted, Ordering::Relaxed);
     }
 
     /// Adds what holds some bytes of a shard's file to `out`. Tokens are as wide as a divisor of a
@@ -192,7 +223,7 @@ impl Reading {
             let start = block * BLOCK;
             let begin = (range.start.max(start) - start) as usize;
             let end = (range.end.min(start + BLOCK) - start) as usize;
-            Piece { dtype, bytes: bytes.slice(begin..end) }
+            Piece::Block { dtype, bytes: bytes.slice(begin..end) }
         };
         let mut missing = Vec::new();
         for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
@@ -345,6 +376,11 @@ impl Reading {
 }
 
 impl ShardFile<'_> {
+    fn unreadable(&self, error: &std::io::Error) -> Error {
+        let (operation, place) = ("read", self.store.place(self.key));
+        Error::Operation { operation, place, reason: error.to_string() }
+    }
+
     fn malformed(&self, reason: String) -> Error {
         Error::Malformed { place: self.store.place(self.key), reason }
     }

@@ -60,7 +60,10 @@ impl Fixture {
 async fn read(reading: &Reading, shard: ShardFile<'_>, first: u64, count: u64) -> Result<Vec<u32>> {
     let (mut pieces, mut out) = (Vec::new(), Vec::new());
     reading.pieces(shard, first, count, &mut pieces).await?;
-    pieces.iter().for_each(|piece| piece.dtype.extend(&mut out, &piece.bytes));
+    for piece in pieces {
+        let Piece::Block { dtype, bytes } = piece else { panic!("no local file: {piece:?}") };
+        dtype.extend(&mut out, &bytes);
+    }
     Ok(out)
 }
 

@@ -5,6 +5,8 @@
 //! read, and all together give the digest in the manifest, or the file is damaged. Shards of before
 //! have no such footer; they are read whole, once, and the same is worked out.
 
+use std::ops::Range;
+
 use arrow::ipc::{root_as_footer, root_as_message};
 use looptrain_proto::Digest;
 use serde::{Deserialize, Serialize};
@@ -152,6 +154,19 @@ impl Contents {
             place.saturating_add(rows.saturating_mul(self.dtype.bytes())) <= bytes
         };
         (!(0..).zip(&self.places).all(fits)).then(|| "its tokens reach beyond its end".to_owned())
+    }
+
+    /// The bytes of `count` tokens from `first` on, one range for each record batch.
+    pub(super) fn ranges(&self, first: u64, count: u64) -> impl Iterator<Item = Range<u64>> + '_ {
+        let (mut next, end) = (first, first + count);
+        std::iter::from_fn(move || {
+            let (batch, row) = (next / self.batch_rows, next % self.batch_rows);
+            let rows = (self.batch_rows - row).min(end - next);
+            let place = *self.places.get(batch as usize).filter(|_| rows > 0)?;
+            next += rows;
+            let width = self.dtype.bytes();
+            Some(place + row * width..place + (row + rows) * width)
+        })
     }
 
     /// Memory it takes.

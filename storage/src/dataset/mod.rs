@@ -15,6 +15,7 @@ mod contents;
 mod disk;
 mod fit;
 mod hedge;
+mod local;
 mod manifest;
 mod prepare;
 #[cfg(test)]
@@ -31,7 +32,7 @@ pub use blocks::{ReadCounts, Reading, ReadingOptions};
 pub use fit::check_fit;
 pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
 pub use prepare::{PrepareEvent, prepare};
-pub use read::{Dataset, Sequence};
+pub use read::{Dataset, read_sequences};
 pub use shard::TokenType;
 pub use synthetic::{Synthetic, synthetic};
 pub use tokenizer::TextTokenizer;

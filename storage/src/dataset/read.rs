@@ -9,9 +9,13 @@ use looptrain_proto::{Digest, spec};
 use tokio::sync::OnceCell;
 
 use super::blocks::{Piece, Reading, ShardFile};
+use super::local::{LocalFault, LocalFile};
 use super::shard::{self, Tokens};
 use super::{DatasetManifest, Split, TextTokenizer, dataset_prefix, manifest_key, tokenizer_key};
 use crate::{Error, Result, Store, blocking};
+
+/// Sequences that are found at once; reads of the store are bounded for all together.
+const AT_ONCE: usize = 32;
 
 /// A dataset in a store. Cheap to clone; clones share what is in memory.
 #[derive(Clone, Debug)]
@@ -139,21 +143,16 @@ impl Dataset {
         sequence_length: usize,
         index: u64,
     ) -> Result<Vec<u32>> {
-        let mut tokens = Vec::with_capacity(sequence_length + 1);
-        self.find_sequence(split, sequence_length, index).await?.append_to(&mut tokens)?;
-        Ok(tokens)
+        read_sequences(&[(self, index)], split, sequence_length).await
     }
 
-    /// The same sequence, in memory and not yet copied from there.
-    ///
-    /// # Errors
-    /// As [`Dataset::read_sequence`], but for what the tokens are.
-    pub async fn find_sequence(
+    /// What holds the same sequence.
+    async fn find_sequence(
         &self,
         split: Split,
         sequence_length: usize,
         index: u64,
-    ) -> Result<Sequence<'_>> {
+    ) -> Result<Sequence> {
         let sequences = self.sequences(split, sequence_length);
         if index >= sequences {
             return Err(Error::OutOfRange {
@@ -182,7 +181,7 @@ impl Dataset {
             shard += 1;
             position = starts.get(shard).copied().unwrap_or(position);
         }
-        Ok(Sequence { dataset: self, split, sequence_length, index, pieces })
+        Ok(Sequence { dataset: self.clone(), split, sequence_length, index, pieces })
     }
 
     /// Adds what holds some tokens of a shard to `out`.
@@ -275,38 +274,86 @@ impl Dataset {
     }
 }
 
-/// A sequence of a dataset, in the blocks that hold it.
+/// Some sequences, of any datasets, one after the other.
+///
+/// # Errors
+/// As [`Dataset::read_sequence`], for the first that fails.
+pub async fn read_sequences(
+    wanted: &[(&Dataset, u64)],
+    split: Split,
+    sequence_length: usize,
+) -> Result<Vec<u32>> {
+    let find = |(dataset, index): (Dataset, u64)| async move {
+        dataset.find_sequence(split, sequence_length, index).await
+    };
+    let wanted: Vec<_> = wanted.iter().map(|&(dataset, index)| (dataset.clone(), index)).collect();
+    let found: Vec<Sequence> = iter(wanted).map(find).buffered(AT_ONCE).try_collect().await?;
+    let is_local = |piece: &Piece| matches!(piece, Piece::Local { .. });
+    let local = found.iter().any(|sequence| sequence.pieces.iter().any(is_local));
+    let copy = move || {
+        let mut tokens = Vec::with_capacity(found.len() * (sequence_length + 1));
+        let mut scratch = Vec::new();
+        for sequence in &found {
+            sequence.append_to(&mut tokens, &mut scratch)?;
+        }
+        Ok(tokens)
+    };
+    // Together, for each way to another thread and back takes longer than a read from memory.
+    if local { blocking(copy).await? } else { copy() }
+}
+
+/// A sequence of a dataset, and what holds it.
 #[derive(Debug)]
-pub struct Sequence<'a> {
-    dataset: &'a Dataset,
+struct Sequence {
+    dataset: Dataset,
     split: Split,
     sequence_length: usize,
     index: u64,
     pieces: Vec<Piece>,
 }
 
-impl Sequence<'_> {
-    /// Appends its tokens to `out`.
-    ///
-    /// # Errors
-    /// When one of them is not in the vocabulary.
-    pub fn append_to(&self, out: &mut Vec<u32>) -> Result<()> {
+impl Sequence {
+    /// Appends its tokens to `out`; reads local files.
+    fn append_to(&self, out: &mut Vec<u32>, scratch: &mut Vec<u8>) -> Result<()> {
         let begin = out.len();
-        self.pieces.iter().for_each(|piece| piece.dtype.extend(out, &piece.bytes));
+        for piece in &self.pieces {
+            match piece {
+                Piece::Block { dtype, bytes } => dtype.extend(out, bytes),
+                Piece::Local { file, first, count } => {
+                    let read = file.append(*first, *count, out, scratch);
+                    let reads = read.map_err(|fault| self.failed(file, fault))?;
+                    self.dataset.inner.reading.count(reads);
+                }
+            }
+        }
         let Inner { store, manifest, .. } = &*self.dataset.inner;
-        let (vocabulary, largest) = (manifest.vocabulary_size, out[begin..].iter().max());
-        match largest {
+        let vocabulary = manifest.vocabulary_size;
+        match out[begin..].iter().max() {
             Some(&token) if token as usize >= vocabulary => {
                 let Self { split, sequence_length, index, .. } = self;
                 let reason = format!(
                     "token {token} is not in the vocabulary of {vocabulary}, in the {split} sequence {index} of {sequence_length} tokens; prepare the dataset again"
                 );
-                Err(Error::Malformed {
-                    place: store.place(&dataset_prefix(&manifest.name)),
-                    reason,
-                })
+                let place = store.place(&dataset_prefix(&manifest.name));
+                Err(Error::Malformed { place, reason })
             }
             _ => Ok(()),
+        }
+    }
+
+    fn failed(&self, file: &LocalFile, fault: LocalFault) -> Error {
+        let Inner { store, manifest, .. } = &*self.dataset.inner;
+        match fault {
+            LocalFault::Io(error) => {
+                let (operation, place) = ("read", file.name().to_owned());
+                Error::Operation { operation, place, reason: error.to_string() }
+            }
+            LocalFault::Damaged { block, expected, found } => {
+                let (begin, length) = file.place(block);
+                let place = format!("{} (bytes {begin} to {})", file.name(), begin + length - 1);
+                let remedy = remedy(store, &dataset_prefix(&manifest.name));
+                Error::Corrupt { place, expected: Digest(expected), found: Digest(found), remedy }
+            }
         }
     }
 }
