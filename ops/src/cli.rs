@@ -1,13 +1,17 @@
 //! What a user can type.
 
 mod bench;
+mod data;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-pub(crate) use bench::{Bench, CommitBench, OrchestrationBench, ReduceBench, TransferBench};
+pub(crate) use bench::{
+    Bench, CommitBench, OrchestrationBench, ReduceBench, TokenizeBench, TransferBench,
+};
+pub(crate) use data::{Data, Inspect, ManoData, Prepare, Verify};
 
 use crate::fault::Fault;
 
@@ -60,6 +64,9 @@ pub(crate) enum Command {
         --prompt 'fn main() {'"
     )]
     Generate(Generate),
+    /// Make datasets, look into them, check them
+    #[command(subcommand)]
+    Data(Data),
     /// Measure a part of the system on this machine; one JSON line on stdout
     #[command(after_help = "Example: looptrain bench commit --workers 2000")]
     #[command(subcommand)]
@@ -85,6 +92,7 @@ impl Command {
             Self::Resume(_) => "resume",
             Self::Stop(_) => "stop",
             Self::Generate(_) => "generate",
+            Self::Data(_) => "data",
             Self::Bench(_) => "bench",
             Self::Chaos(_) => "chaos",
         }

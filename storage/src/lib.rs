@@ -30,8 +30,9 @@ pub use checkpoint::{
     Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
-    Dataset, DatasetManifest, PrepareEvent, ShardEntry, SourceSummary, Split, SplitManifest,
-    TextTokenizer, TokenType, check_fit, dataset_prefix, prepare,
+    BadFile, Bucket, Dataset, DatasetManifest, Input, Lengths, Mano, Origin, PrepareEvent, Recipe,
+    SampleText, ShardEntry, SourceSummary, Split, SplitManifest, TextTokenizer, TokenType,
+    check_fit, dataset_prefix, inspect, prepare, prepare_from, verify,
 };
 pub use error::{Error, Result};
 pub use metrics::{MetricsLog, read_metrics};

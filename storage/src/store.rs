@@ -13,6 +13,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path as FilePath;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -187,6 +188,27 @@ impl Store {
         let result = async { self.objects.get(&self.path(key)?).await?.bytes().await };
         match result.await {
             Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.failed("read", key, &error)),
+        }
+    }
+
+    /// A part of the object.
+    ///
+    /// # Errors
+    /// When there is no such object, or it is shorter, or the store fails.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let result = async { self.objects.get_range(&self.path(key)?, range).await };
+        result.await.map_err(|error| self.failed("read", key, &error))
+    }
+
+    /// Size of the object, `None` when there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn size(&self, key: &str) -> Result<Option<u64>> {
+        match async { self.objects.head(&self.path(key)?).await }.await {
+            Ok(meta) => Ok(Some(meta.size)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.failed("read", key, &error)),
         }

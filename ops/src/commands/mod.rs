@@ -3,6 +3,7 @@
 mod bench;
 mod chaos;
 mod coordinator;
+mod data;
 mod generate;
 mod orders;
 mod status;
@@ -25,6 +26,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Resume(args) => orders::resume(args).await,
         Command::Stop(args) => orders::stop(args).await,
         Command::Generate(args) => generate::run(args).await,
+        Command::Data(data) => data::run(data).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,
         Command::Chaos(args) => chaos::run(args).await,
     }

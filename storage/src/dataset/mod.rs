@@ -5,28 +5,35 @@
 //! lies there; with one, every other file is named in it with its blake3 digest, so that a reader
 //! never trains on bytes that were not written.
 //!
-//! [`prepare`] makes a dataset from text files; [`Dataset`] reads one. The same files and options
-//! give byte-identical shards: no clock, no randomness, no dependence on thread timing.
+//! [`prepare`] makes a dataset from text; [`Dataset`] reads one. The same files and options give
+//! byte-identical shards: no clock, no randomness, no dependence on thread timing.
 
 mod cache;
-mod collect;
 mod fit;
+mod inspect;
 mod manifest;
+mod pack;
 mod prepare;
 #[cfg(test)]
 mod prepare_tests;
 mod read;
+mod resume;
 mod shard;
+mod source;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+mod verify;
 
 pub use fit::check_fit;
-pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
-pub use prepare::{PrepareEvent, prepare};
+pub use inspect::{Bucket, Lengths, SampleText, inspect};
+pub use manifest::{DatasetManifest, Input, ShardEntry, SourceSummary, Split, SplitManifest};
+pub use prepare::{Origin, PrepareEvent, Recipe, prepare, prepare_from};
 pub use read::Dataset;
 pub use shard::TokenType;
+pub use source::Mano;
 pub use tokenizer::TextTokenizer;
+pub use verify::{BadFile, verify};
 
 /// Where everything of a dataset lives in its store.
 #[must_use]

@@ -109,7 +109,8 @@ impl Dataset {
             if found != expected {
                 return Err(self.corrupt(&key, expected, found));
             }
-            blocking(move || TextTokenizer::from_json(&bytes)).await?
+            let end = self.manifest().end_of_text;
+            blocking(move || TextTokenizer::with_end_of_text(&bytes, end)).await?
         };
         self.inner.tokenizer.get_or_try_init(read).await.cloned()
     }

@@ -1,4 +1,5 @@
-//! Byte-level BPE: any text has tokens, and decoding gives the text back.
+//! Tokenizers: any Hugging Face `tokenizer.json`, and byte-level BPE that is trained here, with which
+//! any text has tokens, and decoding gives the text back.
 //!
 //! The special tokens stand for themselves only as ids. Where a text spells `<|endoftext|>` out,
 //! that is text like any other, so no document can end itself early.
@@ -7,6 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use looptrain_proto::Digest;
+use rayon::prelude::*;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
@@ -14,6 +16,7 @@ use tokenizers::{
     Tokenizer, TokenizerBuilder,
 };
 
+use super::source::pieces;
 use crate::{Error, Result};
 
 /// Special tokens in the order of their ids, from 0.
@@ -22,10 +25,28 @@ const SPECIAL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 /// A pair of tokens is merged only if it is seen this often.
 const MIN_FREQUENCY: u64 = 2;
 
+/// What the token after a document is called, the more usual first.
+const END_NAMES: [&str; 8] = [
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<|im_end|>",
+    "[SEP]",
+];
+
+/// A longer text is tokenized in pieces, by several threads: a tokenizer's notes on a text take many
+/// times its size.
+const LONG: usize = 1 << 20;
+
 /// A trained tokenizer. Cheap to clone.
 #[derive(Clone)]
 pub struct TextTokenizer {
     inner: Arc<Tokenizer>,
+    vocabulary: usize,
+    end_of_text: u32,
     digest: Digest,
 }
 
@@ -43,20 +64,42 @@ fn failed(error: impl std::fmt::Display) -> Error {
 }
 
 impl TextTokenizer {
-    /// Stands after every document.
-    pub const END_OF_TEXT: u32 = 0;
-
-    /// Reads a `tokenizer.json`.
+    /// Reads a `tokenizer.json`; `end_of_text` is the name of the token that stands after every
+    /// document, or the first of the usual names that it has.
     ///
     /// # Errors
-    /// When it is none, or its entry 0 is not `<|endoftext|>`.
-    pub fn from_json(json: &[u8]) -> Result<Self> {
-        let mut inner = Tokenizer::from_bytes(json).map_err(failed)?;
+    /// When it is none, or has no such token.
+    pub fn from_json(json: &[u8], end_of_text: Option<&str>) -> Result<Self> {
+        let inner = Tokenizer::from_bytes(json).map_err(failed)?;
+        let names = end_of_text.as_ref().map_or(&END_NAMES[..], std::slice::from_ref);
+        let found = names.iter().find_map(|name| inner.token_to_id(name));
+        let end = found.ok_or_else(|| {
+            let mut special: Vec<String> =
+                inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+            special.sort();
+            failed(format!(
+                "it has no token {}; name the one that stands after a document (datasets.source.end_of_text, or --end-of-text), such as one of its special tokens: {}",
+                names.join(" nor "),
+                special.join(" ")
+            ))
+        })?;
+        Self::with_end(json, inner, end)
+    }
+
+    /// Reads the `tokenizer.json` of a dataset, whose manifest knows the token after a document.
+    pub(super) fn with_end_of_text(json: &[u8], end_of_text: u32) -> Result<Self> {
+        Self::with_end(json, Tokenizer::from_bytes(json).map_err(failed)?, end_of_text)
+    }
+
+    fn with_end(json: &[u8], mut inner: Tokenizer, end_of_text: u32) -> Result<Self> {
         inner.set_encode_special_tokens(true);
-        if inner.token_to_id(SPECIAL[0]) != Some(Self::END_OF_TEXT) {
-            return Err(failed(format!("entry 0 is not {}", SPECIAL[0])));
-        }
-        Ok(Self { inner: Arc::new(inner), digest: Digest::of(json) })
+        // Documents are neither cut nor filled up.
+        inner.with_truncation(None).map_err(failed)?;
+        inner.with_padding(None);
+        // Some vocabularies have holes.
+        let largest = inner.get_vocab(true).into_values().max().unwrap_or(0).max(end_of_text);
+        let vocabulary = largest as usize + 1;
+        Ok(Self { inner: Arc::new(inner), vocabulary, end_of_text, digest: Digest::of(json) })
     }
 
     /// Trains up to `vocabulary` entries on `texts` and gives the `tokenizer.json`: the special
@@ -91,6 +134,17 @@ impl TextTokenizer {
     /// # Errors
     /// When the tokenizer fails, which byte-level BPE does not.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        if text.len() <= LONG {
+            return self.encode_whole(text);
+        }
+        let pieces = pieces(text, LONG);
+        let encode =
+            |&(start, length): &(usize, usize)| self.encode_whole(&text[start..start + length]);
+        let tokens: Vec<Vec<u32>> = pieces.par_iter().map(encode).collect::<Result<_>>()?;
+        Ok(tokens.concat())
+    }
+
+    fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -107,10 +161,16 @@ impl TextTokenizer {
         self.inner.decode(tokens, false).map_err(failed)
     }
 
-    /// Number of entries.
+    /// Number of entries; every token is below it.
     #[must_use]
     pub fn vocabulary_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.vocabulary
+    }
+
+    /// Stands after every document.
+    #[must_use]
+    pub fn end_of_text(&self) -> u32 {
+        self.end_of_text
     }
 
     /// Digest of the `tokenizer.json`.
@@ -138,7 +198,7 @@ mod tests {
         #[test]
         fn any_text_survives(text in ".*") {
             thread_local!(static TOKENIZER: TextTokenizer =
-                TextTokenizer::from_json(&trained(300)).unwrap());
+                TextTokenizer::from_json(&trained(300), None).unwrap());
             let back = TOKENIZER.with(|tokenizer| {
                 tokenizer.decode(&tokenizer.encode(&text).unwrap()).unwrap()
             });
@@ -148,14 +208,14 @@ mod tests {
 
     #[test]
     fn the_special_tokens_come_first_and_the_size_is_as_asked() {
-        let tokenizer = TextTokenizer::from_json(&trained(300)).unwrap();
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
         assert_eq!(tokenizer.vocabulary_size(), 300);
         assert_eq!(tokenizer.decode(&[0, 1, 2]).unwrap(), "<|endoftext|><|im_start|><|im_end|>");
     }
 
     #[test]
     fn special_tokens_spelled_out_in_a_text_are_text() {
-        let tokenizer = TextTokenizer::from_json(&trained(300)).unwrap();
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
         let text = "a <|endoftext|> b <|im_start|>";
         let tokens = tokenizer.encode(text).unwrap();
         assert!(tokens.iter().all(|&token| token > 2), "{tokens:?}");
@@ -165,7 +225,7 @@ mod tests {
     #[test]
     fn little_text_gives_a_smaller_vocabulary_and_still_works() {
         let json = TextTokenizer::train(&["hello".to_owned()], 4096).unwrap();
-        let tokenizer = TextTokenizer::from_json(&json).unwrap();
+        let tokenizer = TextTokenizer::from_json(&json, None).unwrap();
         assert_eq!(tokenizer.vocabulary_size(), 259);
         assert_eq!(tokenizer.decode(&tokenizer.encode("wörld").unwrap()).unwrap(), "wörld");
     }
@@ -180,9 +240,9 @@ mod tests {
 
     #[test]
     fn foreign_tokens_and_foreign_files_are_refused() {
-        let tokenizer = TextTokenizer::from_json(&trained(300)).unwrap();
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
         let error = tokenizer.decode(&[5, 300]).unwrap_err().to_string();
         assert!(error.contains("token 300"), "{error}");
-        assert!(TextTokenizer::from_json(b"{}").is_err());
+        assert!(TextTokenizer::from_json(b"{}", None).is_err());
     }
 }

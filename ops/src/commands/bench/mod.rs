@@ -7,6 +7,7 @@ mod commit;
 mod figures;
 mod orchestration;
 mod reduce;
+mod tokenize;
 mod transfer;
 
 use anyhow::Result;
@@ -19,6 +20,7 @@ pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
         Bench::Commit(args) => commit::run(args).await?,
         Bench::Transfer(args) => transfer::run(args).await?,
         Bench::Reduce(args) => reduce::run(args).await?,
+        Bench::Tokenize(args) => tokenize::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,
     };
     println!("{figures}");
