@@ -9,6 +9,8 @@
 //! byte-identical shards: no clock, no randomness, no dependence on thread timing.
 
 mod cache;
+#[cfg(test)]
+mod files_tests;
 mod fit;
 mod inspect;
 mod manifest;
@@ -24,6 +26,7 @@ mod source;
 mod testing;
 mod tokenizer;
 mod verify;
+mod words;
 
 pub use fit::check_fit;
 pub use inspect::{Bucket, Lengths, SampleText, inspect};

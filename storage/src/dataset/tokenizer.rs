@@ -17,6 +17,7 @@ use tokenizers::{
 };
 
 use super::source::pieces;
+use super::words::Words;
 use crate::{Error, Result};
 
 /// Special tokens in the order of their ids, from 0.
@@ -45,6 +46,8 @@ const LONG: usize = 1 << 20;
 #[derive(Clone)]
 pub struct TextTokenizer {
     inner: Arc<Tokenizer>,
+    /// The short way, for tokenizers of its kind.
+    words: Option<Arc<Words>>,
     vocabulary: usize,
     end_of_text: u32,
     digest: Digest,
@@ -99,7 +102,9 @@ impl TextTokenizer {
         // Some vocabularies have holes.
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(0).max(end_of_text);
         let vocabulary = largest as usize + 1;
-        Ok(Self { inner: Arc::new(inner), vocabulary, end_of_text, digest: Digest::of(json) })
+        let words = serde_json::from_slice(json).ok().as_ref().and_then(Words::of).map(Arc::new);
+        let (inner, digest) = (Arc::new(inner), Digest::of(json));
+        Ok(Self { inner, words, vocabulary, end_of_text, digest })
     }
 
     /// Trains up to `vocabulary` entries on `texts` and gives the `tokenizer.json`: the special
@@ -145,6 +150,16 @@ impl TextTokenizer {
     }
 
     fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
+        let Some(words) = &self.words else { return self.encode_plain(text) };
+        words.encode(text, |word, tokens| {
+            let encoding = self.inner.encode_fast(word, false).map_err(failed)?;
+            tokens.extend_from_slice(encoding.get_ids());
+            Ok(())
+        })
+    }
+
+    /// As the library does it.
+    fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -204,6 +219,93 @@ mod tests {
             });
             prop_assert_eq!(back, text);
         }
+    }
+
+    /// The tokenizer of `trained`, cutting texts as SmolLM2's does.
+    fn with_digits() -> Vec<u8> {
+        let mut json: serde_json::Value = serde_json::from_slice(&trained(400)).unwrap();
+        let by_bytes = json["pre_tokenizer"].take();
+        let by_digits = serde_json::json!({ "type": "Digits", "individual_digits": true });
+        json["pre_tokenizer"] =
+            serde_json::json!({ "type": "Sequence", "pretokenizers": [by_digits, by_bytes] });
+        serde_json::to_vec(&json).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn the_short_way_gives_the_tokens_of_the_library(
+            parts in prop::collection::vec(prop::sample::select(vec![
+                " ", "  ", "\n", "\n\n", "\t", "\u{a0}", "\u{2003}", "\u{85}", "'", "'s", "'S", "'ll",
+                "'re", "'v", "''", "a", "looped", "pub fn", "ä", "ß", "\u{301}", "漢字", "ⅷ", "²",
+                "1", "42", "٣", "੭", "½", "_", "-", "()", "{", "<|endoftext|>", "🙂", "\u{200d}",
+                "\u{feff}", "\0", "\u{1f1e9}\u{1f1ea}", "ª", "ʰ", "𝔸", "𝟘", "averyverylongwordindeed",
+            ]), 0..40),
+            any in ".{0,20}",
+        ) {
+            thread_local!(static TOKENIZERS: [TextTokenizer; 2] = [trained(400), with_digits()]
+                .map(|json| TextTokenizer::from_json(&json, None).unwrap()));
+            let text = parts.concat() + &any;
+            TOKENIZERS.with(|tokenizers| {
+                for tokenizer in tokenizers {
+                    assert!(tokenizer.words.is_some());
+                    // Twice, for what was met before is remembered.
+                    for _ in 0..2 {
+                        let short = tokenizer.encode(&text).unwrap();
+                        assert_eq!(short, tokenizer.encode_plain(&text).unwrap(), "{text:?}");
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_of_another_kind_is_left_to_the_library() {
+        let json: serde_json::Value = serde_json::from_slice(&with_digits()).unwrap();
+        assert!(Words::of(&json).is_some());
+        let changes: [fn(&mut serde_json::Value); 6] = [
+            |json| json["normalizer"] = serde_json::json!({ "type": "NFC" }),
+            |json| json["model"]["dropout"] = 0.1.into(),
+            |json| json["model"]["type"] = "Unigram".into(),
+            |json| json["added_tokens"][1]["special"] = false.into(),
+            |json| json["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = false.into(),
+            |json| json["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = true.into(),
+        ];
+        for change in changes {
+            let mut changed = json.clone();
+            change(&mut changed);
+            assert!(Words::of(&changed).is_none(), "{}", changed["pre_tokenizer"]);
+        }
+    }
+
+    #[test]
+    fn a_long_text_is_tokenized_in_pieces_and_survives() {
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
+        let text: String = (0..200_000).map(|i| format!("line {i}\n")).collect();
+        let tokens = tokenizer.encode(&text).unwrap();
+        assert!(text.len() > 2 * super::LONG && tokenizer.decode(&tokens).unwrap() == text);
+    }
+
+    #[test]
+    fn the_end_of_a_text_has_a_usual_name_or_the_given_one() {
+        let mut json: serde_json::Value = serde_json::from_slice(&trained(300)).unwrap();
+        let end = |json: &serde_json::Value, name| {
+            TextTokenizer::from_json(&serde_json::to_vec(json).unwrap(), name)
+                .map(|tokenizer| tokenizer.end_of_text())
+        };
+        assert_eq!(end(&json, None).unwrap(), 0);
+        assert_eq!(end(&json, Some("<|im_end|>")).unwrap(), 2);
+        let missing = end(&json, Some("<stop>")).unwrap_err().to_string();
+        assert!(
+            missing.contains("no token <stop>") && missing.contains("<|im_start|>"),
+            "{missing}"
+        );
+        let text = serde_json::to_string(&json).unwrap().replace("<|endoftext|>", "</s>");
+        json = serde_json::from_str(&text).unwrap();
+        assert_eq!(end(&json, None).unwrap(), 0);
+        let text = text.replace("</s>", "<fin>").replace("<|im_end|>", "<fin2>");
+        json = serde_json::from_str(&text).unwrap();
+        assert!(end(&json, None).is_err());
     }
 
     #[test]
