@@ -6,6 +6,7 @@ mod bad_input;
 mod bench;
 mod chaos;
 mod cluster;
+mod data;
 mod elastic;
 mod end_to_end;
 mod left_behind;
