@@ -2,6 +2,7 @@
 
 mod bench;
 mod checkpoint;
+mod data;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,11 +10,13 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use bench::{
-    Bench, CheckpointBench, CommitBench, DataBench, OrchestrationBench, ReduceBench, TransferBench,
+    Bench, CheckpointBench, CommitBench, DataBench, OrchestrationBench, ReduceBench, TokenizeBench,
+    TransferBench,
 };
 pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointVerify, StoredRun,
 };
+pub(crate) use data::{Data, Inspect, ManoData, Prepare, Verify};
 
 use crate::fault::Fault;
 use crate::preemption;
@@ -77,6 +80,9 @@ pub(crate) enum Command {
     /// See, check and remove the checkpoints of a run
     #[command(subcommand)]
     Checkpoint(Checkpoint),
+    /// Make datasets, look into them, check them
+    #[command(subcommand)]
+    Data(Data),
     /// Measure a part of the system on this machine; one JSON line on stdout
     #[command(after_help = "Example: looptrain bench commit --workers 2000")]
     #[command(subcommand)]
@@ -104,6 +110,7 @@ impl Command {
             Self::Audit(_) => "audit",
             Self::Generate(_) => "generate",
             Self::Checkpoint(_) => "checkpoint",
+            Self::Data(_) => "data",
             Self::Bench(_) => "bench",
             Self::Chaos(_) => "chaos",
         }

@@ -55,13 +55,15 @@ pub(crate) struct PrepareProgress {
     name: String,
     bar: Option<ProgressBar>,
     pace: Pace,
+    /// When the first text was done, and how many bytes then were.
+    begun: Option<(Instant, u64)>,
 }
 
 impl PrepareProgress {
     pub(crate) fn new(name: &str) -> Self {
         let template = "{prefix} {bar:20.cyan/blue} {percent:>3}%  {wide_msg}";
         let bar = on_terminal().then(|| bar(1, template).with_prefix(format!("data {name}")));
-        Self { name: name.to_owned(), bar, pace: Pace(None) }
+        Self { name: name.to_owned(), bar, pace: Pace(None), begun: None }
     }
 
     pub(crate) fn show(&mut self, event: &PrepareEvent) {
@@ -82,10 +84,30 @@ impl PrepareProgress {
             PrepareEvent::TokenizerTrained { vocabulary } => {
                 (None, format!("tokenizer of {vocabulary} entries trained"), true)
             }
-            PrepareEvent::Tokenizing { bytes, total_bytes, tokens } => {
-                let (done, tokens) = (HumanBytes(*bytes), HumanCount(*tokens));
-                let text =
-                    format!("tokenizing: {done} of {}, {tokens} tokens", HumanBytes(*total_bytes));
+            PrepareEvent::Resumed { shards, tokens } => {
+                let tokens = HumanCount(*tokens);
+                (None, format!("going on behind {shards} shards with {tokens} tokens"), true)
+            }
+            PrepareEvent::Restarted => {
+                let text = "what lies there is of other options or texts; beginning anew";
+                (None, text.to_owned(), true)
+            }
+            PrepareEvent::Malformed { place, reason } => {
+                print_line(&format!("data {}: {place} is malformed: {reason}", self.name));
+                return;
+            }
+            PrepareEvent::Tokenizing { bytes, total_bytes, tokens, malformed } => {
+                let left_out = match malformed {
+                    0 => String::new(),
+                    _ => format!(", {} malformed", HumanCount(*malformed)),
+                };
+                let text = format!(
+                    "tokenizing: {} of {}, {} tokens{left_out}{}",
+                    HumanBytes(*bytes),
+                    HumanBytes(*total_bytes),
+                    HumanCount(*tokens),
+                    self.speed(*bytes, *total_bytes),
+                );
                 (Some((*bytes, *total_bytes)), text, false)
             }
             PrepareEvent::Done { train_tokens, validation_tokens, shards } => {
@@ -111,6 +133,60 @@ impl PrepareProgress {
             None if always || self.pace.ready() => {
                 print_line(&format!("data {}: {text}", self.name))
             }
+            None => {}
+        }
+    }
+}
+
+impl PrepareProgress {
+    /// Bytes a second since the first ones, and what is left at that pace.
+    fn speed(&mut self, bytes: u64, total: u64) -> String {
+        let (begun, first) = *self.begun.get_or_insert((Instant::now(), bytes));
+        speed(bytes - first.min(bytes), total - bytes.min(total), begun.elapsed())
+    }
+}
+
+/// `, 12 MiB/s, eta 3m07s`, once there is something to tell.
+fn speed(done: u64, left: u64, time: Duration) -> String {
+    let rate = done as f64 / time.as_secs_f64();
+    if done == 0 || !rate.is_finite() {
+        return String::new();
+    }
+    format!(", {}/s, eta {}", HumanBytes(rate as u64), clock(left as f64 / rate))
+}
+
+/// Progress of reading a dataset.
+pub(crate) struct ReadProgress {
+    name: String,
+    total: u64,
+    bar: Option<ProgressBar>,
+    pace: Pace,
+    begun: Instant,
+}
+
+impl ReadProgress {
+    pub(crate) fn new(name: &str, total: u64) -> Self {
+        let template = "{prefix} {bar:20.cyan/blue} {percent:>3}%  {wide_msg}";
+        let bar =
+            on_terminal().then(|| bar(total.max(1), template).with_prefix(format!("data {name}")));
+        // A dataset that is read at once is not worth a line.
+        let pace = Pace(Some(Instant::now()));
+        Self { name: name.to_owned(), total, bar, pace, begun: Instant::now() }
+    }
+
+    pub(crate) fn show(&mut self, bytes: u64) {
+        let (done, total) = (HumanBytes(bytes), HumanBytes(self.total));
+        let speed = speed(bytes, self.total.saturating_sub(bytes), self.begun.elapsed());
+        let text = format!("reading: {done} of {total}{speed}");
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(bytes);
+                bar.set_message(text);
+                if bytes >= self.total {
+                    bar.finish_and_clear();
+                }
+            }
+            None if self.pace.ready() => print_line(&format!("data {}: {text}", self.name)),
             None => {}
         }
     }
@@ -248,6 +324,14 @@ pub(crate) fn evaluation_line(record: &EvaluationRecord) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_speed_tells_what_is_left_once_something_is_done() {
+        let text = speed(10 << 20, 30 << 20, Duration::from_secs(5));
+        assert_eq!(text, ", 2.00 MiB/s, eta 15s");
+        assert_eq!(speed(0, 100, Duration::from_secs(5)), "");
+        assert_eq!(speed(100, 100, Duration::ZERO), "");
+    }
 
     #[test]
     fn remaining_time_reads_like_a_clock() {

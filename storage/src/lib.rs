@@ -34,9 +34,10 @@ pub use checkpoint::{
     SECOND_MOMENT, SkippedCheckpoint, Stored, Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
-    Dataset, DatasetManifest, PrepareEvent, ReadCounts, Reading, ReadingOptions, ShardEntry,
-    SourceSummary, Split, SplitManifest, Synthetic, TextTokenizer, TokenType, check_fit,
-    dataset_prefix, prepare, read_sequences, synthetic,
+    BadFile, Bucket, Dataset, DatasetManifest, Input, Lengths, Mano, Origin, PrepareEvent,
+    ReadCounts, Reading, ReadingOptions, Recipe, SampleText, ShardEntry, SourceSummary, Split,
+    SplitManifest, Synthetic, TextTokenizer, TokenType, check_fit, dataset_prefix, inspect,
+    prepare, prepare_from, read_sequences, synthetic, verify,
 };
 pub use error::{Error, Result, Tries};
 pub use metrics::{MetricsLog, read_metrics};

@@ -30,6 +30,10 @@ pub(crate) enum Bench {
     #[command(after_help = "Example: looptrain bench checkpoint --store s3://bucket --mib 512\n\
         What it writes below the store's prefix is removed again.")]
     Checkpoint(CheckpointBench),
+    /// Text into token shards in a store, end to end: what `data prepare` does
+    #[command(after_help = "Example: looptrain bench tokenize --input corpus.jsonl --tokenizer \
+        tokenizer.json\nThe dataset that it makes below the store's prefix is removed again.")]
+    Tokenize(TokenizeBench),
     /// What the control plane costs: the same steps bare in one process, and as a local run
     #[command(after_help = "Example: looptrain bench orchestration examples/quickstart.toml\n\
         The run of the spec is left alone: one of another name is begun anew, in the same store.")]
@@ -104,6 +108,28 @@ pub(crate) struct CheckpointBench {
     pub(crate) ranks: u32,
     /// Saves; the figures are of the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenizeBench {
+    /// A file, a directory, or a URL of an object or a prefix; may be repeated
+    #[arg(long = "input", value_name = "URL", required = true, num_args = 1..)]
+    pub(crate) inputs: Vec<String>,
+    /// A Hugging Face tokenizer.json, a file or a URL
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: String,
+    /// The field of a JSON line, or the column of a Parquet file, that holds the text
+    #[arg(long, default_value = "text")]
+    pub(crate) field: String,
+    /// URL of the store that the shards are written to
+    #[arg(long, value_name = "URL", default_value = "file://.looptrain")]
+    pub(crate) store: String,
+    /// Threads that tokenize; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
+    pub(crate) threads: Option<u32>,
+    /// Times that it is done; the figures are of the median
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
 }
 

@@ -85,7 +85,7 @@ impl Writer<'_> {
         }
         let mut prompt = self.tokenizer.encode(prompt)?;
         if prompt.is_empty() {
-            prompt.push(TextTokenizer::END_OF_TEXT);
+            prompt.push(self.tokenizer.end_of_text());
         }
         let stage = &self.spec.stages[self.spec.stage_of(step)];
         let sampling = Sampling {
@@ -93,7 +93,7 @@ impl Writer<'_> {
             temperature: self.temperature,
             seed: self.seed,
             context: stage.sequence_length,
-            stop: TextTokenizer::END_OF_TEXT,
+            stop: self.tokenizer.end_of_text(),
             vocabulary: self.tokenizer.vocabulary_size(),
         };
         let (model, settings) = (self.spec.model.clone(), StageSettings::from(stage));

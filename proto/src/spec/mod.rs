@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use load::SpecError;
 pub use schedule::StagePosition;
+pub use validate::is_name;
 
 use crate::Digest;
 
@@ -219,17 +220,30 @@ pub struct Dataset {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Source {
-    /// Files and directories; `cargo-registry` stands for the sources of the crates in the local
-    /// cargo home.
+    /// Files, directories and prefixes of object stores (`s3://BUCKET/PREFIX`); `cargo-registry`
+    /// stands for the sources of the crates in the local cargo home.
     pub paths: Vec<String>,
-    /// File name extensions to take from directories.
+    /// How documents lie in the files.
+    pub format: Format,
+    /// File name extensions of plain text, to take from directories.
     pub extensions: Vec<String>,
-    /// Stop collecting after this many bytes of text.
+    /// The field of a JSON line, or the column of a Parquet file, that holds the text.
+    pub field: String,
+    /// A sample stops collecting after this many bytes of text; other formats take everything.
     pub max_bytes: u64,
+    /// A Hugging Face `tokenizer.json`, a file or a URL; without it one is trained on the text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// The entry of that tokenizer that stands after each document; without it the first one of the
+    /// usual names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_of_text: Option<String>,
     /// Entries of the byte-level BPE tokenizer that is trained on the text.
     pub tokenizer_vocabulary: usize,
     /// Bytes of text the tokenizer is trained on, spread over all of it.
     pub tokenizer_bytes: u64,
+    /// Share of the records that may be malformed; past it the dataset is not made.
+    pub max_malformed: f64,
     /// Share of the documents held out for validation.
     pub validation_fraction: f64,
     /// Tokens per shard.
@@ -240,14 +254,36 @@ impl Default for Source {
     fn default() -> Self {
         Self {
             paths: vec!["cargo-registry".into()],
+            format: Format::Sample,
             extensions: vec!["rs".into(), "md".into(), "txt".into()],
+            field: "text".into(),
             max_bytes: 64 << 20,
+            tokenizer: None,
+            end_of_text: None,
             tokenizer_vocabulary: 4096,
             tokenizer_bytes: 8 << 20,
+            max_malformed: 0.01,
             validation_fraction: 0.01,
             shard_tokens: 1 << 22,
         }
     }
+}
+
+/// How documents lie in files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Plain text of which an even sample is taken, each text once, in the order of a hash.
+    #[default]
+    Sample,
+    /// Everything in its order, each file as its name says: `.jsonl`, `.parquet`, or plain text.
+    Auto,
+    /// Plain text: a file is a document, long ones are cut.
+    Text,
+    /// JSON Lines: a line is a document.
+    Jsonl,
+    /// Parquet: a row is a document.
+    Parquet,
 }
 
 /// A part of a run with its own data, shape of a step, loss and learning rate.

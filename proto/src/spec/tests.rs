@@ -69,6 +69,9 @@ fn contradictions_name_the_key_and_the_remedy() {
         ),
         ("run.name=\"../up\"", "run.name: `../up` is no name"),
         ("optimizer.beta2=1.0", "optimizer.beta2: must be at least 0 and below 1"),
+        ("datasets.0.source.max_malformed=1.5", "datasets.0.source.max_malformed: must be a share"),
+        ("datasets.0.source.shard_tokens=99999999", "datasets.0.source.shard_tokens: must be"),
+        ("datasets.0.source.format=\"csv\"", "unknown variant `csv`"),
         ("stages.0.learning_rate.warmup_steps=599", "stages.0.learning_rate: warmup_steps"),
     ] {
         let error = parse(example(), &[given]).unwrap_err();

@@ -2,10 +2,13 @@
 
 use std::collections::HashSet;
 
-use super::{Dataset, Model, Spec, Stage};
+use super::{Dataset, Model, Source, Spec, Stage};
 use crate::MAX_SLOTS;
 
 type Complaint = (String, String);
+
+/// Tokens of a shard at most: 128 MiB of them at 32 bits.
+const MAX_SHARD_TOKENS: u64 = 1 << 25;
 
 /// No count in a spec is above this, so that products of three of them fit 64 bits.
 const MAX_COUNT: u64 = 1 << 40;
@@ -47,7 +50,9 @@ pub(super) fn validate(spec: &Spec) -> Result<(), Complaint> {
     Ok(())
 }
 
-fn is_name(text: &str) -> bool {
+/// Whether a run or a dataset may be called so.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
     !text.is_empty()
         && !text.starts_with('.')
         && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
@@ -182,34 +187,63 @@ fn datasets(datasets: &[Dataset], model: &Model) -> Result<(), Complaint> {
         );
         require!(names.insert(name), key("name"), "`{name}` is there twice; rename one");
         let Some(source) = &dataset.source else { continue };
-        require!(!source.paths.is_empty(), key("source.paths"), "name a file or a directory");
-        let fraction = source.validation_fraction;
-        require!(
-            fraction > 0.0 && fraction < 1.0,
-            key("source.validation_fraction"),
-            "must be between 0 and 1, not {fraction}"
-        );
+        source.check().map_err(|(name, reason)| (key(&format!("source.{name}")), reason))?;
         let vocabulary = source.tokenizer_vocabulary;
         require!(
-            vocabulary >= 260,
-            key("source.tokenizer_vocabulary"),
-            "{vocabulary} is too small: 256 bytes and the special tokens need 260"
-        );
-        require!(
-            vocabulary <= model.vocab_size,
+            source.tokenizer.is_some() || vocabulary <= model.vocab_size,
             key("source.tokenizer_vocabulary"),
             "{vocabulary} is larger than model.vocab_size = {}; raise that or lower this",
             model.vocab_size
         );
-        for (name, value) in [
-            ("source.max_bytes", source.max_bytes),
-            ("source.tokenizer_bytes", source.tokenizer_bytes),
-            ("source.shard_tokens", source.shard_tokens),
-        ] {
-            require!(value > 0, key(name), "must be at least 1");
-        }
     }
     Ok(())
+}
+
+impl Source {
+    /// Whether the options are consistent.
+    ///
+    /// # Errors
+    /// The key at fault, and what is wrong with it.
+    pub fn check(&self) -> Result<(), (String, String)> {
+        require!(!self.paths.is_empty(), "paths", "name a file or a directory");
+        require!(!self.field.is_empty(), "field", "name the field that holds the text");
+        let fraction = self.validation_fraction;
+        require!(
+            fraction > 0.0 && fraction < 1.0,
+            "validation_fraction",
+            "must be between 0 and 1, not {fraction}"
+        );
+        let share = self.max_malformed;
+        require!(
+            (0.0..=1.0).contains(&share),
+            "max_malformed",
+            "must be a share from 0 to 1, not {share}"
+        );
+        let vocabulary = self.tokenizer_vocabulary;
+        require!(
+            vocabulary >= 260,
+            "tokenizer_vocabulary",
+            "{vocabulary} is too small: 256 bytes and the special tokens need 260"
+        );
+        require!(
+            self.end_of_text.is_none() || self.tokenizer.is_some(),
+            "end_of_text",
+            "a tokenizer that is trained has its own; name a tokenizer or leave this out"
+        );
+        for (name, value) in [
+            ("max_bytes", self.max_bytes),
+            ("tokenizer_bytes", self.tokenizer_bytes),
+            ("shard_tokens", self.shard_tokens),
+        ] {
+            require!(value > 0, name, "must be at least 1");
+        }
+        require!(
+            self.shard_tokens <= MAX_SHARD_TOKENS,
+            "shard_tokens",
+            "must be {MAX_SHARD_TOKENS} at most: shards are made and read in memory"
+        );
+        Ok(())
+    }
 }
 
 fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {

@@ -19,7 +19,7 @@ use super::disk::{DiskCache, Found};
 use super::hedge::{Hedge, Winner};
 use super::local::{LocalFile, LocalReads};
 use super::tree::{self, BLOCK};
-use crate::{Error, Result, Store, blocking};
+use crate::{Error, Result, Store, Tries, blocking};
 
 /// Reads of the store that are under way at once.
 const READERS: usize = 32;
@@ -378,7 +378,8 @@ impl Reading {
 impl ShardFile<'_> {
     fn unreadable(&self, error: &std::io::Error) -> Error {
         let (operation, place) = ("read", self.store.place(self.key));
-        Error::Operation { operation, place, reason: error.to_string() }
+        let (reason, tries) = (error.to_string(), Tries::default());
+        Error::Operation { operation, place, reason, tries }
     }
 
     fn malformed(&self, reason: String) -> Error {

@@ -34,6 +34,9 @@ pub struct DatasetManifest {
     pub vocabulary_size: usize,
     /// Digest of `tokenizer.json`.
     pub tokenizer_digest: Digest,
+    /// The token after each document.
+    #[serde(default)]
+    pub end_of_text: u32,
     /// Width of a token in the shards.
     pub dtype: TokenType,
     /// The training split.
@@ -132,19 +135,46 @@ pub struct ShardEntry {
 }
 
 /// What a dataset was made from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SourceSummary {
     /// The options of the spec.
     pub options: spec::Source,
     /// Files with fitting names that were looked at.
     pub files: u64,
+    /// The first of them; a sample does not name its files.
+    #[serde(default)]
+    pub inputs: Vec<Input>,
+    /// Digest of the names, sizes and times of all files, or of all texts of a sample.
+    #[serde(default)]
+    pub inputs_digest: Option<Digest>,
+    /// Records that were read.
+    #[serde(default)]
+    pub records: u64,
+    /// Records left out because they hold no text where it should be.
+    #[serde(default)]
+    pub malformed: u64,
+    /// Records left out because their text is empty.
+    #[serde(default)]
+    pub empty: u64,
     /// Documents left out because another one has the same text.
     pub duplicates: u64,
     /// Files left out because they are empty, not UTF-8 text or cannot be read.
     pub unreadable: u64,
 }
 
+/// A file that a dataset was made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Input {
+    /// Where it lay.
+    pub url: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
 impl SourceSummary {
+    /// Files that are named at most: a manifest is read whole.
+    pub(super) const MAX_INPUTS: usize = 1000;
+
     /// The options that differ in `given`, as `KEY is GIVEN, was RECORDED`.
     pub(super) fn differences(&self, given: &spec::Source) -> Vec<String> {
         // By way of JSON, so that an option added to the spec is never forgotten here.

@@ -5,37 +5,47 @@
 //! lies there; with one, every other file is named in it with its blake3 digest, so that a reader
 //! never trains on bytes that were not written.
 //!
-//! [`prepare`] makes a dataset from text files; [`Dataset`] reads one. The same files and options
-//! give byte-identical shards: no clock, no randomness, no dependence on thread timing.
+//! [`prepare`] makes a dataset from text; [`Dataset`] reads one. The same files and options give
+//! byte-identical shards: no clock, no randomness, no dependence on thread timing.
 
 mod blocks;
 mod cache;
-mod collect;
 mod contents;
 mod disk;
+#[cfg(test)]
+mod files_tests;
 mod fit;
 mod hedge;
+mod inspect;
 mod local;
 mod manifest;
+mod pack;
 mod prepare;
 #[cfg(test)]
 mod prepare_tests;
 mod read;
+mod resume;
 mod shard;
+mod source;
 mod synthetic;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
 mod tree;
+mod verify;
+mod words;
 
 pub use blocks::{ReadCounts, Reading, ReadingOptions};
 pub use fit::check_fit;
-pub use manifest::{DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest};
-pub use prepare::{PrepareEvent, prepare};
+pub use inspect::{Bucket, Lengths, SampleText, inspect};
+pub use manifest::{DatasetManifest, Input, ShardEntry, SourceSummary, Split, SplitManifest};
+pub use prepare::{Origin, PrepareEvent, Recipe, prepare, prepare_from};
 pub use read::{Dataset, read_sequences};
 pub use shard::TokenType;
+pub use source::Mano;
 pub use synthetic::{Synthetic, synthetic};
 pub use tokenizer::TextTokenizer;
+pub use verify::{BadFile, verify};
 
 /// Where everything of a dataset lives in its store.
 #[must_use]

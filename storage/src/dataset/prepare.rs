@@ -1,28 +1,75 @@
-//! Making a dataset: collect text, train the tokenizer, write token shards, write the manifest.
+//! Making a dataset: documents of a source, a tokenizer, token shards, and the manifest last.
 //!
-//! The work that takes cores runs on a blocking thread (and rayon's); finished files come back over
-//! a bounded channel to the async side, which writes them. So memory holds a few shards whatever
-//! the size of the text, and a store that fails stops the work. Nothing is a dataset until its
-//! manifest is written, last: an interrupted run is simply done again, over the same files.
+//! Three threads are in a row, with a little room between them: one reads, one has all cores parse
+//! and tokenize, one packs and hashes; the async side writes what is finished. So memory holds a few
+//! batches and a shard of each split whatever the size of the text, and a store that fails stops the
+//! work. What was finished is found again: see [`super::resume`].
 
-use std::ops::Range;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
+use looptrain_proto::spec::Format;
 use looptrain_proto::{Digest, spec};
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::collect::{self, Collection, Document};
+use super::pack::{Counts, Packed, Packer, Shard, Work};
 use super::read::unigram_loss;
-use super::shard;
+use super::resume::{Entries, Left, PROGRESS_FILE, Progress, clear};
+use super::source::{
+    Batch, Document, Exercises, Files, Mano, Record, Sample, Sink, Source, open_url,
+};
 use super::{
-    Dataset, DatasetManifest, ShardEntry, SourceSummary, SplitManifest, TextTokenizer, TokenType,
+    Dataset, DatasetManifest, Input, SourceSummary, Split, TextTokenizer, TokenType,
     dataset_prefix, manifest_key,
 };
 use crate::{Error, Result, Store, blocking};
 
-/// Text tokenized at once, in bytes.
-const BATCH_BYTES: u64 = 4 << 20;
+/// Batches between two threads.
+const ROOM: usize = 2;
+/// Malformed records that are told one by one.
+const TOLD: u64 = 20;
+/// A share of fewer records than this says little: only more of them end the work before its end.
+const FEW_RECORDS: u64 = 10_000;
+/// Half-written files of killed writers go when they are this old.
+const STALE: Duration = Duration::from_secs(3600);
+
+/// What to make a dataset from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recipe {
+    /// Where documents come from.
+    pub origin: Origin,
+    /// Threads that tokenize; as many as there are cores by default. Changes nothing that is written.
+    pub threads: Option<usize>,
+}
+
+/// Where documents come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Origin {
+    /// Text, as a spec describes it.
+    Text(spec::Source),
+    /// Exercises in modular arithmetic.
+    Mano {
+        /// Which ones.
+        mano: Mano,
+        /// Tokens per shard.
+        shard_tokens: u64,
+    },
+}
+
+impl Recipe {
+    /// What the manifest calls the source.
+    fn options(&self) -> spec::Source {
+        match &self.origin {
+            Origin::Text(source) => source.clone(),
+            Origin::Mano { mano, shard_tokens } => mano.options(*shard_tokens),
+        }
+    }
+}
 
 /// How far the making of a dataset has come.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,14 +100,32 @@ pub enum PrepareEvent {
         /// Entries it has: fewer than asked for when the text gives no more.
         vocabulary: usize,
     },
+    /// An earlier preparation with the same options is gone on with.
+    Resumed {
+        /// Shards of both splits that are there.
+        shards: u64,
+        /// Tokens in them.
+        tokens: u64,
+    },
+    /// What an earlier preparation left is of no use, and removed.
+    Restarted,
+    /// A record is left out; told of the first ones alone.
+    Malformed {
+        /// File, and line or row.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Text is being turned into tokens.
     Tokenizing {
-        /// Bytes of text done.
+        /// Bytes done, as they lie in the files.
         bytes: u64,
-        /// Bytes of text in all.
+        /// Bytes of all files.
         total_bytes: u64,
         /// Tokens so far.
         tokens: u64,
+        /// Records left out so far.
+        malformed: u64,
     },
     /// The manifest is written.
     Done {
@@ -77,28 +142,57 @@ pub enum PrepareEvent {
 enum Output {
     Event(PrepareEvent),
     File(String, Bytes),
+    /// Everything that is there of the dataset goes.
+    Clear,
 }
 
 /// Makes the dataset `name` from `source`; one that is there already and was made with the same
-/// options is opened and left as it is.
+/// options is opened and left as it is, and one that was begun with them is gone on with.
 ///
 /// `progress` is called on the calling task, between awaits.
 ///
 /// # Errors
-/// When there is no text or too little of it, a file cannot be read, or the store fails: the store
-/// then has no such dataset. [`Error::OtherSource`] when it has one made with other options.
+/// When there is no text or too little of it, a file cannot be read, too many records are malformed,
+/// or the store fails: the store then has no such dataset. [`Error::OtherSource`] when it has one
+/// made with other options.
 pub async fn prepare(
     store: &Store,
     name: &str,
     source: &spec::Source,
     progress: &(dyn Fn(PrepareEvent) + Send + Sync),
 ) -> Result<Dataset> {
+    let recipe = Recipe { origin: Origin::Text(source.clone()), threads: None };
+    prepare_from(store, name, &recipe, progress).await
+}
+
+/// As [`prepare`], from any origin.
+///
+/// # Errors
+/// As [`prepare`].
+pub async fn prepare_from(
+    store: &Store,
+    name: &str,
+    recipe: &Recipe,
+    progress: &(dyn Fn(PrepareEvent) + Send + Sync),
+) -> Result<Dataset> {
+    let options = recipe.options();
     if let Some(dataset) = Dataset::open(store, name).await? {
-        dataset.check_source(source)?;
+        dataset.check_source(&options)?;
         return Ok(dataset);
     }
+    store.sweep(&dataset_prefix(name), STALE).await?;
+    let left = match Left::find(store, name).await? {
+        Some(left) if left.is_whole(store, name).await? => Some(left),
+        _ => None,
+    };
+    let given = match (&recipe.origin, &options.tokenizer) {
+        (Origin::Mano { mano, .. }, _) => Some(mano.tokenizer()),
+        (Origin::Text(_), Some(place)) => Some(read_tokenizer(place).await?),
+        (Origin::Text(_), None) => None,
+    };
     let (sender, mut outputs) = mpsc::channel(2);
-    let maker = Maker { name: name.to_owned(), source: source.clone(), sender };
+    let (name_, recipe, runtime) = (name.to_owned(), recipe.clone(), Handle::current());
+    let maker = Maker { name: name_, recipe, options, given, left, runtime, sender };
     let mut making = std::pin::pin!(blocking(move || maker.make()));
     let mut made = None;
     // The channel closes when the maker is done; its result says how.
@@ -109,16 +203,34 @@ pub async fn prepare(
                 Some(Output::File(file, bytes)) => {
                     store.put(&format!("{}/{file}", dataset_prefix(name)), bytes).await?;
                 }
+                Some(Output::Clear) => clear(store, name).await?,
                 None => break,
             },
             result = &mut making, if made.is_none() => made = Some(result?),
         }
     }
-    let manifest = match made {
+    let (manifest, leftovers) = match made {
         Some(result) => result?,
         None => making.await??,
     };
-    write_manifest(store, manifest, progress).await
+    let dataset = write_manifest(store, manifest, progress).await?;
+    for file in leftovers {
+        store.delete(&format!("{}/{file}", dataset_prefix(name))).await?;
+    }
+    Ok(dataset)
+}
+
+/// The `tokenizer.json` at a path or URL.
+async fn read_tokenizer(place: &str) -> Result<Vec<u8>> {
+    let failed =
+        |reason: String| Error::Tokenizer { reason: format!("cannot read {place}: {reason}") };
+    if let Some(path) = place.strip_prefix("file://").or((!place.contains("://")).then_some(place))
+    {
+        let read = tokio::fs::read(path).await;
+        return read.map_err(|error| failed(error.to_string()));
+    }
+    let (store, key) = open_url(place)?;
+    Ok(store.get(&key).await?.to_vec())
 }
 
 async fn write_manifest(
@@ -147,107 +259,138 @@ async fn write_manifest(
 /// Does the work, away from the async threads.
 struct Maker {
     name: String,
-    source: spec::Source,
+    recipe: Recipe,
+    options: spec::Source,
+    /// The tokenizer, unless it is to be trained.
+    given: Option<Vec<u8>>,
+    left: Option<Left>,
+    runtime: Handle,
     sender: mpsc::Sender<Output>,
 }
 
 impl Maker {
-    fn make(self) -> Result<DatasetManifest> {
-        let collection = self.collect()?;
-        let (train, validation) = self.hold_out(&collection)?;
-        let tokenizer = self.train_tokenizer(&train)?;
-        let mut tokens = Tokenizing {
-            dtype: TokenType::for_vocabulary(tokenizer.vocabulary_size()),
+    /// The manifest, and the files that are of no use once it is written.
+    fn make(mut self) -> Result<(DatasetManifest, Vec<String>)> {
+        let found = self.find()?;
+        let source = found.source();
+        let (tokenizer, work, mut entries) = self.begin(&found)?;
+        let dtype = TokenType::for_vocabulary(tokenizer.vocabulary_size());
+        let making = Making {
             maker: &self,
+            source,
             tokenizer: &tokenizer,
-            total_bytes: collection.bytes,
-            done_bytes: 0,
-            tokens: 0,
+            begin: &work,
+            total_bytes: (0..source.files()).map(|file| source.bytes(file)).sum(),
+            sources: self.sources(source),
         };
-        let (train, train_counts) = tokens.split("tokens", &train)?;
-        let (validation, validation_counts) = tokens.split("validation", &validation)?;
-        Ok(DatasetManifest {
-            version: DatasetManifest::VERSION,
-            dtype: tokens.dtype,
-            vocabulary_size: tokenizer.vocabulary_size(),
-            tokenizer_digest: tokenizer.digest(),
-            train,
-            validation,
-            unigram_loss: Some(unigram_loss(&train_counts, &validation_counts)),
-            source: SourceSummary {
-                options: self.source.clone(),
-                files: collection.files,
-                duplicates: collection.duplicates,
-                unreadable: collection.unreadable,
-            },
-            name: self.name,
-        })
-    }
-
-    fn collect(&self) -> Result<Collection> {
-        let home = collect::cargo_home();
-        let progress = |files, bytes| {
-            let event = PrepareEvent::Collecting { files, bytes };
-            self.send(Output::Event(event)).map_err(|error| error.to_string())
-        };
-        let collection = collect::collect(&self.source, home.as_deref(), progress)
-            .map_err(|reason| self.text(reason))?;
-        let (documents, bytes) = (collection.documents.len() as u64, collection.bytes);
-        self.send(Output::Event(PrepareEvent::Collected { documents, bytes }))?;
-        Ok(collection)
-    }
-
-    /// Training and validation documents, each in collection order. Validation takes documents by
-    /// the hash of their path until it has its share of the bytes: more text later moves few of
-    /// them.
-    fn hold_out(&self, collection: &Collection) -> Result<(Vec<Document>, Vec<Document>)> {
-        let documents = &collection.documents;
-        if documents.len() < 2 {
+        let packer = Packer::new(work.clone(), self.options.shard_tokens, dtype);
+        let (work, counts) = making.pack(packer, &mut entries)?;
+        if work.train.tokens == 0 || work.validation.tokens == 0 {
+            let (train, held) = (work.train.documents, work.validation.documents);
             return Err(self.text(format!(
-                "too little text for a validation split: {} bytes in one document; name more files in datasets.source.paths or raise max_bytes",
-                collection.bytes
+                "{train} documents are to train and {held} to validate, and both are needed; give it more text, or hold out another share (validation_fraction, --validation)"
             )));
         }
-        let mut drawn: Vec<usize> = (0..documents.len()).collect();
-        drawn.sort_by_key(|&index| *documents[index].lot.as_bytes());
-        let wanted = (self.source.validation_fraction * collection.bytes as f64).ceil() as u64;
-        let mut held = vec![false; documents.len()];
-        let mut bytes = 0;
-        // One document at least stays for training.
-        for &index in &drawn[..documents.len() - 1] {
-            held[index] = true;
-            bytes += documents[index].bytes;
-            if bytes >= wanted {
-                break;
+        let leftovers = entries.files();
+        let manifest = DatasetManifest {
+            version: DatasetManifest::VERSION,
+            dtype,
+            vocabulary_size: tokenizer.vocabulary_size(),
+            tokenizer_digest: tokenizer.digest(),
+            end_of_text: tokenizer.end_of_text(),
+            unigram_loss: Some(unigram_loss(&work.train.counts, &work.validation.counts)),
+            train: work.train.manifest(std::mem::take(entries.split(Split::Train))),
+            validation: work.validation.manifest(std::mem::take(entries.split(Split::Validation))),
+            source: found.summary(&self.options, counts),
+            name: self.name,
+        };
+        Ok((manifest, leftovers))
+    }
+
+    fn find(&self) -> Result<Found> {
+        let found = match (&self.recipe.origin, self.options.format) {
+            (Origin::Mano { mano, .. }, _) => Exercises::new(*mano).map(Found::Exercises),
+            (Origin::Text(source), Format::Sample) => {
+                let progress = |files, bytes| {
+                    let event = PrepareEvent::Collecting { files, bytes };
+                    self.event(event).map_err(|error| error.to_string())
+                };
+                Sample::take(source, progress).map(Found::Sample)
+            }
+            (Origin::Text(source), _) => {
+                Files::find(source, self.runtime.clone()).map(Found::Files)
+            }
+        };
+        let found = found.map_err(|reason| self.text(reason))?;
+        if let Found::Sample(sample) = &found {
+            let (documents, bytes) = (sample.documents(), sample.bytes(0));
+            self.event(PrepareEvent::Collected { documents, bytes })?;
+        }
+        Ok(found)
+    }
+
+    /// Digest of the options that decide what is written, and of the source's files.
+    fn sources(&self, source: &dyn Source) -> Digest {
+        // How many records may be malformed decides whether there is a dataset, not what is in it.
+        let options = spec::Source { max_malformed: 0.0, ..self.options.clone() };
+        let decides = (options, source.digest());
+        let text = serde_json::to_vec(&decides).expect("options and digests have a JSON form");
+        Digest::of(&text)
+    }
+
+    /// The tokenizer, and how far the work has come.
+    fn begin(&mut self, found: &Found) -> Result<(TextTokenizer, Work, Entries)> {
+        let end = self.options.end_of_text.clone();
+        let is_same = |left: &Left| {
+            let given = self.given.as_ref().map(|json| Digest::of(json));
+            left.progress.sources == self.sources(found.source())
+                && given.is_none_or(|given| given == left.progress.tokenizer)
+        };
+        let left = self.left.as_ref();
+        if let Some(left) = left.filter(|left| is_same(left)) {
+            let tokenizer = TextTokenizer::from_json(&left.tokenizer, end.as_deref())?;
+            let work = left.progress.work.clone();
+            let size = tokenizer.vocabulary_size();
+            if work.train.counts.len() == size && work.validation.counts.len() == size {
+                let shards = work.train.shards + work.validation.shards;
+                let tokens = work.train.tokens + work.validation.tokens;
+                self.event(PrepareEvent::Resumed { shards, tokens })?;
+                return Ok((tokenizer, work, left.entries()));
             }
         }
-        let pick = |validation: bool| {
-            let picked = documents.iter().zip(&held).filter(|&(_, &held)| held == validation);
-            picked.map(|(document, _)| document.clone()).collect::<Vec<_>>()
+        if left.is_some() {
+            self.event(PrepareEvent::Restarted)?;
+            self.send(Output::Clear)?;
+        }
+        let (json, tokenizer) = match self.given.take() {
+            Some(json) => {
+                let tokenizer = TextTokenizer::from_json(&json, end.as_deref())?;
+                (json, tokenizer)
+            }
+            None => self.train_tokenizer(found)?,
         };
-        Ok((pick(false), pick(true)))
-    }
-
-    fn train_tokenizer(&self, documents: &[Document]) -> Result<TextTokenizer> {
-        let vocabulary = self.source.tokenizer_vocabulary;
-        // Documents come in the order of a hash: the first ones are an even sample of all.
-        let sample = &documents[take(documents, 0, self.source.tokenizer_bytes)];
-        let bytes = sample.iter().map(|document| document.bytes).sum();
-        self.send(Output::Event(PrepareEvent::TrainingTokenizer { bytes, vocabulary }))?;
-        let texts: Vec<String> =
-            sample.par_iter().map(|document| self.read(document)).collect::<Result<_>>()?;
-        let json = TextTokenizer::train(&texts, vocabulary)?;
-        let tokenizer = TextTokenizer::from_json(&json)?;
         self.send(Output::File("tokenizer.json".to_owned(), json.into()))?;
-        let vocabulary = tokenizer.vocabulary_size();
-        self.send(Output::Event(PrepareEvent::TokenizerTrained { vocabulary }))?;
-        Ok(tokenizer)
+        let work = Work::new(tokenizer.vocabulary_size());
+        Ok((tokenizer, work, Entries::default()))
     }
 
-    fn read(&self, document: &Document) -> Result<String> {
-        let failed =
-            |error| self.text(format!("cannot read {}: {error}", document.path().display()));
-        document.read().map_err(failed)
+    fn train_tokenizer(&self, found: &Found) -> Result<(Vec<u8>, TextTokenizer)> {
+        let vocabulary = self.options.tokenizer_vocabulary;
+        let texts = match found {
+            Found::Sample(sample) => sample.texts(self.options.tokenizer_bytes)?,
+            found => first_texts(found.source(), self.options.tokenizer_bytes)?,
+        };
+        let bytes = texts.iter().map(|text| text.len() as u64).sum();
+        self.event(PrepareEvent::TrainingTokenizer { bytes, vocabulary })?;
+        let json = TextTokenizer::train(&texts, vocabulary)?;
+        let tokenizer = TextTokenizer::from_json(&json, None)?;
+        let vocabulary = tokenizer.vocabulary_size();
+        self.event(PrepareEvent::TokenizerTrained { vocabulary })?;
+        Ok((json, tokenizer))
+    }
+
+    fn event(&self, event: PrepareEvent) -> Result<()> {
+        self.send(Output::Event(event))
     }
 
     /// Fails when nobody waits for the dataset any more.
@@ -260,101 +403,223 @@ impl Maker {
     }
 }
 
-/// The documents from `first` on that hold about `bytes` of text, at least one.
-fn take(documents: &[Document], first: usize, bytes: u64) -> Range<usize> {
-    let mut sum = 0;
-    let full = documents[first..].iter().position(|document| {
-        sum += document.bytes;
-        sum >= bytes
-    });
-    first..full.map_or(documents.len(), |last| first + last + 1)
-}
-
-/// The tokenizing of both splits.
-struct Tokenizing<'a> {
-    maker: &'a Maker,
-    tokenizer: &'a TextTokenizer,
-    dtype: TokenType,
-    total_bytes: u64,
-    done_bytes: u64,
-    tokens: u64,
-}
-
-impl Tokenizing<'_> {
-    /// Writes the shards of one split; gives also how often each token is in it.
-    fn split(&mut self, prefix: &str, documents: &[Document]) -> Result<(SplitManifest, Vec<u64>)> {
-        let mut counts = vec![0; self.tokenizer.vocabulary_size()];
-        let mut stream = Stream { prefix, ..Stream::default() };
-        let mut next = 0;
-        while next < documents.len() {
-            let batch = take(documents, next, BATCH_BYTES);
-            next = batch.end;
-            let encode = |document: &Document| {
-                let tokens = self.tokenizer.encode(&self.maker.read(document)?)?;
-                Ok((tokens, document.bytes))
-            };
-            let batch: Vec<(Vec<u32>, u64)> =
-                documents[batch].par_iter().map(encode).collect::<Result<_>>()?;
-            for (mut tokens, bytes) in batch {
-                tokens.push(TextTokenizer::END_OF_TEXT);
-                for &token in &tokens {
-                    counts[token as usize] += 1;
+/// Training texts of about so many bytes from the beginning of each file, for a tokenizer.
+fn first_texts(source: &dyn Source, bytes: u64) -> Result<Vec<String>> {
+    let share = (bytes / source.files().max(1) as u64).max(1);
+    let (mut texts, mut sum) = (Vec::new(), 0);
+    for file in 0..source.files() {
+        let limit = bytes.min(sum + share);
+        if sum >= bytes {
+            break;
+        }
+        let mut enough = false;
+        let mut give = |batch: Batch| {
+            for record in batch.records {
+                if let Document::Text { text, held: false } = source.document(record)? {
+                    sum += text.len() as u64;
+                    texts.push(text);
                 }
-                stream.split.documents += 1;
-                stream.split.bytes += bytes;
-                stream.split.tokens += tokens.len() as u64;
-                self.done_bytes += bytes;
-                self.tokens += tokens.len() as u64;
-                stream.push(&tokens);
-                while stream.tokens.len() as u64 >= self.maker.source.shard_tokens {
-                    self.cut(&mut stream, self.maker.source.shard_tokens as usize)?;
+                if sum >= limit {
+                    enough = true;
+                    return Err(Error::Interrupted);
                 }
             }
-            self.maker.send(Output::Event(PrepareEvent::Tokenizing {
-                bytes: self.done_bytes,
+            Ok(())
+        };
+        let mut sink = Sink::new(0, &mut give);
+        sink.begin(file);
+        let read = source.read(file, 0, &mut sink).and_then(|()| sink.flush());
+        if !enough {
+            read?;
+        }
+    }
+    Ok(texts)
+}
+
+/// The source of a dataset.
+enum Found {
+    Sample(Sample),
+    Files(Files),
+    Exercises(Exercises),
+}
+
+impl Found {
+    fn source(&self) -> &dyn Source {
+        match self {
+            Self::Sample(sample) => sample,
+            Self::Files(files) => files,
+            Self::Exercises(exercises) => exercises,
+        }
+    }
+
+    fn summary(&self, options: &spec::Source, counts: Counts) -> SourceSummary {
+        let input = |(url, bytes): (&str, u64)| Input { url: url.to_owned(), bytes };
+        let (files, duplicates, unreadable) = match self {
+            Self::Sample(sample) => sample.counts(),
+            other => (other.source().files() as u64, 0, 0),
+        };
+        SourceSummary {
+            options: options.clone(),
+            files,
+            inputs: match self {
+                Self::Files(files) => {
+                    files.list().take(SourceSummary::MAX_INPUTS).map(input).collect()
+                }
+                _ => Vec::new(),
+            },
+            inputs_digest: Some(self.source().digest()),
+            records: counts.records,
+            malformed: counts.malformed,
+            empty: counts.empty,
+            duplicates,
+            unreadable,
+        }
+    }
+}
+
+/// Records that have been looked into, in their order, and the bytes read until then.
+type Looked = (Vec<(u32, u64, Packed)>, u64);
+
+/// The way from records to shards.
+struct Making<'a> {
+    maker: &'a Maker,
+    source: &'a dyn Source,
+    tokenizer: &'a TextTokenizer,
+    /// Where the work begins.
+    begin: &'a Work,
+    total_bytes: u64,
+    sources: Digest,
+}
+
+impl Making<'_> {
+    /// Makes all shards that are not there yet; gives how far it has come, and what was read.
+    fn pack(&self, mut packer: Packer, entries: &mut Entries) -> Result<(Work, Counts)> {
+        let threads = self.maker.recipe.threads;
+        let pool = threads.map(|threads| ThreadPoolBuilder::new().num_threads(threads).build());
+        let pool = pool.transpose().map_err(|error| self.maker.text(error.to_string()))?;
+        std::thread::scope(|scope| {
+            let (raw, batches) = sync_channel(ROOM);
+            let (give, looked) = sync_channel(ROOM);
+            let reading = scope.spawn(move || self.read(&raw));
+            let tokenizing = scope.spawn(move || self.tokenize(&batches, &give, pool.as_ref()));
+            let packed = self.take(looked, &mut packer, entries);
+            // Whoever has nobody to give to any more was interrupted by the next one's failure.
+            let ends = [joined(reading), joined(tokenizing), packed];
+            let mut failures = ends.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+            failures.sort_by_key(|error| matches!(error, Error::Interrupted));
+            failures.into_iter().next().map_or(Ok(()), Err)
+        })?;
+        while let Some(shard) = packer.cut(true)? {
+            self.write(shard, &mut packer, entries)?;
+        }
+        self.check_malformed(packer.counts(), 0)?;
+        Ok((packer.work(), packer.counts()))
+    }
+
+    fn read(&self, raw: &SyncSender<Batch>) -> Result<()> {
+        let first = self.begin.file as usize;
+        let before = (0..first).map(|file| self.source.bytes(file)).sum();
+        let mut give = |batch| raw.send(batch).map_err(|_| Error::Interrupted);
+        let mut sink = Sink::new(before, &mut give);
+        for file in first..self.source.files() {
+            sink.begin(file);
+            let from = if file == first { self.begin.from() } else { 0 };
+            self.source.read(file, from, &mut sink)?;
+            sink.end(self.source.bytes(file));
+        }
+        sink.flush()
+    }
+
+    fn tokenize(
+        &self,
+        batches: &Receiver<Batch>,
+        give: &SyncSender<Looked>,
+        pool: Option<&ThreadPool>,
+    ) -> Result<()> {
+        for batch in batches {
+            let look = || batch.records.into_par_iter().map(|record| self.look(record)).collect();
+            let looked: Result<Vec<_>> = match pool {
+                Some(pool) => pool.install(look),
+                None => look(),
+            };
+            give.send((looked?, batch.read)).map_err(|_| Error::Interrupted)?;
+        }
+        Ok(())
+    }
+
+    fn look(&self, record: Record) -> Result<(u32, u64, Packed)> {
+        let (file, at) = (record.file, record.at);
+        let packed = match self.source.document(record)? {
+            Document::Empty => Packed::Empty,
+            Document::Malformed(reason) => Packed::Malformed(reason),
+            Document::Text { text, held } => {
+                let split = if held { Split::Validation } else { Split::Train };
+                let mut tokens = Vec::new();
+                if self.begin.split(split).cut.wants(file, at) {
+                    tokens = self.tokenizer.encode(&text)?;
+                    tokens.push(self.tokenizer.end_of_text());
+                }
+                Packed::Document { split, tokens, bytes: text.len() as u64 }
+            }
+        };
+        Ok((file, at, packed))
+    }
+
+    fn take(
+        &self,
+        looked: Receiver<Looked>,
+        packer: &mut Packer,
+        entries: &mut Entries,
+    ) -> Result<()> {
+        for (records, read) in looked {
+            for (file, at, packed) in records {
+                if let Packed::Malformed(reason) = &packed
+                    && packer.counts().malformed < TOLD
+                {
+                    let place = format!("{}:{at}", self.source.place(file as usize));
+                    let reason = reason.clone();
+                    self.maker.event(PrepareEvent::Malformed { place, reason })?;
+                }
+                packer.take(file, at, packed);
+                while let Some(shard) = packer.cut(false)? {
+                    self.write(shard, packer, entries)?;
+                }
+            }
+            self.check_malformed(packer.counts(), FEW_RECORDS)?;
+            self.maker.event(PrepareEvent::Tokenizing {
+                bytes: read,
                 total_bytes: self.total_bytes,
-                tokens: self.tokens,
-            }))?;
+                tokens: packer.tokens(),
+                malformed: packer.counts().malformed,
+            })?;
         }
-        if !stream.tokens.is_empty() {
-            let rest = stream.tokens.len();
-            self.cut(&mut stream, rest)?;
-        }
-        Ok((stream.split, counts))
+        Ok(())
     }
 
-    /// Makes a shard of the first `count` tokens of the stream.
-    fn cut(&self, stream: &mut Stream<'_>, count: usize) -> Result<()> {
-        let file = format!("{}-{:05}.arrow", stream.prefix, stream.split.shards.len());
-        let (tokens, starts) = (&stream.tokens[..count], &stream.starts[..count]);
-        let bytes = shard::encode(self.dtype, tokens, starts)
-            .map_err(|error| self.maker.text(format!("cannot write {file}: {error}")))?;
-        stream.split.shards.push(ShardEntry {
-            file: file.clone(),
-            tokens: count as u64,
-            documents: starts.iter().filter(|&&start| start).count() as u64,
-            bytes: bytes.len() as u64,
-            digest: Digest::of(&bytes),
-        });
-        stream.tokens.drain(..count);
-        stream.starts.drain(..count);
-        self.maker.send(Output::File(file, bytes))
+    /// A shard first, then its entry, and last that both are there.
+    fn write(&self, shard: Shard, packer: &mut Packer, entries: &mut Entries) -> Result<()> {
+        let file = shard.entry.file.clone();
+        entries.split(shard.split).push(shard.entry);
+        self.maker.send(Output::File(file, shard.bytes))?;
+        let (file, json) = entries.segment(shard.split);
+        self.maker.send(Output::File(file, json.into()))?;
+        let progress = Progress::new(self.sources, self.tokenizer.digest(), packer.work());
+        self.maker.send(Output::File(PROGRESS_FILE.to_owned(), progress.to_json().into()))
+    }
+
+    /// Fails when more records than their share of all, or of so many, are malformed.
+    fn check_malformed(&self, counts: Counts, at_least: u64) -> Result<()> {
+        let Counts { records, malformed, .. } = counts;
+        let share = self.maker.options.max_malformed;
+        if malformed as f64 <= share * records.max(at_least) as f64 {
+            return Ok(());
+        }
+        Err(self.maker.text(format!(
+            "{malformed} of {records} records are malformed, more than the share of {share} that may be; mend them, or allow more (max_malformed, --max-malformed)"
+        )))
     }
 }
 
-/// Tokens on their way into shards.
-#[derive(Default)]
-struct Stream<'a> {
-    prefix: &'a str,
-    split: SplitManifest,
-    tokens: Vec<u32>,
-    starts: Vec<bool>,
-}
-
-impl Stream<'_> {
-    fn push(&mut self, document: &[u32]) {
-        self.starts.push(true);
-        self.starts.resize(self.starts.len() + document.len() - 1, false);
-        self.tokens.extend_from_slice(document);
-    }
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use looptrain_proto::spec;
 
-use super::{Dataset, PrepareEvent, Split, TextTokenizer, prepare};
+use super::{Dataset, PrepareEvent, Split, prepare};
 use crate::{Error, Store};
 
 fn write_texts(root: &Path, documents: usize) {
@@ -30,6 +30,7 @@ fn source(root: &Path) -> spec::Source {
         tokenizer_bytes: 20_000,
         validation_fraction: 0.1,
         shard_tokens: 5000,
+        ..spec::Source::default()
     }
 }
 
@@ -46,13 +47,14 @@ async fn the_stream_holds_every_document_once_with_an_end_after_each() {
     let tokenizer = dataset.tokenizer().await.unwrap();
     assert_eq!(tokenizer.vocabulary_size(), dataset.manifest().vocabulary_size);
 
+    let end = tokenizer.end_of_text();
     let mut texts = Vec::new();
     for split in [Split::Train, Split::Validation] {
         let described = dataset.manifest().split(split).clone();
         // One sequence of all tokens but the last, which the sequence's target is.
         let length = described.tokens as usize - 1;
         let tokens = dataset.read_sequence(split, length, 0).await.unwrap();
-        let documents: Vec<_> = tokens.split(|&t| t == TextTokenizer::END_OF_TEXT).collect();
+        let documents: Vec<_> = tokens.split(|&t| t == end).collect();
         assert_eq!(documents.len() as u64, described.documents + 1, "the last one ends, too");
         assert_eq!(documents.last().unwrap().len(), 0);
         for document in &documents[..documents.len() - 1] {

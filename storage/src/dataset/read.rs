@@ -12,7 +12,7 @@ use super::blocks::{Piece, Reading, ShardFile};
 use super::local::{LocalFault, LocalFile};
 use super::shard::{self, Tokens};
 use super::{DatasetManifest, Split, TextTokenizer, dataset_prefix, manifest_key, tokenizer_key};
-use crate::{Error, Result, Store, blocking};
+use crate::{Error, Result, Store, Tries, blocking};
 
 /// Sequences that are found at once; reads of the store are bounded for all together.
 const AT_ONCE: usize = 32;
@@ -120,7 +120,8 @@ impl Dataset {
             if found != expected {
                 return Err(self.corrupt(&key, expected, found));
             }
-            blocking(move || TextTokenizer::from_json(&bytes)).await?
+            let end = self.manifest().end_of_text;
+            blocking(move || TextTokenizer::with_end_of_text(&bytes, end)).await?
         };
         self.inner.tokenizer.get_or_try_init(read).await.cloned()
     }
@@ -346,7 +347,8 @@ impl Sequence {
         match fault {
             LocalFault::Io(error) => {
                 let (operation, place) = ("read", file.name().to_owned());
-                Error::Operation { operation, place, reason: error.to_string() }
+                let (reason, tries) = (error.to_string(), Tries::default());
+                Error::Operation { operation, place, reason, tries }
             }
             LocalFault::Damaged { block, expected, found } => {
                 let (begin, length) = file.place(block);

@@ -190,6 +190,23 @@ pub(super) fn decode(bytes: Bytes) -> Result<Tokens, String> {
     Ok(tokens)
 }
 
+/// Where documents begin in a shard file: the rows of their first tokens.
+pub(super) fn starts(bytes: Bytes) -> Result<Vec<u64>, String> {
+    let text = |error: ArrowError| error.to_string();
+    let reader = FileReader::try_new(Cursor::new(bytes), Some(vec![1])).map_err(text)?;
+    if reader.schema().field(0).data_type() != &DataType::Boolean {
+        return Err("its column of document starts is not Boolean".to_owned());
+    }
+    let (mut starts, mut row) = (Vec::new(), 0);
+    for batch in reader {
+        let batch = batch.map_err(text)?;
+        let column = batch.column(0).as_boolean();
+        starts.extend(column.values().set_indices().map(|index| row + index as u64));
+        row += batch.num_rows() as u64;
+    }
+    Ok(starts)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -209,6 +226,9 @@ mod tests {
             out.clear();
             read.extend(&mut out, 149_998, 100);
             assert_eq!(out, tokens[149_998..]);
+
+            let rows: Vec<u64> = (0..150_000).filter(|i| i % 700 == 0).collect();
+            assert_eq!(super::starts(file.clone()).unwrap(), rows);
 
             let boundaries = FileReader::try_new(Cursor::new(file), None).unwrap();
             assert_eq!(boundaries.num_batches(), 3);

@@ -1,6 +1,6 @@
 //! Datasets of any tokens, for measurements: nobody wrote the text, and no tokenizer made them.
 
-use looptrain_proto::{Digest, spec};
+use looptrain_proto::Digest;
 
 use super::{
     Dataset, DatasetManifest, ShardEntry, SourceSummary, SplitManifest, TokenType, dataset_prefix,
@@ -38,16 +38,12 @@ pub async fn synthetic(store: &Store, name: &str, what: Synthetic) -> Result<Dat
         name: name.to_owned(),
         vocabulary_size: what.vocabulary_size,
         tokenizer_digest: Digest::of(b""),
+        end_of_text: 0,
         dtype: TokenType::for_vocabulary(what.vocabulary_size),
         train,
         validation,
         unigram_loss: None,
-        source: SourceSummary {
-            options: spec::Source::default(),
-            files: 0,
-            duplicates: 0,
-            unreadable: 0,
-        },
+        source: SourceSummary::default(),
     };
     let key = manifest_key(name);
     let malformed = |error: serde_json::Error| Error::Malformed {

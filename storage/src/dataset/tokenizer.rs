@@ -1,4 +1,5 @@
-//! Byte-level BPE: any text has tokens, and decoding gives the text back.
+//! Tokenizers: any Hugging Face `tokenizer.json`, and byte-level BPE that is trained here, with which
+//! any text has tokens, and decoding gives the text back.
 //!
 //! The special tokens stand for themselves only as ids. Where a text spells `<|endoftext|>` out,
 //! that is text like any other, so no document can end itself early.
@@ -7,6 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use looptrain_proto::Digest;
+use rayon::prelude::*;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
@@ -14,6 +16,8 @@ use tokenizers::{
     Tokenizer, TokenizerBuilder,
 };
 
+use super::source::pieces;
+use super::words::Words;
 use crate::{Error, Result};
 
 /// Special tokens in the order of their ids, from 0.
@@ -22,10 +26,30 @@ const SPECIAL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 /// A pair of tokens is merged only if it is seen this often.
 const MIN_FREQUENCY: u64 = 2;
 
+/// What the token after a document is called, the more usual first.
+const END_NAMES: [&str; 8] = [
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<|im_end|>",
+    "[SEP]",
+];
+
+/// A longer text is tokenized in pieces, by several threads: a tokenizer's notes on a text take many
+/// times its size.
+const LONG: usize = 1 << 20;
+
 /// A trained tokenizer. Cheap to clone.
 #[derive(Clone)]
 pub struct TextTokenizer {
     inner: Arc<Tokenizer>,
+    /// The short way, for tokenizers of its kind.
+    words: Option<Arc<Words>>,
+    vocabulary: usize,
+    end_of_text: u32,
     digest: Digest,
 }
 
@@ -43,20 +67,44 @@ fn failed(error: impl std::fmt::Display) -> Error {
 }
 
 impl TextTokenizer {
-    /// Stands after every document.
-    pub const END_OF_TEXT: u32 = 0;
-
-    /// Reads a `tokenizer.json`.
+    /// Reads a `tokenizer.json`; `end_of_text` is the name of the token that stands after every
+    /// document, or the first of the usual names that it has.
     ///
     /// # Errors
-    /// When it is none, or its entry 0 is not `<|endoftext|>`.
-    pub fn from_json(json: &[u8]) -> Result<Self> {
-        let mut inner = Tokenizer::from_bytes(json).map_err(failed)?;
+    /// When it is none, or has no such token.
+    pub fn from_json(json: &[u8], end_of_text: Option<&str>) -> Result<Self> {
+        let inner = Tokenizer::from_bytes(json).map_err(failed)?;
+        let names = end_of_text.as_ref().map_or(&END_NAMES[..], std::slice::from_ref);
+        let found = names.iter().find_map(|name| inner.token_to_id(name));
+        let end = found.ok_or_else(|| {
+            let mut special: Vec<String> =
+                inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+            special.sort();
+            failed(format!(
+                "it has no token {}; name the one that stands after a document (datasets.source.end_of_text, or --end-of-text), such as one of its special tokens: {}",
+                names.join(" nor "),
+                special.join(" ")
+            ))
+        })?;
+        Self::with_end(json, inner, end)
+    }
+
+    /// Reads the `tokenizer.json` of a dataset, whose manifest knows the token after a document.
+    pub(super) fn with_end_of_text(json: &[u8], end_of_text: u32) -> Result<Self> {
+        Self::with_end(json, Tokenizer::from_bytes(json).map_err(failed)?, end_of_text)
+    }
+
+    fn with_end(json: &[u8], mut inner: Tokenizer, end_of_text: u32) -> Result<Self> {
         inner.set_encode_special_tokens(true);
-        if inner.token_to_id(SPECIAL[0]) != Some(Self::END_OF_TEXT) {
-            return Err(failed(format!("entry 0 is not {}", SPECIAL[0])));
-        }
-        Ok(Self { inner: Arc::new(inner), digest: Digest::of(json) })
+        // Documents are neither cut nor filled up.
+        inner.with_truncation(None).map_err(failed)?;
+        inner.with_padding(None);
+        // Some vocabularies have holes.
+        let largest = inner.get_vocab(true).into_values().max().unwrap_or(0).max(end_of_text);
+        let vocabulary = largest as usize + 1;
+        let words = serde_json::from_slice(json).ok().as_ref().and_then(Words::of).map(Arc::new);
+        let (inner, digest) = (Arc::new(inner), Digest::of(json));
+        Ok(Self { inner, words, vocabulary, end_of_text, digest })
     }
 
     /// Trains up to `vocabulary` entries on `texts` and gives the `tokenizer.json`: the special
@@ -91,6 +139,27 @@ impl TextTokenizer {
     /// # Errors
     /// When the tokenizer fails, which byte-level BPE does not.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        if text.len() <= LONG {
+            return self.encode_whole(text);
+        }
+        let pieces = pieces(text, LONG);
+        let encode =
+            |&(start, length): &(usize, usize)| self.encode_whole(&text[start..start + length]);
+        let tokens: Vec<Vec<u32>> = pieces.par_iter().map(encode).collect::<Result<_>>()?;
+        Ok(tokens.concat())
+    }
+
+    fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
+        let Some(words) = &self.words else { return self.encode_plain(text) };
+        words.encode(text, |word, tokens| {
+            let encoding = self.inner.encode_fast(word, false).map_err(failed)?;
+            tokens.extend_from_slice(encoding.get_ids());
+            Ok(())
+        })
+    }
+
+    /// As the library does it.
+    fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -107,10 +176,16 @@ impl TextTokenizer {
         self.inner.decode(tokens, false).map_err(failed)
     }
 
-    /// Number of entries.
+    /// Number of entries; every token is below it.
     #[must_use]
     pub fn vocabulary_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.vocabulary
+    }
+
+    /// Stands after every document.
+    #[must_use]
+    pub fn end_of_text(&self) -> u32 {
+        self.end_of_text
     }
 
     /// Digest of the `tokenizer.json`.
@@ -138,7 +213,7 @@ mod tests {
         #[test]
         fn any_text_survives(text in ".*") {
             thread_local!(static TOKENIZER: TextTokenizer =
-                TextTokenizer::from_json(&trained(300)).unwrap());
+                TextTokenizer::from_json(&trained(300), None).unwrap());
             let back = TOKENIZER.with(|tokenizer| {
                 tokenizer.decode(&tokenizer.encode(&text).unwrap()).unwrap()
             });
@@ -146,16 +221,103 @@ mod tests {
         }
     }
 
+    /// The tokenizer of `trained`, cutting texts as SmolLM2's does.
+    fn with_digits() -> Vec<u8> {
+        let mut json: serde_json::Value = serde_json::from_slice(&trained(400)).unwrap();
+        let by_bytes = json["pre_tokenizer"].take();
+        let by_digits = serde_json::json!({ "type": "Digits", "individual_digits": true });
+        json["pre_tokenizer"] =
+            serde_json::json!({ "type": "Sequence", "pretokenizers": [by_digits, by_bytes] });
+        serde_json::to_vec(&json).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn the_short_way_gives_the_tokens_of_the_library(
+            parts in prop::collection::vec(prop::sample::select(vec![
+                " ", "  ", "\n", "\n\n", "\t", "\u{a0}", "\u{2003}", "\u{85}", "'", "'s", "'S", "'ll",
+                "'re", "'v", "''", "a", "looped", "pub fn", "ä", "ß", "\u{301}", "漢字", "ⅷ", "²",
+                "1", "42", "٣", "੭", "½", "_", "-", "()", "{", "<|endoftext|>", "🙂", "\u{200d}",
+                "\u{feff}", "\0", "\u{1f1e9}\u{1f1ea}", "ª", "ʰ", "𝔸", "𝟘", "averyverylongwordindeed",
+            ]), 0..40),
+            any in ".{0,20}",
+        ) {
+            thread_local!(static TOKENIZERS: [TextTokenizer; 2] = [trained(400), with_digits()]
+                .map(|json| TextTokenizer::from_json(&json, None).unwrap()));
+            let text = parts.concat() + &any;
+            TOKENIZERS.with(|tokenizers| {
+                for tokenizer in tokenizers {
+                    assert!(tokenizer.words.is_some());
+                    // Twice, for what was met before is remembered.
+                    for _ in 0..2 {
+                        let short = tokenizer.encode(&text).unwrap();
+                        assert_eq!(short, tokenizer.encode_plain(&text).unwrap(), "{text:?}");
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_of_another_kind_is_left_to_the_library() {
+        let json: serde_json::Value = serde_json::from_slice(&with_digits()).unwrap();
+        assert!(Words::of(&json).is_some());
+        let changes: [fn(&mut serde_json::Value); 6] = [
+            |json| json["normalizer"] = serde_json::json!({ "type": "NFC" }),
+            |json| json["model"]["dropout"] = 0.1.into(),
+            |json| json["model"]["type"] = "Unigram".into(),
+            |json| json["added_tokens"][1]["special"] = false.into(),
+            |json| json["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = false.into(),
+            |json| json["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = true.into(),
+        ];
+        for change in changes {
+            let mut changed = json.clone();
+            change(&mut changed);
+            assert!(Words::of(&changed).is_none(), "{}", changed["pre_tokenizer"]);
+        }
+    }
+
+    #[test]
+    fn a_long_text_is_tokenized_in_pieces_and_survives() {
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
+        let text: String = (0..200_000).map(|i| format!("line {i}\n")).collect();
+        let tokens = tokenizer.encode(&text).unwrap();
+        assert!(text.len() > 2 * super::LONG && tokenizer.decode(&tokens).unwrap() == text);
+    }
+
+    #[test]
+    fn the_end_of_a_text_has_a_usual_name_or_the_given_one() {
+        let mut json: serde_json::Value = serde_json::from_slice(&trained(300)).unwrap();
+        let end = |json: &serde_json::Value, name| {
+            TextTokenizer::from_json(&serde_json::to_vec(json).unwrap(), name)
+                .map(|tokenizer| tokenizer.end_of_text())
+        };
+        assert_eq!(end(&json, None).unwrap(), 0);
+        assert_eq!(end(&json, Some("<|im_end|>")).unwrap(), 2);
+        let missing = end(&json, Some("<stop>")).unwrap_err().to_string();
+        assert!(
+            missing.contains("no token <stop>") && missing.contains("<|im_start|>"),
+            "{missing}"
+        );
+        let text = serde_json::to_string(&json).unwrap().replace("<|endoftext|>", "</s>");
+        json = serde_json::from_str(&text).unwrap();
+        assert_eq!(end(&json, None).unwrap(), 0);
+        let text = text.replace("</s>", "<fin>").replace("<|im_end|>", "<fin2>");
+        json = serde_json::from_str(&text).unwrap();
+        assert!(end(&json, None).is_err());
+    }
+
     #[test]
     fn the_special_tokens_come_first_and_the_size_is_as_asked() {
-        let tokenizer = TextTokenizer::from_json(&trained(300)).unwrap();
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
         assert_eq!(tokenizer.vocabulary_size(), 300);
         assert_eq!(tokenizer.decode(&[0, 1, 2]).unwrap(), "<|endoftext|><|im_start|><|im_end|>");
     }
 
     #[test]
     fn special_tokens_spelled_out_in_a_text_are_text() {
-        let tokenizer = TextTokenizer::from_json(&trained(300)).unwrap();
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
         let text = "a <|endoftext|> b <|im_start|>";
         let tokens = tokenizer.encode(text).unwrap();
         assert!(tokens.iter().all(|&token| token > 2), "{tokens:?}");
@@ -165,7 +327,7 @@ mod tests {
     #[test]
     fn little_text_gives_a_smaller_vocabulary_and_still_works() {
         let json = TextTokenizer::train(&["hello".to_owned()], 4096).unwrap();
-        let tokenizer = TextTokenizer::from_json(&json).unwrap();
+        let tokenizer = TextTokenizer::from_json(&json, None).unwrap();
         assert_eq!(tokenizer.vocabulary_size(), 259);
         assert_eq!(tokenizer.decode(&tokenizer.encode("wörld").unwrap()).unwrap(), "wörld");
     }
@@ -180,9 +342,9 @@ mod tests {
 
     #[test]
     fn foreign_tokens_and_foreign_files_are_refused() {
-        let tokenizer = TextTokenizer::from_json(&trained(300)).unwrap();
+        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
         let error = tokenizer.decode(&[5, 300]).unwrap_err().to_string();
         assert!(error.contains("token 300"), "{error}");
-        assert!(TextTokenizer::from_json(b"{}").is_err());
+        assert!(TextTokenizer::from_json(b"{}", None).is_err());
     }
 }

@@ -101,6 +101,30 @@ fn an_all_reduce_is_measured_beside_its_fixed_point() {
 }
 
 #[test]
+fn text_is_tokenized_into_a_store_and_its_speed_measured() {
+    let scratch = Scratch::new();
+    let lines: String = (0..3000)
+        .map(|i| format!("{}\n", serde_json::json!({ "text": format!("Line {i} of the text.") })))
+        .collect();
+    std::fs::write(scratch.path("lines.jsonl"), &lines).unwrap();
+    let train = ["data", "prepare", "--input", "lines.jsonl", "--vocabulary", "300", "--output"];
+    let made = scratch.run(&[&train[..], &["file://store/datasets/first"]].concat());
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let tokenizer = "store/datasets/first/tokenizer.json";
+    let bench = ["bench", "tokenize", "--input", "lines.jsonl", "--tokenizer", tokenizer];
+    let figures = figures(
+        &scratch.run(&[&bench[..], &["--store", "file://store", "--rounds", "2"]].concat()),
+    );
+    assert_eq!((&figures["bench"], &figures["documents"]), (&"tokenize".into(), &3000.into()));
+    let speed = positive(&figures, "/megabytes_per_second") * positive(&figures, "/seconds");
+    assert!((speed * 1e6 / positive(&figures, "/text_bytes") - 1.0).abs() < 0.2, "{figures}");
+    for field in ["/tokens", "/tokens_per_second", "/peak_bytes", "/threads"] {
+        positive(&figures, field);
+    }
+    assert!(!scratch.path("store/datasets/bench-tokenize").exists(), "it is removed again");
+}
+
+#[test]
 fn the_same_steps_are_measured_bare_and_in_a_local_run_that_leaves_the_specs_run_alone() {
     let scratch = Scratch::new();
     let figures = figures(&scratch.run(&["bench", "orchestration", "spec.toml", "--steps", "5"]));

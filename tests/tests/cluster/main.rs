@@ -8,6 +8,7 @@ mod bench;
 mod chaos;
 mod checkpoints;
 mod cluster;
+mod data;
 mod elastic;
 mod end_to_end;
 mod left_behind;

@@ -43,8 +43,17 @@ pub(super) fn machine() -> Value {
 
 /// Memory of this process that is in use, in bytes; `None` where the system does not tell.
 pub(super) fn resident_bytes() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// The most memory that this process has used, in bytes; `None` where the system does not tell.
+pub(super) fn peak_bytes() -> Option<u64> {
+    status("VmHWM:")
+}
+
+fn status(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
 }
@@ -68,5 +77,6 @@ mod tests {
     #[test]
     fn a_process_uses_memory() {
         assert!(resident_bytes().is_some_and(|bytes| bytes > 1 << 20));
+        assert!(peak_bytes() >= resident_bytes());
     }
 }

@@ -9,6 +9,7 @@ mod data;
 mod figures;
 mod orchestration;
 mod reduce;
+mod tokenize;
 mod transfer;
 
 use anyhow::Result;
@@ -23,6 +24,7 @@ pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
         Bench::Data(args) => data::run(args).await?,
         Bench::Transfer(args) => transfer::run(args).await?,
         Bench::Reduce(args) => reduce::run(args).await?,
+        Bench::Tokenize(args) => tokenize::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,
     };
     println!("{figures}");

@@ -1,4 +1,4 @@
-//! Finding the text of a new dataset.
+//! An even sample of text files: what a first run trains on.
 //!
 //! Directories give their files of the wanted extensions, one document each; lock files, hidden
 //! directories, symbolic links and files above 1 MiB (generated tables, mostly) are passed over. A
@@ -14,13 +14,17 @@ use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use looptrain_proto::spec;
+use looptrain_proto::{Digest, spec};
 use rayon::prelude::*;
+
+use super::{Document, Raw, Record, Sink, Source};
+use crate::{Error, Result};
 
 /// Stands for the sources of the crates in the local cargo home.
 const CARGO_REGISTRY: &str = "cargo-registry";
-const LARGEST_FILE: u64 = 1 << 20;
-const LARGEST_PIECE: usize = 64 << 10;
+pub(super) const LARGEST_FILE: u64 = 1 << 20;
+pub(super) const LARGEST_PIECE: usize = 64 << 10;
+const NO_HOME: &str = "cannot tell where cargo's registry is: set CARGO_HOME, or name your own files in datasets.source.paths";
 /// Files looked into at once.
 const BATCH: usize = 256;
 /// Collecting ends after this many documents in a row that the bytes left have no room for.
@@ -28,19 +32,19 @@ const MISFITS: usize = 16;
 
 /// A piece of text, still in its file.
 #[derive(Clone, Debug)]
-pub(super) struct Document {
+struct Piece {
     path: PathBuf,
     /// Where the text starts in the file, in bytes.
     start: u64,
     /// Bytes of text.
-    pub(super) bytes: u64,
+    bytes: u64,
     /// What orders documents.
     order: blake3::Hash,
     /// What decides on the split.
-    pub(super) lot: blake3::Hash,
+    lot: blake3::Hash,
 }
 
-impl Document {
+impl Piece {
     fn new(path: PathBuf, key: &str, start: u64, bytes: u64) -> Self {
         let hash = |context, key: &str| {
             blake3::Hasher::new_derive_key(context).update(key.as_bytes()).finalize()
@@ -52,17 +56,12 @@ impl Document {
     }
 
     /// The text.
-    pub(super) fn read(&self) -> std::io::Result<String> {
+    fn read(&self) -> std::io::Result<String> {
         let mut file = fs::File::open(&self.path)?;
         file.seek(SeekFrom::Start(self.start))?;
         let mut text = String::with_capacity(self.bytes as usize);
         file.take(self.bytes).read_to_string(&mut text)?;
         Ok(text)
-    }
-
-    /// For messages.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Digest of the text; `None` for what is no text.
@@ -73,24 +72,153 @@ impl Document {
     }
 }
 
-/// All documents of a dataset, in order.
+/// All documents of a sample, in order.
 #[derive(Debug, Default)]
-pub(super) struct Collection {
-    pub(super) documents: Vec<Document>,
+struct Collection {
+    documents: Vec<Piece>,
+    /// Digests of their texts.
+    texts: Vec<blake3::Hash>,
     /// Bytes of text.
-    pub(super) bytes: u64,
-    pub(super) files: u64,
-    pub(super) duplicates: u64,
-    pub(super) unreadable: u64,
+    bytes: u64,
+    files: u64,
+    duplicates: u64,
+    unreadable: u64,
+}
+
+/// A sample that was taken, in the order of its documents: as a source, one file.
+pub(in super::super) struct Sample {
+    collection: Collection,
+    /// For each document whether it is held out.
+    held: Vec<bool>,
+    /// Bytes of the documents before each.
+    before: Vec<u64>,
+}
+
+impl Sample {
+    /// Takes a sample; `progress` is told documents and bytes so far.
+    ///
+    /// # Errors
+    /// A sentence for the person who wrote the spec.
+    pub(in super::super) fn take(
+        source: &spec::Source,
+        progress: impl FnMut(u64, u64) -> std::result::Result<(), String>,
+    ) -> std::result::Result<Self, String> {
+        let collection = collect(source, cargo_home().as_deref(), progress)?;
+        let held = hold_out(&collection, source.validation_fraction)?;
+        let mut sum = 0;
+        let before = collection.documents.iter().map(|document| (sum, sum += document.bytes).0);
+        let before = before.collect();
+        Ok(Self { collection, held, before })
+    }
+
+    /// Documents.
+    pub(in super::super) fn documents(&self) -> u64 {
+        self.collection.documents.len() as u64
+    }
+
+    /// Files looked at, documents that were there before, and files that are no text.
+    pub(in super::super) fn counts(&self) -> (u64, u64, u64) {
+        let Collection { files, duplicates, unreadable, .. } = self.collection;
+        (files, duplicates, unreadable)
+    }
+
+    /// Training texts of about so many bytes, an even sample of all.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub(in super::super) fn texts(&self, bytes: u64) -> Result<Vec<String>> {
+        let train = self.collection.documents.iter().zip(&self.held).filter(|(_, held)| !**held);
+        let mut sum = 0;
+        // Documents come in the order of a hash: the first ones are an even sample of all.
+        let sample: Vec<&Piece> = train
+            .map(|(document, _)| document)
+            .take_while(|document| {
+                let before = sum;
+                sum += document.bytes;
+                before < bytes
+            })
+            .collect();
+        sample.into_par_iter().map(read).collect()
+    }
+}
+
+fn read(piece: &Piece) -> Result<String> {
+    piece.read().map_err(|error| Error::Malformed {
+        place: piece.path.display().to_string(),
+        reason: error.to_string(),
+    })
+}
+
+impl Source for Sample {
+    fn files(&self) -> usize {
+        1
+    }
+
+    fn bytes(&self, _: usize) -> u64 {
+        self.collection.bytes
+    }
+
+    fn digest(&self) -> Digest {
+        let mut hasher = blake3::Hasher::new();
+        for (document, text) in self.collection.documents.iter().zip(&self.collection.texts) {
+            hasher.update(document.order.as_bytes()).update(text.as_bytes());
+        }
+        Digest::of(hasher.finalize().as_bytes())
+    }
+
+    fn place(&self, _: usize) -> String {
+        "the sample".to_owned()
+    }
+
+    fn read(&self, _: usize, from: u64, sink: &mut Sink<'_>) -> Result<()> {
+        let documents = self.collection.documents.iter().enumerate();
+        for (index, document) in documents.skip(from.saturating_sub(1) as usize) {
+            let read = self.before[index] + document.bytes;
+            sink.take(index as u64 + 1, Raw::Number, document.bytes as usize, read)?;
+        }
+        Ok(())
+    }
+
+    fn document(&self, record: Record) -> Result<Document> {
+        let index = record.at as usize - 1;
+        let text = read(&self.collection.documents[index])?;
+        Ok(Document::Text { text, held: self.held[index] })
+    }
+}
+
+/// Which documents validation takes: by the hash of their path until it has its share of the bytes,
+/// so that more text later moves few of them.
+fn hold_out(collection: &Collection, share: f64) -> std::result::Result<Vec<bool>, String> {
+    let documents = &collection.documents;
+    if documents.len() < 2 {
+        return Err(format!(
+            "too little text for a validation split: {} bytes in one document; name more files in datasets.source.paths or raise max_bytes",
+            collection.bytes
+        ));
+    }
+    let mut drawn: Vec<usize> = (0..documents.len()).collect();
+    drawn.sort_by_key(|&index| *documents[index].lot.as_bytes());
+    let wanted = (share * collection.bytes as f64).ceil() as u64;
+    let mut held = vec![false; documents.len()];
+    let mut bytes = 0;
+    // One document at least stays for training.
+    for &index in &drawn[..documents.len() - 1] {
+        held[index] = true;
+        bytes += documents[index].bytes;
+        if bytes >= wanted {
+            break;
+        }
+    }
+    Ok(held)
 }
 
 /// Collects up to `source.max_bytes` of text. `progress` is told documents and bytes so far. The
 /// error is a sentence for the person who wrote the spec.
-pub(super) fn collect(
+fn collect(
     source: &spec::Source,
     cargo_home: Option<&Path>,
-    mut progress: impl FnMut(u64, u64) -> Result<(), String>,
-) -> Result<Collection, String> {
+    mut progress: impl FnMut(u64, u64) -> std::result::Result<(), String>,
+) -> std::result::Result<Collection, String> {
     let mut found = find(source, cargo_home)?;
     found.sort_by(|a, b| a.order.as_bytes().cmp(b.order.as_bytes()).then(a.path.cmp(&b.path)));
 
@@ -98,7 +226,7 @@ pub(super) fn collect(
     let mut seen = HashSet::new();
     let mut misfits = 0;
     'full: for batch in found.chunks(BATCH) {
-        let looked: Vec<Option<blake3::Hash>> = batch.par_iter().map(Document::look).collect();
+        let looked: Vec<Option<blake3::Hash>> = batch.par_iter().map(Piece::look).collect();
         for (document, text) in batch.iter().zip(looked) {
             let Some(text) = text else {
                 collection.unreadable += 1;
@@ -118,6 +246,7 @@ pub(super) fn collect(
             misfits = 0;
             seen.insert(text);
             collection.bytes += document.bytes;
+            collection.texts.push(text);
             collection.documents.push(document.clone());
         }
         progress(collection.documents.len() as u64, collection.bytes)?;
@@ -151,19 +280,28 @@ fn registry(cargo_home: &Path) -> PathBuf {
 }
 
 /// Where cargo keeps what it has downloaded.
-pub(super) fn cargo_home() -> Option<PathBuf> {
+fn cargo_home() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("CARGO_HOME").or_else(|| Some(set("HOME")?.join(".cargo")))
 }
 
+/// The directory that a path stands for when it stands for the cargo registry.
+pub(super) fn registry_of(path: &str) -> std::result::Result<Option<PathBuf>, String> {
+    if path != CARGO_REGISTRY {
+        return Ok(None);
+    }
+    cargo_home().map(|home| Some(registry(&home))).ok_or_else(|| NO_HOME.to_owned())
+}
+
 /// Everything that by its name could be text.
-fn find(source: &spec::Source, cargo_home: Option<&Path>) -> Result<Vec<Document>, String> {
+fn find(
+    source: &spec::Source,
+    cargo_home: Option<&Path>,
+) -> std::result::Result<Vec<Piece>, String> {
     let mut found = Vec::new();
     for path in &source.paths {
         if path == CARGO_REGISTRY {
-            let home = cargo_home.ok_or(
-                "cannot tell where cargo's registry is: set CARGO_HOME, or name your own files in datasets.source.paths",
-            )?;
+            let home = cargo_home.ok_or(NO_HOME)?;
             // Below src/ there is a directory per index; crates are one level further down.
             for index in entries(&registry(home)) {
                 walk(&index, "", &source.extensions, &mut found);
@@ -184,8 +322,8 @@ fn find(source: &spec::Source, cargo_home: Option<&Path>) -> Result<Vec<Document
                 format!("{} is not UTF-8 text; correct datasets.source.paths", path.display())
             })?;
             let key = path.file_name().unwrap_or_default().to_string_lossy();
-            for (start, length) in pieces(text) {
-                found.push(Document::new(path.to_owned(), &key, start as u64, length as u64));
+            for (start, length) in pieces(text, LARGEST_PIECE) {
+                found.push(Piece::new(path.to_owned(), &key, start as u64, length as u64));
             }
         }
     }
@@ -198,7 +336,7 @@ fn entries(directory: &Path) -> Vec<PathBuf> {
     entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
 }
 
-fn walk(directory: &Path, prefix: &str, extensions: &[String], found: &mut Vec<Document>) {
+fn walk(directory: &Path, prefix: &str, extensions: &[String], found: &mut Vec<Piece>) {
     for path in entries(directory) {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
@@ -209,7 +347,7 @@ fn walk(directory: &Path, prefix: &str, extensions: &[String], found: &mut Vec<D
             && (1..=LARGEST_FILE).contains(&metadata.len())
             && is_wanted(&path, extensions)
         {
-            found.push(Document::new(path, &key, 0, metadata.len()));
+            found.push(Piece::new(path, &key, 0, metadata.len()));
         }
     }
 }
@@ -222,31 +360,36 @@ fn is_wanted(path: &Path, extensions: &[String]) -> bool {
     !is("lock") && extensions.iter().any(|wanted| is(wanted))
 }
 
-/// Cuts a text into (start, length) of at most `LARGEST_PIECE` bytes, best at a blank line, else at
-/// a line's end, else between characters.
-fn pieces(text: &str) -> Vec<(usize, usize)> {
+/// Cuts a text into (start, length) of at most `largest` bytes.
+pub(in super::super) fn pieces(text: &str, largest: usize) -> Vec<(usize, usize)> {
     let mut pieces = Vec::new();
     let mut start = 0;
     while start < text.len() {
-        let mut end = text.len();
-        if end - start > LARGEST_PIECE {
-            end = start + LARGEST_PIECE;
-            while !text.is_char_boundary(end) {
-                end -= 1;
-            }
-            // Only the second half is searched, so that pieces do not get small.
-            let mut half = start + LARGEST_PIECE / 2;
-            while !text.is_char_boundary(half) {
-                half += 1;
-            }
-            let window = &text[half..end];
-            let blank = window.rfind("\n\n").map(|at| at + 2);
-            end = blank.or_else(|| window.rfind('\n').map(|at| at + 1)).map_or(end, |at| half + at);
-        }
-        pieces.push((start, end - start));
-        start = end;
+        let length = cut(&text[start..], largest);
+        pieces.push((start, length));
+        start += length;
     }
     pieces
+}
+
+/// Where to cut a text off that goes on: after `largest` bytes at most, best at a blank line, else at
+/// a line's end, else between characters.
+pub(super) fn cut(text: &str, largest: usize) -> usize {
+    if text.len() <= largest {
+        return text.len();
+    }
+    let mut end = largest;
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    // Only the second half is searched, so that pieces do not get small.
+    let mut half = largest / 2;
+    while !text.is_char_boundary(half) {
+        half += 1;
+    }
+    let window = &text[half..end];
+    let blank = window.rfind("\n\n").map(|at| at + 2);
+    blank.or_else(|| window.rfind('\n').map(|at| at + 1)).map_or(end, |at| half + at)
 }
 
 #[cfg(test)]
@@ -273,11 +416,11 @@ mod tests {
 
     fn names(collection: &Collection, root: &Path) -> Vec<String> {
         let name =
-            |document: &Document| document.path.strip_prefix(root).unwrap().display().to_string();
+            |document: &Piece| document.path.strip_prefix(root).unwrap().display().to_string();
         collection.documents.iter().map(name).collect()
     }
 
-    fn quiet(_: u64, _: u64) -> Result<(), String> {
+    fn quiet(_: u64, _: u64) -> std::result::Result<(), String> {
         Ok(())
     }
 
@@ -364,7 +507,7 @@ mod tests {
     #[test]
     fn a_text_without_lines_is_cut_between_characters() {
         let text = "ä".repeat(100_000);
-        let pieces = pieces(&text);
+        let pieces = pieces(&text, LARGEST_PIECE);
         assert_eq!(pieces.iter().map(|(_, length)| length).sum::<usize>(), text.len());
         assert!(pieces.iter().all(|&(start, _)| text.is_char_boundary(start)));
     }
