@@ -51,7 +51,7 @@ fn the_manifest_is_written_when_all_parts_are_in() {
 
 #[test]
 fn a_save_slower_than_the_interval_delays_the_next_one_and_says_so_once() {
-    let long = ["evaluation.every_steps=0", "stages.0.steps=20"];
+    let long = ["stages.0.steps=20", "evaluation.every_steps=0"];
     let (mut rig, ids) = Rig::training(2, &long);
     (0..12).for_each(|_| rig.prepare_all());
     let delayed: Vec<(Step, Step)> = (rig.published.iter())
