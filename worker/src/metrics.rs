@@ -17,8 +17,11 @@ pub struct Metric {
     /// What it tells, in a sentence.
     pub help: &'static str,
     /// The series, each with the value of its label.
-    series: &'static [(&'static str, fn(&ReadCounts) -> u64)],
+    series: &'static [Series],
 }
+
+/// The value of a label, and the count under it.
+type Series = (&'static str, fn(&ReadCounts) -> u64);
 
 /// Every metric of a worker.
 pub const CATALOGUE: &[Metric] = &[

@@ -205,7 +205,7 @@ mod tests {
     fn a_file_that_was_cut_off_is_an_error() {
         let (local, file, _directory) = open();
         file.set_len(BLOCK + 5).unwrap();
-        assert!(matches!(read(&local, 0, 10), Ok(_)));
+        assert!(read(&local, 0, 10).is_ok());
         assert!(matches!(read(&local, 300_000, 10), Err(LocalFault::Io(_))));
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::support::{Running, Scratch, is_gone, signal, wait_until};
+use crate::support::{Running, Scratch, free_port, is_gone, signal, wait_until};
 
 /// Long enough for a person to step in, with no checkpoint but the last.
 const LONG: [&str; 4] = ["--set", "stages.0.steps=900", "--set", "checkpoint.every_steps=100000"];
@@ -175,4 +175,38 @@ fn a_loss_that_is_no_number_ends_the_run_naming_the_place_or_skips_the_step_as_t
         assert_eq!((&line["step"], &line["bad_slots"]), (&step.into(), &slots.into()), "{line}");
         assert!(line["skipped"].as_str().unwrap().contains(&format!("step {step}, slot 0")));
     }
+}
+
+#[test]
+fn workers_of_a_machine_share_a_cache_of_the_dataset_and_say_where_its_blocks_came_from() {
+    let cache = tempfile::tempdir().unwrap();
+    let shared = ["--cache", cache.path().to_str().unwrap(), "--cache-gib", "1"];
+    let cluster = Cluster::start(1, &[]);
+    let _worker = cluster.worker(&shared);
+    cluster.finish();
+    assert!(cache.path().join("blocks").is_dir());
+
+    // Another run, of another store, on the same text: the blocks are the same.
+    let cluster = Cluster::start_with(&[&LONG[..], &["--set", "cluster.workers=1"]].concat());
+    let page = format!("127.0.0.1:{}", free_port());
+    let _worker = cluster.worker(&[&shared[..], &["--metrics", &page]].concat());
+    let from = |source: &str| {
+        let text = get(&page, "/metrics");
+        let label = format!("source=\"{source}\"");
+        let is_it =
+            |line: &&str| line.starts_with("looptrain_feed_blocks") && line.contains(&label);
+        text.lines().find(is_it)?.rsplit(' ').next()?.parse::<f64>().ok()
+    };
+    wait_until(|| from("disk").is_some_and(|blocks| blocks > 0.0));
+    assert_eq!(from("store"), Some(0.0), "the first has read them for all");
+}
+
+/// What a page says.
+fn get(address: &str, path: &str) -> String {
+    use std::io::{Read, Write};
+    let Ok(mut stream) = std::net::TcpStream::connect(address) else { return String::new() };
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text);
+    text
 }

@@ -79,7 +79,7 @@ struct Prepared {
 struct Kept {
     step: Step,
     outputs: BTreeMap<u32, SlotOutput>,
-    /// What they, and others that there was no room for, were computed from.
+    /// What they were computed from, and others that there was no room or no time for.
     used: BTreeMap<u32, SlotUse>,
 }
 
@@ -229,6 +229,8 @@ impl Bench {
                 }
             }
         }
+        // Before they are computed: what is kept of a step that is abandoned tells of itself, too.
+        self.kept.used.extend(used.into_iter().map(|used| (used.slot, used)));
         if !missing.is_empty() {
             let shared = Mutex::new((&mut sum, &mut self.kept.outputs, &mut bad, Ok(()), 0));
             self.engine.gradients(
@@ -256,7 +258,6 @@ impl Bench {
                 return Err(ComputeError::Cancelled);
             }
         }
-        self.kept.used.extend(used.into_iter().map(|used| (used.slot, used)));
         let used = all.filter_map(|slot| self.kept.used.get(&slot).cloned()).collect();
         // In the order of slots, whatever thread was first.
         bad.sort_unstable();

@@ -75,6 +75,23 @@ fn what_a_slot_was_computed_from_is_told_also_when_its_gradient_is_of_an_earlier
     assert_eq!(share_used(&mut self::bench(1)), [], "nobody asked");
 }
 
+#[test]
+fn what_is_kept_of_an_abandoned_step_tells_what_it_was_computed_from() {
+    let mut spec = tiny_spec("memory://");
+    spec.run.audit = true;
+    let cancelled = Arc::new(AtomicBool::new(false));
+    let after_the_first = Arc::clone(&cancelled);
+    let moments = Moments::watched_by(move |_| after_the_first.store(true, Ordering::Relaxed));
+    let mut bench = Bench::new(Arc::new(spec), 1, Shelf::default(), moments);
+    bench.initialise();
+    let abandoned = bench.contribute(Step(1), 0, batches(0..4), &cancelled);
+    assert!(matches!(abandoned, Err(ComputeError::Cancelled)));
+    assert_eq!(bench.kept.outputs.len(), 1);
+    cancelled.store(false, Ordering::Relaxed);
+    let again = bench.contribute(Step(1), 0, batches(0..1), &cancelled).unwrap();
+    assert_eq!((again.computed, again.used.len()), (0, 1));
+}
+
 fn share_used(bench: &mut Bench) -> Vec<SlotUse> {
     let on = AtomicBool::new(false);
     bench.contribute(Step(1), 0, batches(0..2), &on).unwrap().used
