@@ -174,6 +174,9 @@ pub async fn start_on(
         Err(error) => tracing::warn!(%error, "half-written files of dead writers stay"),
     }
     let checkpoints = Checkpoints::new(&store, &run);
+    for (step, _) in &skipped_checkpoints {
+        checkpoints.distrust(*step);
+    }
 
     let resumed_from = manifest.as_ref().map(|manifest| manifest.step);
     let at = resumed_from.unwrap_or_default();

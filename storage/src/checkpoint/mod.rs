@@ -26,8 +26,8 @@ mod split;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -71,15 +71,24 @@ impl Tensor {
 pub struct Checkpoints {
     store: Store,
     run: String,
-    /// The newest one that was read back and found to be what was saved; of all clones.
-    verified: Arc<Mutex<Option<Step>>>,
+    /// Of all clones.
+    known: Arc<Mutex<Known>>,
+}
+
+/// What is known of checkpoints that have been read back.
+#[derive(Debug, Default)]
+struct Known {
+    /// The newest one that was found to be what was saved.
+    verified: Option<Step>,
+    /// Those that were not, and have been told of.
+    bad: BTreeSet<Step>,
 }
 
 impl Checkpoints {
     /// Those of `run` in `store`; nothing is read yet.
     #[must_use]
     pub fn new(store: &Store, run: &str) -> Self {
-        Self { store: store.clone(), run: run.to_owned(), verified: Arc::default() }
+        Self { store: store.clone(), run: run.to_owned(), known: Arc::default() }
     }
 
     /// Writes part `part` of `parts` of the state after `step`, over an older try if there is one.
@@ -201,12 +210,22 @@ impl Checkpoints {
 
     /// The newest checkpoint that these clones have read back and found whole.
     fn verified(&self) -> Option<Step> {
-        *self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known().verified
     }
 
     fn remember_verified(&self, step: Step) {
-        let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
-        *verified = (*verified).max(Some(step));
+        let mut known = self.known();
+        known.verified = known.verified.max(Some(step));
+    }
+
+    /// Takes note that the checkpoint of `step` does not verify and that this has been told; false
+    /// when it was known.
+    pub fn distrust(&self, step: Step) -> bool {
+        self.known().bad.insert(step)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The steps that have a checkpoint, ascending. Whether it is whole is another question: see

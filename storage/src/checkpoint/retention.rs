@@ -114,7 +114,10 @@ impl Checkpoints {
                 Ok(()) => return Ok(Some(index)),
                 // The store, and not the checkpoint: nothing is known, so nothing may go.
                 Err(error @ (Error::Operation { .. } | Error::Interrupted)) => return Err(error),
-                Err(error) => tracing::warn!(run = self.run, %step, "not to be relied on: {error}"),
+                Err(error) if self.distrust(*step) => {
+                    tracing::warn!(run = self.run, %step, "not to be relied on: {error}");
+                }
+                Err(_) => {}
             }
         }
         Ok(None)
