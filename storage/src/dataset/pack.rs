@@ -293,8 +293,11 @@ mod tests {
 
     use super::*;
 
-    /// Records as they come: (file, number, what).
-    fn records(seed: &[(u8, u16)]) -> Vec<(u32, u64, Option<(Split, Vec<u32>)>)> {
+    /// A record: its file, its number, and the document when it is one.
+    type Given = (u32, u64, Option<(Split, Vec<u32>)>);
+
+    /// Records as they come.
+    fn records(seed: &[(u8, u16)]) -> Vec<Given> {
         let (mut file, mut at) = (0, 0);
         let mut records = Vec::new();
         for &(kind, length) in seed {
@@ -319,10 +322,7 @@ mod tests {
     }
 
     /// Takes the records from where the work begins; the work after each shard, and the shards.
-    fn pack(
-        records: &[(u32, u64, Option<(Split, Vec<u32>)>)],
-        work: Work,
-    ) -> (Vec<(Work, ShardEntry)>, Counts) {
+    fn pack(records: &[Given], work: Work) -> (Vec<(Work, ShardEntry)>, Counts) {
         let file = work.file;
         let mut packer = Packer::new(work, 37, TokenType::U16);
         let mut shards = Vec::new();

@@ -62,9 +62,10 @@ pub(super) fn read(place: &str, blocks: Blocks, column: &str, sink: &mut Sink<'_
             let text: usize = values.iter().map(parquet::data_type::ByteArray::len).sum();
             wanted = (records * DECODE_BYTES / text.max(1)).clamp(1, DECODE_ROWS);
             let mut values = values.iter();
-            for index in 0..records {
+            // A column that is required has no levels.
+            let is_there = |index: usize| levels == 0 || defined.get(index) == Some(&levels);
+            for is_there in (0..records).map(is_there) {
                 row += 1;
-                let is_there = levels == 0 || defined[index] == levels;
                 let value = if is_there { values.next() } else { None };
                 let raw = value.map_or_else(
                     || Raw::Malformed(format!("its column `{column}` is null")),
@@ -173,7 +174,7 @@ mod tests {
 
     /// A file with a string column `body` that may be null, in row groups.
     fn write(path: &std::path::Path, groups: &[Vec<Option<String>>], compression: Compression) {
-        let schema = "message m { required int64 id; optional binary body (UTF8); }";
+        let schema = "message m { required int64 id; optional binary body (UTF8); required binary name (UTF8); }";
         let schema = Arc::new(parse_message_type(schema).unwrap());
         let properties = WriterProperties::builder()
             .set_compression(compression)
@@ -194,6 +195,11 @@ mod tests {
             let defined: Vec<i16> = rows.iter().map(|text| i16::from(text.is_some())).collect();
             let mut column = group.next_column().unwrap().unwrap();
             column.typed::<ByteArrayType>().write_batch(&values, Some(&defined), None).unwrap();
+            column.close().unwrap();
+            let names: Vec<ByteArray> =
+                ids.iter().map(|id| ByteArray::from(format!("name {id}").as_str())).collect();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<ByteArrayType>().write_batch(&names, None, None).unwrap();
             column.close().unwrap();
             group.close().unwrap();
         }
@@ -229,6 +235,8 @@ mod tests {
             Compression::LZ4_RAW,
         ] {
             write(&path, &groups, compression);
+            let names = records(&path, "name").unwrap();
+            assert_eq!((names.len(), &names[3001].raw), (3500, &Raw::Text("name 1".into())));
             let records = records(&path, "body").unwrap();
             assert_eq!(records.len(), 3500);
             for (i, record) in records.into_iter().enumerate() {
@@ -248,7 +256,7 @@ mod tests {
         let said = |column: &str| records(&path, column).unwrap_err().to_string();
         let missing = said("text");
         assert!(
-            missing.contains("f.parquet") && missing.contains("only `id`, `body`"),
+            missing.contains("f.parquet") && missing.contains("only `id`, `body`, `name`"),
             "{missing}"
         );
         assert!(said("id").contains("holds no strings"));
