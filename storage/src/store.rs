@@ -52,6 +52,8 @@ pub struct Store {
     retry: Retry,
     /// What no message may hold.
     secrets: Arc<[String]>,
+    /// Whether files of the directory may be read past the client.
+    direct: bool,
     /// What takes a core is done at once, on the calling thread.
     in_turn: bool,
 }
@@ -110,8 +112,9 @@ impl Store {
         let Backend { objects, multipart, prefix, directory, secrets } =
             open::open(url, &variables)?;
         let (url, secrets, retry) = (url.into(), secrets.into(), Retry::PATIENT);
+        let (direct, in_turn) = (true, false);
         let store =
-            Self { objects, multipart, prefix, url, directory, retry, secrets, in_turn: false };
+            Self { objects, multipart, prefix, url, directory, retry, secrets, direct, in_turn };
         Ok(match faults::installed() {
             Some(faults) => store.over(faults),
             None => store,
@@ -136,7 +139,8 @@ impl Store {
             Arc::new(Faulty { faults, inner }) as Arc<dyn MultipartStore>
         });
         let objects = Arc::new(Faulty { faults, inner: self.objects });
-        Self { objects, multipart, ..self }
+        // What is read past the faults is none the worse for them.
+        Self { objects, multipart, direct: false, ..self }
     }
 
     /// A store for a simulation, over objects that fail on purpose; `url` is what messages call
@@ -152,6 +156,7 @@ impl Store {
             directory: None,
             retry: Retry::NEVER,
             secrets: Arc::default(),
+            direct: false,
             in_turn: true,
         }
     }
@@ -183,9 +188,9 @@ impl Store {
         self.directory.is_none() && !self.url.starts_with("memory://")
     }
 
-    /// The object's file, when it is one of this machine.
+    /// The object's file, when it is one of this machine and nothing is to come between.
     pub(crate) fn local_path(&self, key: &str) -> Option<PathBuf> {
-        self.directory.as_ref().map(|directory| directory.join(key))
+        self.directory.as_ref().filter(|_| self.direct).map(|directory| directory.join(key))
     }
 
     /// The object's URL, for messages.

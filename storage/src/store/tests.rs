@@ -402,3 +402,11 @@ async fn large_objects_survive_a_storm_whole() {
         }
     }
 }
+
+#[test]
+fn files_are_read_past_the_client_but_not_past_faults() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("file://{}", root.path().display())).unwrap();
+    assert_eq!(store.local_path("a/b"), Some(root.path().join("a/b")));
+    assert_eq!(store.with_faults(Faults::new(1, 0.5)).local_path("a/b"), None);
+}
