@@ -141,10 +141,10 @@ pub enum Error {
         /// Tokens per sequence.
         sequence_length: usize,
     },
-    /// Another checkpoint of the same step is committed already.
+    /// Another checkpoint of the same step is committed already, or another dataset of the same name.
     #[error("{place} is there already and differs: {reason}")]
     Conflict {
-        /// The manifest in the way.
+        /// The file in the way.
         place: String,
         /// What differs and what to do.
         reason: String,

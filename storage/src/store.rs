@@ -28,7 +28,8 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload, UpdateVersion,
+    GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload,
+    UpdateVersion,
 };
 
 pub use self::faults::Faults;
@@ -320,10 +321,22 @@ impl Store {
     /// # Errors
     /// When the store fails.
     pub async fn size(&self, key: &str) -> Result<Option<u64>> {
+        Ok(self.info(key).await?.map(|object| object.size))
+    }
+
+    /// What a listing says of an object, `None` when there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn info(&self, key: &str) -> Result<Option<ObjectInfo>> {
         let path = self.path(key);
         let attempt = || async { self.objects.head(path.as_ref().map_err(wrong_key)?).await };
         match self.retried("look at", key, attempt).await {
-            Ok(meta) => Ok(Some(meta.size)),
+            Ok(meta) => Ok(Some(ObjectInfo {
+                key: key.to_owned(),
+                size: meta.size,
+                modified: modified(&meta),
+            })),
             Err(Failure { error: object_store::Error::NotFound { .. }, .. }) => Ok(None),
             Err(failure) => Err(self.failed("look at", key, failure)),
         }
@@ -416,9 +429,7 @@ impl Store {
             .into_iter()
             .filter_map(|meta| {
                 let key = meta.location.as_ref().get(skip..)?.to_owned();
-                let written = u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0);
-                let modified = UNIX_EPOCH + Duration::from_millis(written);
-                Some(ObjectInfo { key, size: meta.size, modified })
+                Some(ObjectInfo { key, size: meta.size, modified: modified(&meta) })
             })
             .collect();
         objects.sort_by(|a, b| a.key.cmp(&b.key));
@@ -531,6 +542,11 @@ const LISTINGS: usize = 5;
 fn wrong_key(error: &object_store::Error) -> object_store::Error {
     let source = error.to_string().into();
     object_store::Error::NotSupported { source }
+}
+
+fn modified(meta: &ObjectMeta) -> SystemTime {
+    let written = u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0);
+    UNIX_EPOCH + Duration::from_millis(written)
 }
 
 /// What the system said when it was the system, else what the client and the server said; nothing

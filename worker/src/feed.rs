@@ -114,11 +114,12 @@ impl Feed {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use looptrain_storage::{Reading, Store};
     use object_store::memory::InMemory;
     use object_store::throttle::{ThrottleConfig, ThrottledStore};
+    use tokio::time::Instant;
 
     use super::*;
     use crate::testing::{tiny_dataset, tiny_spec, tiny_store};
@@ -178,7 +179,7 @@ mod tests {
         assert_eq!(error.to_string(), "the spec has no step 21");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn steps_do_not_wait_for_a_store_that_delivers_in_the_time_of_a_few_steps() {
         let slow = Arc::new(ThrottledStore::new(InMemory::new(), ThrottleConfig::default()));
         let store = Store::simulated(Arc::clone(&slow) as _, "slow://");

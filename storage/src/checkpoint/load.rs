@@ -128,8 +128,15 @@ impl Checkpoints {
         wanted: fn(&str) -> bool,
     ) -> Result<Vec<Tensor>> {
         let place = self.store.place(&self.part_key(step, &part.file));
-        let mut bytes = Vec::with_capacity(usize::try_from(part.bytes).unwrap_or_default());
-        self.fetch(step, part, |chunk| bytes.extend_from_slice(chunk)).await?;
+        let mut bytes = Vec::new();
+        // What a manifest says may be anything; by the first chunk the store has said the same.
+        let take = |chunk: &[u8]| {
+            if bytes.is_empty() {
+                bytes.reserve_exact(usize::try_from(part.bytes).unwrap_or_default());
+            }
+            bytes.extend_from_slice(chunk);
+        };
+        self.fetch(step, part, take).await?;
         let says = part.tensors;
         let decode = move || {
             let tensors = codec::decode(&bytes, wanted);

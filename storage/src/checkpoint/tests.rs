@@ -130,6 +130,19 @@ async fn the_newest_one_that_verifies_is_chosen_and_the_others_are_explained() {
 }
 
 #[tokio::test]
+async fn a_manifest_that_names_more_bytes_than_there_can_be_is_passed_over() {
+    let (store, checkpoints) = fresh();
+    let good = committed(&checkpoints, 10).await;
+    let mut odd = committed(&checkpoints, 20).await;
+    odd.parts[0].bytes = u64::MAX;
+    let key = "runs/r/checkpoints/step-0000000020/manifest.json";
+    store.put(key, serde_json::to_vec(&odd).unwrap()).await.unwrap();
+    let (manifest, skipped) = checkpoints.newest_good().await.unwrap().unwrap();
+    assert_eq!(manifest, good);
+    assert!(skipped[0].reason.contains("the manifest says 18446744073709551615"), "{skipped:?}");
+}
+
+#[tokio::test]
 async fn when_no_checkpoint_is_good_a_person_decides() {
     let (store, checkpoints) = fresh();
     for step in [10, 20] {

@@ -1,6 +1,6 @@
 //! The blocks of shards, on their way from the store to whoever wants a few tokens of one: by the
-//! memory of the process, the disk of the machine, and last the store. Whatever way a block comes,
-//! it is hashed before anybody sees it.
+//! memory of the process, the disk of the machine, and last the store. A block that comes by one of
+//! these ways is hashed before anybody sees it; [`super::local`] is the short way for local files.
 
 use std::ops::Range;
 use std::path::PathBuf;

@@ -9,6 +9,8 @@ use std::sync::Mutex;
 use bytes::Bytes;
 use looptrain_proto::spec::{self, Format};
 
+use super::prepare::check_shards;
+use super::resume::clear;
 use super::{
     Dataset, Mano, Origin, PrepareEvent, Recipe, Split, inspect, prepare, prepare_from, verify,
 };
@@ -268,6 +270,26 @@ async fn objects_of_a_store_and_a_tokenizer_there_are_as_good_as_files() {
     options.tokenizer = Some("memory://corpus/none.json".into());
     let error = prepare(&store, "third", &options, &|_| ()).await.unwrap_err().to_string();
     assert!(error.contains("memory://corpus/none.json does not exist"), "{error}");
+}
+
+#[tokio::test]
+async fn who_prepares_the_same_name_at_the_same_time_takes_no_dataset_away_and_finishes_none_torn()
+{
+    let root = tempfile::tempdir().unwrap();
+    std::fs::write(root.path().join("a.jsonl"), lines(0..300)).unwrap();
+    let store = Store::open("memory://").unwrap();
+    let dataset = prepare(&store, "text", &source(root.path()), &|_| ()).await.unwrap();
+    check_shards(&store, dataset.manifest()).await.unwrap();
+    let error = clear(&store, "text").await.unwrap_err().to_string();
+    assert!(error.contains("another preparation has made this dataset"), "{error}");
+    assert_eq!(verify(&store, dataset.manifest(), |_, _| ()).await.unwrap(), []);
+
+    store.put("datasets/text/tokens-00001.arrow", "of another one").await.unwrap();
+    let error = check_shards(&store, dataset.manifest()).await.unwrap_err().to_string();
+    assert!(error.contains("tokens-00001.arrow") && error.contains("it has 14 bytes"), "{error}");
+    store.delete("datasets/text/tokens-00001.arrow").await.unwrap();
+    let error = check_shards(&store, dataset.manifest()).await.unwrap_err().to_string();
+    assert!(error.contains("tokens-00001.arrow") && error.contains("it is not there"), "{error}");
 }
 
 #[tokio::test]

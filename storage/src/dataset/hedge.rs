@@ -162,7 +162,7 @@ mod tests {
         (done.map_err(|error| error.to_string()), winner)
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_read_that_is_stuck_is_overtaken_by_a_second_one() {
         let hedge = experienced().await;
         let begin = Instant::now();
@@ -170,14 +170,14 @@ mod tests {
         assert!(begin.elapsed() >= LEAST && begin.elapsed() < UNKNOWN, "{:?}", begin.elapsed());
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn the_first_still_counts_when_it_is_done_first() {
         let hedge = experienced().await;
         let slow = LEAST + Duration::from_millis(100);
         assert_eq!(reads(&hedge, &[Ok(slow), Ok(STUCK)]).await, (Ok(0), Winner::First));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn one_of_two_may_fail() {
         let slow = LEAST + Duration::from_millis(100);
         let read = async |all: &[_]| reads(&experienced().await, all).await;
@@ -188,7 +188,7 @@ mod tests {
         assert!(quick.0.is_err() && quick.1 == Winner::Alone, "what fails soon has no company");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_store_that_is_slow_for_all_does_not_get_twice_the_load() {
         let hedge = experienced().await;
         // Slower than it has ever been; too few of them to be taken for usual.

@@ -233,6 +233,28 @@ async fn read_tokenizer(place: &str) -> Result<Vec<u8>> {
     Ok(store.get(&key).await?.to_vec())
 }
 
+/// Whether all files that a manifest names are there in their right size: somebody else may be at
+/// work under the same name.
+pub(super) async fn check_shards(store: &Store, manifest: &DatasetManifest) -> Result<()> {
+    for shard in manifest.train.shards.iter().chain(&manifest.validation.shards) {
+        let key = format!("{}/{}", dataset_prefix(&manifest.name), shard.file);
+        let place = store.place(&key);
+        match store.size(&key).await? {
+            Some(size) if size == shard.bytes => {}
+            found => {
+                let has = found.map_or("is not there".into(), |size| format!("has {size} bytes"));
+                let reason = format!(
+                    "it {has}, though {} were written: is another preparation of this dataset at \
+                     work? let one of them end, then start again",
+                    shard.bytes
+                );
+                return Err(Error::Conflict { place, reason });
+            }
+        }
+    }
+    Ok(())
+}
+
 async fn write_manifest(
     store: &Store,
     manifest: DatasetManifest,
@@ -243,11 +265,20 @@ async fn write_manifest(
         place: store.place(&manifest_key(&name)),
         reason: error.to_string(),
     })?;
-    // Whoever made the same dataset at the same time wrote the same files.
+    check_shards(store, &manifest).await?;
     store.put_if_absent(&manifest_key(&name), json).await?;
     let dataset = Dataset::open(store, &name).await?;
     let dataset =
         dataset.ok_or_else(|| Error::NotFound { place: store.place(&manifest_key(&name)) })?;
+    // Whoever made the same dataset at the same time wrote the same files.
+    if dataset.manifest().digest() != manifest.digest() {
+        return Err(Error::Conflict {
+            place: store.place(&manifest_key(&name)),
+            reason: "another preparation has made another dataset of this name meanwhile; see \
+                     with `data verify` whether it is whole, and choose another name for this one"
+                .into(),
+        });
+    }
     progress(PrepareEvent::Done {
         train_tokens: manifest.train.tokens,
         validation_tokens: manifest.validation.tokens,

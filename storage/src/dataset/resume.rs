@@ -9,7 +9,7 @@ use looptrain_proto::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::pack::Work;
-use super::{ShardEntry, Split, dataset_prefix};
+use super::{ShardEntry, Split, dataset_prefix, manifest_key};
 use crate::{Error, Result, Store};
 
 /// Entries in a file.
@@ -141,11 +141,17 @@ impl Left {
     }
 }
 
-/// Removes what a preparation with other options has left.
+/// Removes what a preparation with other options has left, but never a dataset.
 ///
 /// # Errors
-/// When the store fails.
+/// When the store fails, or there is a dataset by now.
 pub(super) async fn clear(store: &Store, name: &str) -> Result<()> {
+    if store.size(&manifest_key(name)).await?.is_some() {
+        return Err(Error::Conflict {
+            place: store.place(&manifest_key(name)),
+            reason: "another preparation has made this dataset meanwhile; use it, or choose another name".into(),
+        });
+    }
     match store.delete_prefix(&dataset_prefix(name)).await {
         Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
         Err(error) => Err(error),

@@ -262,12 +262,12 @@ pub(crate) fn is_gone(process: u32) -> bool {
     matches!(state(process), None | Some('Z' | 'X'))
 }
 
-/// Waits for what is to happen within a few seconds.
+/// Waits for what is to happen soon; how soon depends on what else the machine has to do.
 #[track_caller]
 pub(crate) fn wait_until(happened: impl Fn() -> bool) {
     let begin = Instant::now();
     while !happened() {
-        assert!(begin.elapsed() < Duration::from_secs(5), "it has not happened");
+        assert!(begin.elapsed() < Duration::from_secs(30), "it has not happened");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::SystemTime;
 
 use looptrain_proto::spec::{self, Format};
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::blocks::{Place, local, open_url};
 use super::sample;
-use crate::{Result, Store};
+use crate::{ObjectInfo, Result, Store};
 
 /// Files of a dataset at most.
 const MAX_FILES: usize = 1 << 24;
@@ -114,16 +115,20 @@ fn file(
     (format, packing): (Format, Packing),
     named: bool,
 ) -> Found {
-    let since = |time: std::time::SystemTime| time.duration_since(std::time::UNIX_EPOCH).ok();
     Found {
         place: Place::File(path.to_owned()),
         url: path.display().to_string(),
         bytes: metadata.len(),
-        changed: metadata.modified().ok().and_then(since).map(|time| time.as_nanos() as u64),
+        changed: metadata.modified().ok().and_then(nanoseconds),
         format,
         packing,
         named,
     }
+}
+
+/// Since 1970.
+fn nanoseconds(time: SystemTime) -> Option<u64> {
+    time.duration_since(SystemTime::UNIX_EPOCH).ok().map(|time| time.as_nanos() as u64)
 }
 
 fn in_store(
@@ -133,27 +138,27 @@ fn in_store(
     found: &mut Vec<Found>,
 ) -> Result<()> {
     let (store, prefix) = open_url(url)?;
-    let object = |store: &Store, key: String, bytes, (format, packing), named| Found {
-        url: store.place(&key),
-        place: Place::Object { store: store.clone(), key },
-        bytes,
-        changed: None,
+    let object = |store: &Store, object: ObjectInfo, (format, packing), named| Found {
+        url: store.place(&object.key),
+        bytes: object.size,
+        changed: nanoseconds(object.modified),
+        place: Place::Object { store: store.clone(), key: object.key },
         format,
         packing,
         named,
     };
     if !prefix.is_empty()
-        && let Some(bytes) = runtime.block_on(store.size(&prefix))?
+        && let Some(info) = runtime.block_on(store.info(&prefix))?
     {
         let kind = named(url, source)
             .map_err(|reason| crate::Error::Malformed { place: url.to_owned(), reason })?;
-        found.push(object(&store, prefix, bytes, kind, true));
+        found.push(object(&store, info, kind, true));
         return Ok(());
     }
     for listed in runtime.block_on(store.list(&prefix))? {
         let name = listed.key.rsplit('/').next().unwrap_or_default();
         if let Some(kind) = kind(name, source).filter(|_| !name.starts_with('.')) {
-            found.push(object(&store, listed.key, listed.size, kind, false));
+            found.push(object(&store, listed, kind, false));
         }
     }
     Ok(())

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 const LARGEST_PAGE: usize = 256 << 20;
 /// Text of the rows that are decoded at once, about.
 const DECODE_BYTES: usize = 2 << 20;
-const DECODE_ROWS: usize = 4096;
+const DECODE_ROWS: usize = 64;
 
 /// Gives the text of each row, with its number.
 ///
@@ -60,7 +60,8 @@ pub(super) fn read(place: &str, blocks: Blocks, column: &str, sink: &mut Sink<'_
                 break;
             }
             let text: usize = values.iter().map(parquet::data_type::ByteArray::len).sum();
-            wanted = (records * DECODE_BYTES / text.max(1)).clamp(1, DECODE_ROWS);
+            // The next rows may be longer than these were.
+            wanted = (records * DECODE_BYTES / text.max(1)).clamp(1, (2 * wanted).min(DECODE_ROWS));
             let mut values = values.iter();
             // A column that is required has no levels.
             let is_there = |index: usize| levels == 0 || defined.get(index) == Some(&levels);
