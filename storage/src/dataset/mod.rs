@@ -13,6 +13,7 @@ mod cache;
 mod files_tests;
 mod fit;
 mod inspect;
+mod making;
 mod manifest;
 mod pack;
 mod prepare;
