@@ -18,6 +18,7 @@ mod fit;
 mod hedge;
 mod inspect;
 mod local;
+mod making;
 mod manifest;
 mod pack;
 mod prepare;

@@ -1,40 +1,28 @@
 //! Making a dataset: documents of a source, a tokenizer, token shards, and the manifest last.
 //!
-//! Three threads are in a row, with a little room between them: one reads, one has all cores parse
-//! and tokenize, one packs and hashes; the async side writes what is finished. So memory holds a few
-//! batches and a shard of each split whatever the size of the text, and a store that fails stops the
-//! work. What was finished is found again: see [`super::resume`].
+//! The work that takes cores runs on threads of its own (see [`super::making`]); finished files come
+//! back over a bounded channel to the async side, which writes them, so that a store that fails stops
+//! the work. What was finished is found again: see [`super::resume`].
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
 use looptrain_proto::spec::Format;
 use looptrain_proto::{Digest, spec};
-use rayon::prelude::*;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::pack::{Counts, Packed, Packer, Shard, Work};
+use super::making::Making;
+use super::pack::{Counts, Packer, Work};
 use super::read::unigram_loss;
-use super::resume::{Entries, Left, PROGRESS_FILE, Progress, clear};
-use super::source::{
-    Batch, Document, Exercises, Files, Mano, Record, Sample, Sink, Source, open_url,
-};
+use super::resume::{Entries, Left, clear};
+use super::source::{Batch, Document, Exercises, Files, Mano, Sample, Sink, Source, open_url};
 use super::{
     Dataset, DatasetManifest, Input, SourceSummary, Split, TextTokenizer, TokenType,
     dataset_prefix, manifest_key,
 };
 use crate::{Error, Result, Store, blocking};
 
-/// Batches between two threads.
-const ROOM: usize = 2;
-/// Malformed records that are told one by one.
-const TOLD: u64 = 20;
-/// A share of fewer records than this says little: only more of them end the work before its end.
-const FEW_RECORDS: u64 = 10_000;
 /// Half-written files of killed writers go when they are this old.
 const STALE: Duration = Duration::from_secs(3600);
 
@@ -139,7 +127,7 @@ pub enum PrepareEvent {
 }
 
 /// What the working thread hands over.
-enum Output {
+pub(super) enum Output {
     Event(PrepareEvent),
     File(String, Bytes),
     /// Everything that is there of the dataset goes.
@@ -288,10 +276,10 @@ async fn write_manifest(
 }
 
 /// Does the work, away from the async threads.
-struct Maker {
+pub(super) struct Maker {
     name: String,
-    recipe: Recipe,
-    options: spec::Source,
+    pub(super) recipe: Recipe,
+    pub(super) options: spec::Source,
     /// The tokenizer, unless it is to be trained.
     given: Option<Vec<u8>>,
     left: Option<Left>,
@@ -420,16 +408,16 @@ impl Maker {
         Ok((json, tokenizer))
     }
 
-    fn event(&self, event: PrepareEvent) -> Result<()> {
+    pub(super) fn event(&self, event: PrepareEvent) -> Result<()> {
         self.send(Output::Event(event))
     }
 
     /// Fails when nobody waits for the dataset any more.
-    fn send(&self, output: Output) -> Result<()> {
+    pub(super) fn send(&self, output: Output) -> Result<()> {
         self.sender.blocking_send(output).map_err(|_| Error::Interrupted)
     }
 
-    fn text(&self, reason: String) -> Error {
+    pub(super) fn text(&self, reason: String) -> Error {
         Error::Text { dataset: self.name.clone(), reason }
     }
 }
@@ -506,151 +494,4 @@ impl Found {
             unreadable,
         }
     }
-}
-
-/// Records that have been looked into, in their order, and the bytes read until then.
-type Looked = (Vec<(u32, u64, Packed)>, u64);
-
-/// The way from records to shards.
-struct Making<'a> {
-    maker: &'a Maker,
-    source: &'a dyn Source,
-    tokenizer: &'a TextTokenizer,
-    /// Where the work begins.
-    begin: &'a Work,
-    total_bytes: u64,
-    sources: Digest,
-}
-
-impl Making<'_> {
-    /// Makes all shards that are not there yet; gives how far it has come, and what was read.
-    fn pack(&self, mut packer: Packer, entries: &mut Entries) -> Result<(Work, Counts)> {
-        let threads = self.maker.recipe.threads;
-        let pool = threads.map(|threads| ThreadPoolBuilder::new().num_threads(threads).build());
-        let pool = pool.transpose().map_err(|error| self.maker.text(error.to_string()))?;
-        std::thread::scope(|scope| {
-            let (raw, batches) = sync_channel(ROOM);
-            let (give, looked) = sync_channel(ROOM);
-            let reading = scope.spawn(move || self.read(&raw));
-            let tokenizing = scope.spawn(move || self.tokenize(&batches, &give, pool.as_ref()));
-            let packed = self.take(looked, &mut packer, entries);
-            // Whoever has nobody to give to any more was interrupted by the next one's failure.
-            let ends = [joined(reading), joined(tokenizing), packed];
-            let mut failures = ends.into_iter().filter_map(Result::err).collect::<Vec<_>>();
-            failures.sort_by_key(|error| matches!(error, Error::Interrupted));
-            failures.into_iter().next().map_or(Ok(()), Err)
-        })?;
-        while let Some(shard) = packer.cut(true)? {
-            self.write(shard, &mut packer, entries)?;
-        }
-        self.check_malformed(packer.counts(), 0)?;
-        Ok((packer.work(), packer.counts()))
-    }
-
-    fn read(&self, raw: &SyncSender<Batch>) -> Result<()> {
-        let first = self.begin.file as usize;
-        let before = (0..first).map(|file| self.source.bytes(file)).sum();
-        let mut give = |batch| raw.send(batch).map_err(|_| Error::Interrupted);
-        let mut sink = Sink::new(before, &mut give);
-        for file in first..self.source.files() {
-            sink.begin(file);
-            let from = if file == first { self.begin.from() } else { 0 };
-            self.source.read(file, from, &mut sink)?;
-            sink.end(self.source.bytes(file));
-        }
-        sink.flush()
-    }
-
-    fn tokenize(
-        &self,
-        batches: &Receiver<Batch>,
-        give: &SyncSender<Looked>,
-        pool: Option<&ThreadPool>,
-    ) -> Result<()> {
-        for batch in batches {
-            let look = || batch.records.into_par_iter().map(|record| self.look(record)).collect();
-            let looked: Result<Vec<_>> = match pool {
-                Some(pool) => pool.install(look),
-                None => look(),
-            };
-            give.send((looked?, batch.read)).map_err(|_| Error::Interrupted)?;
-        }
-        Ok(())
-    }
-
-    fn look(&self, record: Record) -> Result<(u32, u64, Packed)> {
-        let (file, at) = (record.file, record.at);
-        let packed = match self.source.document(record)? {
-            Document::Empty => Packed::Empty,
-            Document::Malformed(reason) => Packed::Malformed(reason),
-            Document::Text { text, held } => {
-                let split = if held { Split::Validation } else { Split::Train };
-                let mut tokens = Vec::new();
-                if self.begin.split(split).cut.wants(file, at) {
-                    tokens = self.tokenizer.encode(&text)?;
-                    tokens.push(self.tokenizer.end_of_text());
-                }
-                Packed::Document { split, tokens, bytes: text.len() as u64 }
-            }
-        };
-        Ok((file, at, packed))
-    }
-
-    fn take(
-        &self,
-        looked: Receiver<Looked>,
-        packer: &mut Packer,
-        entries: &mut Entries,
-    ) -> Result<()> {
-        for (records, read) in looked {
-            for (file, at, packed) in records {
-                if let Packed::Malformed(reason) = &packed
-                    && packer.counts().malformed < TOLD
-                {
-                    let place = format!("{}:{at}", self.source.place(file as usize));
-                    let reason = reason.clone();
-                    self.maker.event(PrepareEvent::Malformed { place, reason })?;
-                }
-                packer.take(file, at, packed);
-                while let Some(shard) = packer.cut(false)? {
-                    self.write(shard, packer, entries)?;
-                }
-            }
-            self.check_malformed(packer.counts(), FEW_RECORDS)?;
-            self.maker.event(PrepareEvent::Tokenizing {
-                bytes: read,
-                total_bytes: self.total_bytes,
-                tokens: packer.tokens(),
-                malformed: packer.counts().malformed,
-            })?;
-        }
-        Ok(())
-    }
-
-    /// A shard first, then its entry, and last that both are there.
-    fn write(&self, shard: Shard, packer: &mut Packer, entries: &mut Entries) -> Result<()> {
-        let file = shard.entry.file.clone();
-        entries.split(shard.split).push(shard.entry);
-        self.maker.send(Output::File(file, shard.bytes))?;
-        let (file, json) = entries.segment(shard.split);
-        self.maker.send(Output::File(file, json.into()))?;
-        let progress = Progress::new(self.sources, self.tokenizer.digest(), packer.work());
-        self.maker.send(Output::File(PROGRESS_FILE.to_owned(), progress.to_json().into()))
-    }
-
-    /// Fails when more records than their share of all, or of so many, are malformed.
-    fn check_malformed(&self, counts: Counts, at_least: u64) -> Result<()> {
-        let Counts { records, malformed, .. } = counts;
-        let share = self.maker.options.max_malformed;
-        if malformed as f64 <= share * records.max(at_least) as f64 {
-            return Ok(());
-        }
-        Err(self.maker.text(format!(
-            "{malformed} of {records} records are malformed, more than the share of {share} that may be; mend them, or allow more (max_malformed, --max-malformed)"
-        )))
-    }
-}
-
-fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
