@@ -73,10 +73,15 @@ impl Core {
             self.reform(&format!("{names} fetched the state and can take part"));
             return true;
         }
-        self.give_up_late_guests();
-        self.invite(&spares);
-        self.keep_updates_only();
+        self.let_spares_fetch();
         room > 0 && self.hold_for_a_checkpoint(&spares)
+    }
+
+    /// Has the workers that wait for a place get the state meanwhile, also while the run is paused.
+    pub(super) fn let_spares_fetch(&mut self) {
+        self.give_up_late_guests();
+        self.invite(&self.spares());
+        self.keep_updates_only();
     }
 
     fn guests_that_fetch(&self) -> Vec<WorkerId> {

@@ -29,7 +29,8 @@ impl Core {
         if let Some(reason) = &self.paused {
             let text = format!("paused at step {}: {reason}", self.committed);
             self.phase = Phase::Holding;
-            return self.explain(text);
+            self.explain(text);
+            return self.let_spares_fetch();
         }
         if !self.let_spares_in() {
             self.plan();

@@ -55,38 +55,38 @@ fn a_worker_dies_while_all_votes_are_in_and_nobody_has_been_told() {
     assert_eq!((world(&log, STEP), world(&log, STEP + 1)), (3, 2));
 }
 
-/// A member of two that freezes in the middle of step 17, and another worker that waits for a
-/// place meanwhile.
-fn two_and_a_spare(first: &[&str], spare: &[&str]) -> (Cluster, [Running; 2], Running) {
+/// Two members and another worker that fetches the state from them: the run is paused meanwhile, so
+/// that it cannot end before.
+fn two_and_a_joiner(member: &[&str], joiner: &[&str]) -> (Cluster, [Running; 2], Running) {
     let mut cluster = Cluster::start(2, &[]);
-    let hold = fault("stop", "compute");
-    let mut member = cluster.worker(&[&["--fault", &hold], first].concat());
-    let other = cluster.worker(&[]);
-    assert_eq!(frozen_at(&mut member, "compute"), STEP);
-    let spare = cluster.worker(spare);
+    let members = [cluster.worker(member), cluster.worker(&[])];
+    cluster.coordinator.wait_for(|line| line.starts_with("step "));
+    cluster.order(&["pause"]);
+    cluster.wait_for(|status| status["phase"] == "paused");
+    let joiner = cluster.worker(joiner);
     cluster.coordinator.wait_for(|line| line.ends_with("joined as a spare"));
-    (cluster, [member, other], spare)
+    (cluster, members, joiner)
 }
 
 #[test]
 fn a_worker_dies_while_it_sends_the_state_to_a_joiner_which_gets_the_rest_from_another() {
-    let (mut cluster, [member, _other], _spare) =
-        two_and_a_spare(&["--fault", "kill@serving"], &[]);
-    member.signal("CONT");
-    assert!(died_at(member, "serving") >= STEP);
-    let joined = |line: &str| line.starts_with("generation ") && line.contains("2 workers");
-    cluster.coordinator.wait_for(|line| joined(line) && !line.starts_with("generation 1:"));
+    let (mut cluster, [member, _other], _joiner) =
+        two_and_a_joiner(&["--fault", "kill@serving"], &[]);
+    let paused = died_at(member, "serving");
+    cluster.coordinator.wait_for(|line| line.contains("lost: "));
+    cluster.wait_for(|status| status["workers"].as_array().is_some_and(|all| all.len() == 2));
+    cluster.order(&["resume"]);
     let log = cluster.finish();
-    assert_eq!((world(&log, 1), world(&log, log.len() as u64)), (2, 2));
+    assert_eq!((world(&log, paused), world(&log, log.len() as u64)), (2, 2));
     let generation = log[log.len() - 1]["generation"].as_u64();
     assert!(generation > Some(1), "the joiner has taken the place of the dead");
 }
 
 #[test]
 fn a_joiner_dies_with_the_state_in_its_hand_and_the_members_do_not_notice() {
-    let (cluster, [member, _other], spare) = two_and_a_spare(&[], &["--fault", "kill@fetched"]);
-    member.signal("CONT");
-    assert!(died_at(spare, "fetched") >= STEP);
+    let (cluster, [_member, _other], joiner) = two_and_a_joiner(&[], &["--fault", "kill@fetched"]);
+    assert!(died_at(joiner, "fetched") >= 1);
+    cluster.order(&["resume"]);
     let log = cluster.finish();
     assert!(log.iter().all(|line| line["generation"] == 1 && line["world"] == 2));
 }
@@ -173,10 +173,9 @@ fn the_coordinator_dies_while_a_worker_has_the_commit_in_its_hand() {
 
 #[test]
 fn the_coordinator_dies_while_a_worker_sends_the_state_to_a_joiner() {
-    let (mut cluster, [mut member, _other], _spare) =
-        two_and_a_spare(&["--fault", "stop@serving"], &[]);
-    member.signal("CONT");
-    assert!(frozen_at(&mut member, "serving") >= STEP);
+    let (mut cluster, [mut member, _other], _joiner) =
+        two_and_a_joiner(&["--fault", "stop@serving"], &[]);
+    assert!(frozen_at(&mut member, "serving") >= 1);
     cluster.coordinator.signal("KILL");
     cluster.restart();
     member.signal("CONT");

@@ -54,6 +54,22 @@ fn a_paused_run_holds_at_the_next_boundary_and_goes_on_when_resumed() {
 }
 
 #[test]
+fn a_worker_that_joins_a_paused_run_fetches_the_state_meanwhile_and_takes_part_when_it_goes_on() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    rig.feed(Event::PauseRequested { reason: "new machines".into() });
+    rig.prepare_all();
+    let late = rig.join("late");
+    rig.pass(0.2);
+    let Directive::Fetch(order) = rig.last_sent(late) else { panic!("not told to fetch") };
+    assert_eq!(order.step, 1);
+    rig.say(late, Report::Fetched { step: Step(1), result: Ok(()) });
+    rig.pass(10.0);
+    assert_eq!((rig.phase(), rig.members()), ("paused", ids), "nobody takes part in a pause");
+    rig.feed(Event::ResumeRequested);
+    assert_eq!(rig.form_of(late).members.len(), 3);
+}
+
+#[test]
 fn a_paused_run_can_be_stopped() {
     let (mut rig, _) = Rig::training(2, &[]);
     rig.feed(Event::PauseRequested { reason: String::new() });
