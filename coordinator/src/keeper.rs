@@ -1,18 +1,20 @@
 //! The durable notes of a run: its record and its checkpoints' manifests, written by one task in
 //! order, so that the runtime never waits for the store. Order of writing: parts (by the
-//! workers), manifest, record, and only then is anything old removed.
+//! workers), manifest, record, and only then is anything old removed, by a task of its own, the
+//! [`Pruner`](crate::pruner::Pruner).
 //!
 //! The record's chain fences its own writes; manifests and removals are not part of it. So the
 //! record is looked at before each of them, and every few seconds besides: a coordinator that has
 //! been replaced leaves the run alone and ends.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use looptrain_proto::{Digest, Step};
 use looptrain_storage::{
-    CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register, Retention, RunRecord,
+    CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register, RunRecord,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::core::{Event, ManifestDraft};
@@ -37,16 +39,17 @@ pub(crate) enum Note {
 /// The task's state.
 pub(crate) struct Keeper {
     pub(crate) run: String,
-    /// Which checkpoints to keep.
-    pub(crate) retention: Retention,
-    /// The checkpoint that the run went on from, until there is a newer one.
-    pub(crate) resumed: Option<Step>,
     pub(crate) trajectory: Digest,
     pub(crate) register: Register,
     pub(crate) checkpoints: Checkpoints,
     /// How the run's workers compute, until that is in the record.
     pub(crate) numerics: Option<String>,
     pub(crate) inputs: mpsc::Sender<Input>,
+    /// Hears of the newest checkpoint.
+    pub(crate) newest: watch::Sender<Option<Step>>,
+    /// Removes old ones; it has come to its end when nobody can tell it of a newer one and it has
+    /// nothing more to do.
+    pub(crate) pruner: JoinHandle<()>,
 }
 
 /// The run has another coordinator, and the runtime has been told: what was begun ends here.
@@ -57,11 +60,6 @@ impl Keeper {
     pub(crate) async fn run(mut self, mut notes: mpsc::UnboundedReceiver<Note>) {
         let mut look = interval_at(Instant::now() + LOOK_EVERY, LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        if let Some(resumed) = self.resumed {
-            // What a coordinator that died had not got round to, or was in the middle of.
-            let pruned = self.prune(resumed).await;
-            let _ = self.unless_replaced("remove old checkpoints", pruned).await;
-        }
         loop {
             // Who has been replaced works on until the runtime ends, for it may be waiting for the
             // answer to its last note; the store refuses what matters.
@@ -91,10 +89,14 @@ impl Keeper {
             }
             Note::Manifest(draft) => self.commit(draft).await,
             Note::Last(finished, reply) => {
+                let over = finished.is_some();
                 let updated = match finished {
                     Some(finished) => self.update(|record| record.finished = Some(finished)).await,
                     None => Ok(()),
                 };
+                if over {
+                    self.end_pruning().await;
+                }
                 // Whoever asked has gone away only if the process is ending.
                 let _ = reply.send(updated.map_err(CoordinatorError::of_store));
                 Ok(())
@@ -117,8 +119,16 @@ impl Keeper {
         let updated = self.update(|record| record.last_checkpoint = Some(step)).await;
         self.unless_replaced("note the newest checkpoint", updated).await?;
         self.tell(Input::Event(Event::CheckpointWritten { step })).await;
-        let pruned = self.prune(step).await;
-        self.unless_replaced("remove old checkpoints", pruned).await
+        self.newest.send_replace(Some(step));
+        Ok(())
+    }
+
+    /// Waits until what is old is gone: a run that is over has no other time for it, whereas one
+    /// that has been stopped has when it goes on.
+    async fn end_pruning(&mut self) {
+        drop(std::mem::replace(&mut self.newest, watch::Sender::new(None)));
+        // One that panicked has left something that is old.
+        let _ = (&mut self.pruner).await;
     }
 
     /// Writes a changed record, with what the store refused to note before.
@@ -136,16 +146,6 @@ impl Keeper {
     async fn write(&self, manifest: &CheckpointManifest) -> Result<(), Error> {
         self.register.still_mine().await?;
         self.checkpoints.commit(manifest).await
-    }
-
-    async fn prune(&self, newest: Step) -> Result<(), Error> {
-        let plan = self.checkpoints.plan(&self.retention, &[newest], SystemTime::now()).await?;
-        // It may have taken as long as reading a checkpoint back does.
-        self.register.still_mine().await?;
-        self.checkpoints.remove(&plan).await?;
-        let (removed, orphans) = (plan.checkpoints, plan.orphans.len());
-        tracing::debug!(?removed, orphans, "removed old checkpoints");
-        Ok(())
     }
 
     fn manifest(&self, draft: ManifestDraft) -> CheckpointManifest {
@@ -194,51 +194,47 @@ impl Keeper {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use looptrain_proto::{Cursor, Generation};
-    use looptrain_storage::{RunRecord, Store, Tensor, weights_digest};
+    use looptrain_storage::Store;
 
     use super::*;
-
-    async fn claim(store: &Store) -> Register {
-        let fresh = || RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
-        Register::claim(store, "r", |newest| Ok(newest.cloned().unwrap_or_else(fresh)))
-            .await
-            .unwrap()
-    }
+    use crate::testing::{claim, pruner, saved};
 
     async fn keeper(store: &Store) -> (Keeper, mpsc::Receiver<Input>) {
         let (inputs, told) = mpsc::channel(8);
+        let register = claim(store).await;
+        let checkpoints = Checkpoints::new(store, "r");
+        let (newest, newer) = watch::channel(None);
+        let pruner = pruner(&checkpoints, &register, newer);
         let keeper = Keeper {
             run: "r".into(),
-            retention: Retention { keep: 1, keep_every_steps: 0, grace: Duration::ZERO },
-            resumed: None,
             trajectory: Digest::of(b"spec"),
-            register: claim(store).await,
-            checkpoints: Checkpoints::new(store, "r"),
+            register,
+            checkpoints,
             numerics: None,
             inputs,
+            newest,
+            pruner: tokio::spawn(pruner.run()),
         };
         (keeper, told)
     }
 
     /// A checkpoint whose one part is in the store.
     async fn draft(checkpoints: &Checkpoints, step: u64) -> ManifestDraft {
-        let tensor = Tensor { name: "w".into(), shape: vec![1], data: vec![step as f32] };
-        let weights_digest = weights_digest([tensor.view()]);
-        let step = Step(step);
-        let entry =
-            checkpoints.save_part(step, 0, 1, vec![tensor], Default::default()).await.unwrap();
-        let PartEntry { file, bytes, digest, tensors } = entry;
-        let part = crate::core::SavedPart { file, bytes, digest, tensors, weights_digest };
-        let (cursor, generation) = (Cursor::default(), Generation(1));
-        ManifestDraft { step, cursor, generation, weights_digest, parts: vec![part] }
+        let CheckpointManifest { step, cursor, generation, weights_digest, parts, .. } =
+            saved(checkpoints, step).await;
+        let part = |part: PartEntry| {
+            let PartEntry { file, bytes, digest, tensors } = part;
+            crate::core::SavedPart { file, bytes, digest, tensors, weights_digest }
+        };
+        let parts = parts.into_iter().map(part).collect();
+        ManifestDraft { step, cursor, generation, weights_digest, parts }
     }
 
     #[tokio::test]
-    async fn a_checkpoint_is_noted_and_then_the_older_one_goes() {
+    async fn a_checkpoint_is_noted_and_the_older_ones_are_gone_when_the_run_is_over() {
         let store = Store::open("memory://").unwrap();
         let (mut keeper, mut told) = keeper(&store).await;
-        for step in [1, 2] {
+        for step in [1, 2, 3] {
             let draft = draft(&keeper.checkpoints, step).await;
             assert!(keeper.commit(draft).await.is_ok());
             let Input::Event(Event::CheckpointWritten { step: written }) =
@@ -247,9 +243,28 @@ mod tests {
                 panic!("it was written")
             };
             assert_eq!(written, Step(step));
-            assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(step)]);
             assert_eq!(keeper.register.current().last_checkpoint, Some(Step(step)));
         }
+        let (reply, answer) = oneshot::channel();
+        let finished =
+            Finished { step: Step(3), loss: 1.0, weights_digest: Digest::of(b"weights") };
+        assert!(keeper.take(Note::Last(Some(finished), reply)).await.is_ok());
+        answer.await.unwrap().unwrap();
+        assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(3)]);
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_does_not_wait_until_older_ones_are_gone() {
+        let store = Store::open("memory://").unwrap();
+        let (mut keeper, mut told) = keeper(&store).await;
+        keeper.pruner.abort();
+        keeper.pruner = tokio::spawn(std::future::pending());
+        for step in [1, 2] {
+            let draft = draft(&keeper.checkpoints, step).await;
+            assert!(keeper.commit(draft).await.is_ok());
+            told.recv().await.unwrap();
+        }
+        assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(1), Step(2)]);
     }
 
     #[tokio::test]
@@ -264,7 +279,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_coordinator_that_has_been_replaced_makes_no_checkpoint_and_removes_none() {
+    async fn a_coordinator_that_has_been_replaced_makes_no_checkpoint() {
         let store = Store::open("memory://").unwrap();
         let (mut keeper, mut told) = keeper(&store).await;
         let first = draft(&keeper.checkpoints, 1).await;
@@ -272,7 +287,6 @@ mod tests {
         told.recv().await.unwrap();
         claim(&store).await;
         let second = draft(&keeper.checkpoints, 2).await;
-        assert!(matches!(keeper.prune(Step(2)).await, Err(Error::Fenced { .. })));
         assert!(keeper.commit(second).await.is_err());
         assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(1)]);
         let Input::Abort(error) = told.recv().await.unwrap() else { panic!("it must stop") };
@@ -287,7 +301,7 @@ mod tests {
         let (notes, receiver) = mpsc::unbounded_channel();
         claim(&store).await;
         let working = tokio::spawn(keeper.run(receiver));
-        let told = tokio::time::timeout(4 * LOOK_EVERY, told.recv()).await.unwrap().unwrap();
+        let told = tokio::time::timeout(20 * LOOK_EVERY, told.recv()).await.unwrap().unwrap();
         assert!(matches!(told, Input::Abort(CoordinatorError::Fenced { .. })));
         drop(notes);
         working.await.unwrap();

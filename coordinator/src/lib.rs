@@ -19,11 +19,14 @@ mod keeper;
 mod listen;
 pub mod metrics;
 mod moment;
+mod pruner;
 mod records;
 mod reports;
 mod runtime;
 mod server;
 mod start;
+#[cfg(test)]
+mod testing;
 
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;

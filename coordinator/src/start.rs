@@ -9,7 +9,7 @@ use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, MetricsLog, Retention, Store, run_prefix};
 use tokio::net::TcpListener;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -24,6 +24,7 @@ use crate::keeper::Keeper;
 use crate::listen::{Listen, Tcp};
 use crate::metrics::Instruments;
 use crate::moment::{OnMoment, Watch};
+use crate::pruner::Pruner;
 use crate::records::{Outcome, RunEvent};
 use crate::runtime::Runtime;
 use crate::server::{self, Readers, Service};
@@ -174,6 +175,9 @@ pub async fn start_on(
         Err(error) => tracing::warn!(%error, "half-written files of dead writers stay"),
     }
     let checkpoints = Checkpoints::new(&store, &run);
+    if let Some(manifest) = &manifest {
+        checkpoints.trust(manifest.step);
+    }
     for (step, _) in &skipped_checkpoints {
         checkpoints.distrust(*step);
     }
@@ -216,19 +220,26 @@ pub async fn start_on(
     let worker_timeout = Duration::from_secs_f64(spec.cluster.worker_timeout);
 
     let witness = register.witness();
-    let keeper = Keeper {
-        numerics: None,
-        run: run.clone(),
+    let (newest, newer) = watch::channel(resumed_from);
+    let pruner = Pruner {
+        checkpoints: checkpoints.clone(),
         retention: Retention {
             keep: spec.checkpoint.keep,
             keep_every_steps: spec.checkpoint.keep_every_steps,
             grace: Duration::from_secs(spec.checkpoint.orphan_seconds),
         },
-        resumed: resumed_from,
+        witness: register.witness(),
+        newest: newer,
+    };
+    let keeper = Keeper {
+        numerics: None,
+        run: run.clone(),
         trajectory,
         register,
         checkpoints,
         inputs: input_sender.clone(),
+        newest,
+        pruner: tokio::spawn(pruner.run()),
     };
     tokio::spawn(keeper.run(note_receiver));
     tokio::spawn(Journal::new(store, run, log, witness).run(entry_receiver));

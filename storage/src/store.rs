@@ -13,6 +13,8 @@ mod directory;
 mod faults;
 mod large;
 mod open;
+mod patience;
+mod probe;
 mod retry;
 #[cfg(test)]
 mod tests;
@@ -35,6 +37,7 @@ use object_store::{
 pub use self::faults::Faults;
 use self::faults::Faulty;
 use self::open::Backend;
+use self::patience::Patience;
 use self::retry::{Failure, Retry};
 use crate::error::one_line;
 use crate::{Error, Result, Tries};
@@ -51,6 +54,7 @@ pub struct Store {
     /// The directory of a `file://` store.
     directory: Option<Arc<FilePath>>,
     retry: Retry,
+    patience: Patience,
     /// What no message may hold.
     secrets: Arc<[String]>,
     /// Whether files of the directory may be read past the client.
@@ -110,12 +114,23 @@ impl Store {
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self> {
         let variables: Vec<_> = variables.into_iter().collect();
-        let Backend { objects, multipart, prefix, directory, secrets } =
+        let Backend { objects, multipart, prefix, directory, secrets, remote } =
             open::open(url, &variables)?;
         let (url, secrets, retry) = (url.into(), secrets.into(), Retry::PATIENT);
         let (direct, in_turn) = (true, false);
-        let store =
-            Self { objects, multipart, prefix, url, directory, retry, secrets, direct, in_turn };
+        let patience = if remote { Patience::LIMITED } else { Patience::ENDLESS };
+        let store = Self {
+            objects,
+            multipart,
+            prefix,
+            url,
+            directory,
+            retry,
+            patience,
+            secrets,
+            direct,
+            in_turn,
+        };
         Ok(match faults::installed() {
             Some(faults) => store.over(faults),
             None => store,
@@ -132,6 +147,12 @@ impl Store {
     #[cfg(test)]
     pub(crate) fn with_stale_lists(&self) -> Self {
         self.clone().over(Arc::new(Faults::stale_lists()))
+    }
+
+    /// The same store, which does not give out objects with this in their key.
+    #[cfg(test)]
+    pub(crate) fn refusing(&self, part_of_key: &str) -> Self {
+        Self { retry: Retry::NEVER, ..self.clone() }.over(Arc::new(Faults::dead(part_of_key)))
     }
 
     fn over(self, faults: Arc<Faults>) -> Self {
@@ -156,6 +177,7 @@ impl Store {
             url: url.into(),
             directory: None,
             retry: Retry::NEVER,
+            patience: Patience::ENDLESS,
             secrets: Arc::default(),
             direct: false,
             in_turn: true,
@@ -194,63 +216,22 @@ impl Store {
         self.directory.as_ref().filter(|_| self.direct).map(|directory| directory.join(key))
     }
 
+    /// Whether an error says something of the store, and nothing of the object that was asked for. A
+    /// server that does not answer holds good objects all the same; a directory that can be
+    /// listed, with a file that cannot be read, has a bad one.
+    #[must_use]
+    pub fn is_to_blame(&self, error: &Error) -> bool {
+        match error {
+            Error::Operation { .. } => self.directory.is_none(),
+            Error::Interrupted => true,
+            _ => false,
+        }
+    }
+
     /// The object's URL, for messages.
     pub(crate) fn place(&self, key: &str) -> String {
         let slash = if self.url.ends_with('/') { "" } else { "/" };
         format!("{}{slash}{key}", self.url)
-    }
-
-    /// Makes sure that objects can be written and that put-if-absent is honoured, with a probe
-    /// object that is deleted again.
-    ///
-    /// # Errors
-    /// One line with what the store said and what to do.
-    pub async fn check_writable(&self) -> Result<()> {
-        let key = format!(".probe-{:016x}", crate::record::unique());
-        let unwritable = |error: Error| Error::Unwritable {
-            url: self.url.to_string(),
-            reason: match error {
-                Error::Operation { reason, tries, .. } => format!("{reason}{tries}"),
-                other => other.to_string(),
-            },
-            remedy: match self.url.split(':').next() {
-                Some("s3") => "check the bucket, AWS_ENDPOINT_URL, AWS_REGION and the credentials",
-                Some("gs") => "check the bucket and the credentials in GOOGLE_SERVICE_ACCOUNT",
-                Some("az") => "check the container and the AZURE_STORAGE_ACCOUNT_* variables",
-                _ => "change the permissions or choose another run.store",
-            }
-            .to_owned(),
-        };
-        // This one may already lose, to its own retry when an answer got lost. The second must.
-        let first = self.put_if_absent(&key, "probe").await;
-        let second = match first {
-            Ok(_) => self.put_if_absent(&key, "probe").await,
-            Err(error) => Err(error),
-        };
-        let unconditional = |reason: String| Error::Unwritable {
-            url: self.url.to_string(),
-            reason,
-            remedy: "use a store with conditional writes (If-None-Match)".to_owned(),
-        };
-        match second {
-            // It may have been written although the answer says that it was not.
-            Err(error) => {
-                let _ = self.delete(&key).await;
-                Err(match error {
-                    Error::Unsupported { reason, .. } => unconditional(reason),
-                    error => unwritable(error),
-                })
-            }
-            Ok(won_again) => {
-                self.delete(&key).await.map_err(unwritable)?;
-                match won_again {
-                    true => {
-                        Err(unconditional("it lets two writers create the same object".to_owned()))
-                    }
-                    false => Ok(()),
-                }
-            }
-        }
     }
 
     /// The whole object.
@@ -299,10 +280,11 @@ impl Store {
         let path = self.path(key);
         let attempt = || async {
             let options = GetOptions { range: range.clone(), ..GetOptions::default() };
-            let got = self.objects.get_opts(path.as_ref().map_err(wrong_key)?, options).await?;
+            let get = self.objects.get_opts(path.as_ref().map_err(wrong_key)?, options);
+            let got = self.patience.answer(0, get).await?;
             let announced = got.range.end - got.range.start;
             let (e_tag, version) = (got.meta.e_tag.clone(), got.meta.version.clone());
-            let bytes = got.bytes().await?;
+            let bytes = self.patience.body(got).await?;
             if bytes.len() as u64 != announced {
                 let source = format!("the body ended after {} of {announced} bytes", bytes.len());
                 return Err(object_store::Error::Generic { store: "body", source: source.into() });
@@ -330,7 +312,9 @@ impl Store {
     /// When the store fails.
     pub async fn info(&self, key: &str) -> Result<Option<ObjectInfo>> {
         let path = self.path(key);
-        let attempt = || async { self.objects.head(path.as_ref().map_err(wrong_key)?).await };
+        let attempt = || async {
+            self.patience.answer(0, self.objects.head(path.as_ref().map_err(wrong_key)?)).await
+        };
         match self.retried("look at", key, attempt).await {
             Ok(meta) => Ok(Some(ObjectInfo {
                 key: key.to_owned(),
@@ -394,7 +378,8 @@ impl Store {
         let path = self.path(key);
         let attempt = || async {
             let path = path.as_ref().map_err(wrong_key)?;
-            self.objects.put_opts(path, payload.clone(), mode.clone().into()).await
+            let put = self.objects.put_opts(path, payload.clone(), mode.clone().into());
+            self.patience.answer(payload.content_length(), put).await
         };
         self.retried("write", key, attempt).await.map(drop)
     }
@@ -405,7 +390,9 @@ impl Store {
     /// When the store fails.
     pub async fn delete(&self, key: &str) -> Result<()> {
         let path = self.path(key);
-        let attempt = || async { self.objects.delete(path.as_ref().map_err(wrong_key)?).await };
+        let attempt = || async {
+            self.patience.answer(0, self.objects.delete(path.as_ref().map_err(wrong_key)?)).await
+        };
         match self.retried("delete", key, attempt).await {
             Ok(()) | Err(Failure { error: object_store::Error::NotFound { .. }, .. }) => Ok(()),
             Err(failure) => Err(self.failed("delete", key, failure)),
@@ -421,7 +408,7 @@ impl Store {
         let path = self.path(prefix);
         let attempt = || async {
             let found = self.objects.list(Some(path.as_ref().map_err(wrong_key)?));
-            found.try_collect::<Vec<_>>().await
+            self.patience.all(found).await
         };
         let found = self.retried("list", prefix, attempt).await;
         let found = found.map_err(|failure| self.failed("list", prefix, failure))?;

@@ -20,17 +20,17 @@ pub(crate) async fn run(command: Checkpoint) -> Result<()> {
     }
 }
 
-/// The record of a run that is there, and its checkpoints.
-async fn open(of: &StoredRun) -> Result<(RunRecord, Checkpoints)> {
+/// The record of a run that is there, its checkpoints, and the store.
+async fn open(of: &StoredRun) -> Result<(RunRecord, Checkpoints, Store)> {
     let store = Store::open_existing(&of.store)?;
     let Some(record) = read_record(&store, &of.run).await? else {
         bail!("there is no run `{}` in {}", of.run, of.store);
     };
-    Ok((record, Checkpoints::new(&store, &of.run)))
+    Ok((record, Checkpoints::new(&store, &of.run), store))
 }
 
 async fn list(args: CheckpointList) -> Result<()> {
-    let (record, checkpoints) = open(&args.of).await?;
+    let (record, checkpoints, _) = open(&args.of).await?;
     let stored = checkpoints.inventory().await?;
     let entries: Vec<Value> = stored.iter().map(described).collect();
     if args.json {
@@ -89,7 +89,7 @@ fn ago(time: SystemTime) -> String {
 }
 
 async fn verify(args: CheckpointVerify) -> Result<()> {
-    let (_, checkpoints) = open(&args.of).await?;
+    let (_, checkpoints, store) = open(&args.of).await?;
     let mut steps = match args.step {
         Some(step) => vec![Step(step)],
         None => checkpoints.list().await?,
@@ -108,6 +108,7 @@ async fn verify(args: CheckpointVerify) -> Result<()> {
         let bytes = |it: &CheckpointManifest| it.parts.iter().map(|part| part.bytes).sum::<u64>();
         let (size, problem) = match verified {
             Ok(manifest) => (Some(bytes(&manifest)), None),
+            Err(error) if store.is_to_blame(&error) => return Err(error.into()),
             Err(error) => (None, Some(error.to_string())),
         };
         if !args.json {
@@ -138,7 +139,7 @@ async fn verify(args: CheckpointVerify) -> Result<()> {
 }
 
 async fn prune(args: CheckpointPrune) -> Result<()> {
-    let (record, checkpoints) = open(&args.of).await?;
+    let (record, checkpoints, _) = open(&args.of).await?;
     let given = Spec::parse("the run record", &record.spec, &[])?.checkpoint;
     let seconds = args.orphan_seconds.unwrap_or(given.orphan_seconds);
     let retention = Retention {
@@ -148,14 +149,14 @@ async fn prune(args: CheckpointPrune) -> Result<()> {
     };
     let in_use: Vec<Step> = record.last_checkpoint.into_iter().collect();
     let plan = checkpoints.plan(&retention, &in_use, SystemTime::now()).await?;
-    if !args.dry_run {
-        checkpoints.remove(&plan).await?;
-    }
+    let removed = match args.dry_run {
+        true => plan.checkpoints.clone(),
+        false => checkpoints.remove(&plan).await?,
+    };
     let orphans: Vec<String> =
         plan.orphans.iter().map(|(step, file)| format!("step {step}: {file}")).collect();
     if args.json {
-        let (removed, dry_run) = (&plan.checkpoints, args.dry_run);
-        let run = &args.of.run;
+        let (run, dry_run) = (&args.of.run, args.dry_run);
         println!(
             "{:#}",
             json!({ "run": run, "removed": removed, "orphans": orphans, "dry_run": dry_run })
@@ -163,13 +164,13 @@ async fn prune(args: CheckpointPrune) -> Result<()> {
         return Ok(());
     }
     let verb = if args.dry_run { "would remove" } else { "removed" };
-    for step in &plan.checkpoints {
+    for step in &removed {
         println!("{verb} the checkpoint of step {step}");
     }
     for orphan in &orphans {
         println!("{verb} what a save left, {orphan}");
     }
-    if plan.checkpoints.is_empty() && orphans.is_empty() {
+    if removed.is_empty() && orphans.is_empty() {
         println!("there is nothing to remove");
     }
     Ok(())

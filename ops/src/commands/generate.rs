@@ -4,7 +4,8 @@ use anyhow::{Context, Result, bail};
 use looptrain_model::{Layout, Sampling, StageSettings, generate};
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{
-    Checkpoints, Dataset, SkippedCheckpoint, Store, TextTokenizer, read_record,
+    CheckpointManifest, Checkpoints, Dataset, SkippedCheckpoint, Store, Tensor, TextTokenizer,
+    read_record,
 };
 
 use super::coordinator::PreparedRun;
@@ -17,7 +18,7 @@ pub(crate) async fn run(args: Generate) -> Result<()> {
         bail!("there is no run `{}` in {}", args.run, args.store);
     };
     let spec = Spec::parse("the run record", &record.spec, &[])?;
-    let Some((manifest, skipped)) = Checkpoints::new(&store, &args.run).newest_good().await? else {
+    let Some((read, skipped)) = Checkpoints::new(&store, &args.run).newest_weights().await? else {
         bail!("run `{}` has no checkpoint yet", args.run);
     };
     for SkippedCheckpoint { step, reason } in &skipped {
@@ -29,17 +30,12 @@ pub(crate) async fn run(args: Generate) -> Result<()> {
         .with_context(|| format!("dataset `{name}`, whose tokenizer the run uses, is gone"))?;
     let writer = Writer {
         spec: &spec,
-        store: &store,
         tokenizer: dataset.tokenizer().await?,
         temperature: args.temperature,
         tokens: args.tokens,
         seed: args.seed,
     };
-    let checkpoints = Checkpoints::new(&store, &args.run);
-    let hold = checkpoints.hold(manifest.step).await;
-    let text = writer.text(manifest.step, &args.prompt).await;
-    hold.release().await;
-    println!("{}{}", args.prompt, text?);
+    println!("{}{}", args.prompt, writer.text(read, &args.prompt).await?);
     Ok(())
 }
 
@@ -48,20 +44,19 @@ pub(crate) async fn print_sample(run: &PreparedRun, step: Step) -> Result<()> {
     let sample = &run.spec.sample;
     let writer = Writer {
         spec: &run.spec,
-        store: &run.store,
         tokenizer: run.datasets[0].tokenizer().await?,
         temperature: sample.temperature,
         tokens: sample.tokens,
         seed: run.spec.run.seed,
     };
-    println!("sample: {}{}", sample.prompt, writer.text(step, &sample.prompt).await?);
+    let read = Checkpoints::new(&run.store, &run.spec.run.name).weights(step).await?;
+    println!("sample: {}{}", sample.prompt, writer.text(read, &sample.prompt).await?);
     Ok(())
 }
 
 /// What it takes to continue a text with a run's checkpoint.
 struct Writer<'a> {
     spec: &'a Spec,
-    store: &'a Store,
     tokenizer: TextTokenizer,
     temperature: f64,
     tokens: usize,
@@ -69,8 +64,12 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    async fn text(&self, step: Step, prompt: &str) -> Result<String> {
-        let (_, tensors) = Checkpoints::new(self.store, &self.spec.run.name).load(step).await?;
+    async fn text(
+        &self,
+        (manifest, tensors): (CheckpointManifest, Vec<Tensor>),
+        prompt: &str,
+    ) -> Result<String> {
+        let step = manifest.step;
         let layout = Layout::new(&self.spec.model);
         let mut weights = vec![0.0; layout.parameters()];
         for entry in layout.tensors() {

@@ -46,8 +46,16 @@ impl Checkpoints {
         let checks: Vec<_> =
             manifest.parts.iter().map(|part| self.fetch(step, part, |_| {})).collect();
         futures::stream::iter(checks).buffered(CONCURRENT_PARTS).try_collect::<()>().await?;
-        self.remember_verified(step);
+        self.trust(step);
         Ok(())
+    }
+
+    /// As [`Checkpoints::load`], the moments without data.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::load`].
+    pub async fn weights(&self, step: Step) -> Result<(CheckpointManifest, Vec<Tensor>)> {
+        self.read(step, is_weight).await
     }
 
     /// The checked state; tensors that are not `wanted`, moments only, come without data.
@@ -76,7 +84,7 @@ impl Checkpoints {
                 manifest.weights_digest
             )));
         }
-        self.remember_verified(step);
+        self.trust(step);
         Ok((manifest, tensors))
     }
 
@@ -86,10 +94,36 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`Error::NoGoodCheckpoint`] when there are checkpoints and none verifies: to begin from
-    /// nothing then is for a person to decide. Also when the store cannot be listed.
+    /// nothing then is for a person to decide. Also when the store cannot be listed, or does not
+    /// answer: that says nothing of its checkpoints.
     pub async fn newest_good(
         &self,
     ) -> Result<Option<(CheckpointManifest, Vec<SkippedCheckpoint>)>> {
+        self.newest(async |step| self.verify(step).await).await
+    }
+
+    /// The weights of the newest checkpoint that verifies, as [`Checkpoints::newest_good`] chooses it;
+    /// for readers beside the run: none is removed while it is read.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::newest_good`].
+    pub async fn newest_weights(
+        &self,
+    ) -> Result<Option<((CheckpointManifest, Vec<Tensor>), Vec<SkippedCheckpoint>)>> {
+        let read = async |step| {
+            let hold = self.hold(step).await;
+            let read = self.weights(step).await;
+            hold.release().await;
+            read
+        };
+        self.newest(read).await
+    }
+
+    /// What `read` makes of the newest checkpoint of which it makes something.
+    async fn newest<T>(
+        &self,
+        read: impl AsyncFn(Step) -> Result<T>,
+    ) -> Result<Option<(T, Vec<SkippedCheckpoint>)>> {
         let mut skipped: Vec<SkippedCheckpoint> = Vec::new();
         let mut steps = self.list().await?;
         let recorded = read_record(&self.store, &self.run).await?;
@@ -101,8 +135,10 @@ impl Checkpoints {
             steps.sort();
         }
         for step in steps.into_iter().rev() {
-            match self.verify(step).await {
-                Ok(manifest) => return Ok(Some((manifest, skipped))),
+            match read(step).await {
+                Ok(found) => return Ok(Some((found, skipped))),
+                // To go on from an older one would be to train again what is saved.
+                Err(error) if self.store.is_to_blame(&error) => return Err(error),
                 Err(error) => {
                     let reason = error.to_string();
                     tracing::debug!(run = self.run, %step, reason, "passing over a checkpoint");

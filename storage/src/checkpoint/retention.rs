@@ -29,7 +29,7 @@ pub struct Pruning {
     pub checkpoints: Vec<Step>,
     /// Files of saves that came to nothing: step and name.
     pub orphans: Vec<(Step, String)>,
-    /// Files of the checkpoints: step, and names with the manifest first.
+    /// Files of the checkpoints: step and names.
     files: Vec<(Step, Vec<String>)>,
 }
 
@@ -94,8 +94,7 @@ impl Checkpoints {
                 }
                 continue;
             }
-            let mut names: Vec<String> = files.keys().cloned().collect();
-            names.sort_by_key(|name| name != MANIFEST);
+            let names: Vec<String> = files.keys().cloned().collect();
             plan.checkpoints.push(*step);
             plan.files.push((*step, names));
         }
@@ -113,7 +112,7 @@ impl Checkpoints {
             match self.verify_parts(*step).await {
                 Ok(()) => return Ok(Some(index)),
                 // The store, and not the checkpoint: nothing is known, so nothing may go.
-                Err(error @ (Error::Operation { .. } | Error::Interrupted)) => return Err(error),
+                Err(error) if self.store.is_to_blame(&error) => return Err(error),
                 Err(error) if self.distrust(*step) => {
                     tracing::warn!(run = self.run, %step, "not to be relied on: {error}");
                 }
@@ -143,22 +142,42 @@ impl Checkpoints {
         Ok(files.into_iter().map(|name| (step, name.clone())).collect())
     }
 
-    /// Carries a plan out. A manifest goes before its parts, so that nothing half removed looks
+    /// Carries a plan out, but for checkpoints that somebody has begun to read since; gives the
+    /// steps that are removed. A manifest goes before its parts, so that nothing half removed looks
     /// whole.
     ///
     /// # Errors
     /// When the store fails; some may be removed then.
-    pub async fn remove(&self, plan: &Pruning) -> Result<()> {
+    pub async fn remove(&self, plan: &Pruning) -> Result<Vec<Step>> {
         for (step, file) in &plan.orphans {
             tracing::debug!(run = self.run, %step, file, "removing what a dead writer left");
             self.store.delete(&self.part_key(*step, file)).await?;
         }
+        let mut removed = Vec::new();
         for (step, files) in &plan.files {
-            for file in files {
+            if self.is_held(*step).await? {
+                continue;
+            }
+            let manifest = self.manifest_key(*step);
+            let was = self.store.get_opt(&manifest).await?;
+            self.store.delete(&manifest).await?;
+            // Who has found the manifest has left a note before; who comes now finds none.
+            if self.is_held(*step).await?
+                && let Some(was) = was
+            {
+                self.store.put_if_absent(&manifest, was).await?;
+                continue;
+            }
+            for file in files.iter().filter(|file| *file != MANIFEST) {
                 self.store.delete(&self.part_key(*step, file)).await?;
             }
+            removed.push(*step);
         }
-        Ok(())
+        Ok(removed)
+    }
+
+    async fn is_held(&self, step: Step) -> Result<bool> {
+        Ok(self.held(SystemTime::now()).await?.contains(&step))
     }
 
     /// Plans and removes at once; gives the removed steps.
@@ -167,7 +186,6 @@ impl Checkpoints {
     /// As [`Checkpoints::plan`] and [`Checkpoints::remove`].
     pub async fn prune(&self, retention: &Retention, in_use: &[Step]) -> Result<Vec<Step>> {
         let plan = self.plan(retention, in_use, SystemTime::now()).await?;
-        self.remove(&plan).await?;
-        Ok(plan.checkpoints)
+        self.remove(&plan).await
     }
 }

@@ -366,6 +366,65 @@ async fn a_checkpoint_that_is_read_stays_until_its_reader_lets_it_go() {
 }
 
 #[tokio::test]
+async fn a_checkpoint_that_a_reader_begins_with_after_the_plan_is_not_removed() {
+    let (_, checkpoints) = fresh();
+    for step in [10, 20, 30] {
+        committed(&checkpoints, step).await;
+    }
+    let plan = checkpoints.plan(&newest(1), &[], SystemTime::now()).await.unwrap();
+    assert_eq!(plan.checkpoints, [Step(10), Step(20)]);
+    let hold = checkpoints.hold(Step(10)).await;
+    assert_eq!(checkpoints.remove(&plan).await.unwrap(), [Step(20)]);
+    checkpoints.load(Step(10)).await.unwrap();
+    hold.release().await;
+}
+
+#[tokio::test]
+async fn who_reads_the_newest_weights_lets_them_go_again() {
+    let (store, checkpoints) = fresh();
+    assert!(checkpoints.newest_weights().await.unwrap().is_none());
+    for step in [10, 20] {
+        committed(&checkpoints, step).await;
+    }
+    damage(&store, &part(20, 1)).await;
+    let ((manifest, tensors), skipped) = checkpoints.newest_weights().await.unwrap().unwrap();
+    assert_eq!((manifest.step, skipped[0].step), (Step(10), Step(20)));
+    let held = |tensor: &Tensor| !tensor.data.is_empty();
+    assert!(tensors.iter().all(|it| held(it) != it.name.starts_with(super::FIRST_MOMENT)));
+    assert!(store.list("runs/r/readers").await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_says_nothing_of_a_checkpoint() {
+    let (store, checkpoints) = fresh();
+    for step in [10, 20] {
+        committed(&checkpoints, step).await;
+    }
+    let silent = Checkpoints::new(&store.refusing(&part(20, 1)), "r");
+    for error in
+        [silent.newest_good().await.unwrap_err(), silent.prune(&newest(1), &[]).await.unwrap_err()]
+    {
+        let Error::Operation { operation: "look at", place, .. } = error else { panic!("{error}") };
+        assert!(place.contains("step-0000000020/state-0001"), "{place}");
+    }
+    assert_eq!(checkpoints.list().await.unwrap(), [Step(10), Step(20)]);
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_is_the_fault_of_its_checkpoint() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let store = Store::open(&format!("file://{}", directory.path().display())).unwrap();
+    for step in [10, 20, 30] {
+        committed(&Checkpoints::new(&store, "r"), step).await;
+    }
+    let checkpoints = Checkpoints::new(&store.refusing(&part(30, 1)), "r");
+    let (manifest, skipped) = checkpoints.newest_good().await.unwrap().unwrap();
+    assert_eq!((manifest.step, skipped[0].step), (Step(20), Step(30)));
+    let pruner = Checkpoints::new(&store.refusing(&part(30, 1)), "r");
+    assert_eq!(pruner.prune(&newest(1), &[]).await.unwrap(), [Step(10)]);
+}
+
+#[tokio::test]
 async fn what_dead_writers_left_stays_for_a_grace_period() {
     let (store, checkpoints) = fresh();
     saved(&checkpoints, 15, 2, &state(1.0)).await;

@@ -34,6 +34,8 @@ pub struct Faults {
     seed: u64,
     /// Whether nothing happens but that listings are stale.
     only_stale_lists: bool,
+    /// What is in the keys of the only objects that go wrong.
+    dead: Option<String>,
     /// Of all calls, those that go wrong.
     share: f64,
     /// Of each kind of call: how many there were, and how many of them went wrong.
@@ -136,13 +138,19 @@ impl Faults {
     /// Of all calls the `share` (0 to 1) that `seed` chooses go wrong.
     #[must_use]
     pub fn new(seed: u64, share: f64) -> Self {
-        Self { seed, only_stale_lists: false, share, counts: Mutex::default() }
+        Self { seed, only_stale_lists: false, dead: None, share, counts: Mutex::default() }
     }
 
     /// Every listing is stale, and nothing else goes wrong.
     #[cfg(test)]
     pub(super) fn stale_lists() -> Self {
         Self { only_stale_lists: true, ..Self::new(0, 1.0) }
+    }
+
+    /// Objects with this in their key are never given out, and nothing else goes wrong.
+    #[cfg(test)]
+    pub(super) fn dead(part_of_key: &str) -> Self {
+        Self { dead: Some(part_of_key.to_owned()), ..Self::new(0, 0.0) }
     }
 
     /// From now on every store that this process opens misbehaves; for tests. What was said first
@@ -159,6 +167,9 @@ impl Faults {
         let kind = call as u64;
         let drawn = dice(kind, *calls) as f64 / u64::MAX as f64;
         *calls += 1;
+        if let Some(dead) = &self.dead {
+            return key.contains(dead).then_some(Fault::Unavailable);
+        }
         if self.only_stale_lists {
             return matches!(call, Call::List).then_some(Fault::StaleList);
         }

@@ -73,17 +73,24 @@ impl Store {
         path: &Path,
         parts: &[PutPayload],
     ) -> std::result::Result<(), Failure> {
-        let id = self.retried("write", key, || multipart.create_multipart(path)).await?;
+        let create = || self.patience.answer(0, multipart.create_multipart(path));
+        let id = self.retried("write", key, create).await?;
         let id = &id;
         let parts: Vec<_> = parts.iter().cloned().enumerate().collect();
         let put = |(index, part): (usize, PutPayload)| async move {
-            let put = || multipart.put_part(path, id, index, part.clone());
+            let bytes = part.content_length();
+            let put =
+                || self.patience.answer(bytes, multipart.put_part(path, id, index, part.clone()));
             self.retried("write", key, put).await
         };
         let finished = async {
             let parts: Vec<PartId> =
                 futures::stream::iter(parts).map(put).buffered(CONCURRENT).try_collect().await?;
-            let complete = || multipart.complete_multipart(path, id, parts.clone());
+            // The server may put the parts together only now.
+            let complete = || {
+                let complete = multipart.complete_multipart(path, id, parts.clone());
+                self.patience.answer(PART_BYTES, complete)
+            };
             self.retried("write", key, complete).await
         };
         let finished = finished.await;

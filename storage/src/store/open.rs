@@ -9,9 +9,10 @@ use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::memory::InMemory;
 use object_store::multipart::MultipartStore;
-use object_store::{ClientConfigKey, ObjectStore, RetryConfig};
+use object_store::{ObjectStore, RetryConfig};
 
 use super::directory::Directory;
+use super::patience;
 use super::reason;
 use crate::{Error, Result};
 
@@ -26,15 +27,12 @@ pub(super) struct Backend {
     pub(super) directory: Option<Arc<FilePath>>,
     /// What no message may hold.
     pub(super) secrets: Vec<String>,
+    /// Whether it is a server.
+    pub(super) remote: bool,
 }
 
 /// A variable of the environment.
 pub(super) type Variable = (String, String);
-
-/// What a whole request may take, its body included; a read that brings nothing for
-/// [`READ_TIMEOUT`] ends it earlier. `AWS_TIMEOUT` and the like override it.
-const TIMEOUT: &str = "120 seconds";
-const READ_TIMEOUT: &str = "30 seconds";
 
 /// See [`super::Store::open`].
 pub(super) fn open(url: &str, variables: &[Variable]) -> Result<Backend> {
@@ -61,7 +59,8 @@ pub(super) fn open(url: &str, variables: &[Variable]) -> Result<Backend> {
 impl Backend {
     fn local(objects: Arc<dyn ObjectStore>, directory: Option<&FilePath>) -> Self {
         let (prefix, secrets) = (String::new(), Vec::new());
-        Self { objects, multipart: None, prefix, directory: directory.map(Arc::from), secrets }
+        let (multipart, directory, remote) = (None, directory.map(Arc::from), false);
+        Self { objects, multipart, prefix, directory, secrets, remote }
     }
 
     fn remote<T: ObjectStore + MultipartStore>(
@@ -77,6 +76,7 @@ impl Backend {
             prefix: prefix.trim_matches('/').to_owned(),
             directory: None,
             secrets,
+            remote: true,
         }
     }
 }
@@ -107,18 +107,15 @@ fn open_remote(url: &str, scheme: &str, rest: &str, variables: &[Variable]) -> R
         .collect();
     // One attempt: it is the store that tries again, whatever the client.
     let once = RetryConfig { max_retries: 0, ..RetryConfig::default() };
-    let patience =
-        [(ClientConfigKey::Timeout, TIMEOUT), (ClientConfigKey::ReadTimeout, READ_TIMEOUT)];
     // The client may say what it could not parse: a key, for instance.
     let unusable = |error: object_store::Error| {
         wrong(format!("cannot be opened: {}", reason(&error, &secrets)))
     };
     match scheme {
         "s3" => {
-            let mut builder = AmazonS3Builder::new().with_bucket_name(bucket);
-            for (key, value) in patience {
-                builder = builder.with_config(AmazonS3ConfigKey::Client(key), value);
-            }
+            let mut builder = AmazonS3Builder::new()
+                .with_bucket_name(bucket)
+                .with_client_options(patience::client());
             for (name, value) in &given {
                 if let Ok(key) = name.parse() {
                     builder = builder.with_config(key, *value);
@@ -132,7 +129,9 @@ fn open_remote(url: &str, scheme: &str, rest: &str, variables: &[Variable]) -> R
             Ok(Backend::remote(client, prefix, secrets))
         }
         "gs" => {
-            let mut builder = GoogleCloudStorageBuilder::new().with_bucket_name(bucket);
+            let mut builder = GoogleCloudStorageBuilder::new()
+                .with_bucket_name(bucket)
+                .with_client_options(patience::client());
             for (name, value) in &given {
                 if let Ok(key) = name.parse() {
                     builder = builder.with_config(key, *value);
@@ -142,7 +141,9 @@ fn open_remote(url: &str, scheme: &str, rest: &str, variables: &[Variable]) -> R
             Ok(Backend::remote(client, prefix, secrets))
         }
         _ => {
-            let mut builder = MicrosoftAzureBuilder::new().with_container_name(bucket);
+            let mut builder = MicrosoftAzureBuilder::new()
+                .with_container_name(bucket)
+                .with_client_options(patience::client());
             for (name, value) in &given {
                 if let Ok(key) = name.parse() {
                     builder = builder.with_config(key, *value);

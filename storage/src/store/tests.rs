@@ -26,6 +26,8 @@ struct Lacking {
 enum Lack {
     /// It writes whatever the condition.
     Conditions,
+    /// It looks whether there is an object, and writes afterwards.
+    Atomicity,
     /// It says that it knows no conditions.
     Knowledge,
     /// It is closed to whoever has these credentials.
@@ -75,6 +77,14 @@ impl ObjectStore for Lacking {
         }
         match (self.lack, &options.mode) {
             (Some(Lack::Conditions), _) => options.mode = PutMode::Overwrite,
+            (Some(Lack::Atomicity), PutMode::Create) => {
+                if self.memory.head(location).await.is_ok() {
+                    let (path, source) = (location.to_string(), "412".into());
+                    return Err(ClientError::AlreadyExists { path, source });
+                }
+                tokio::task::yield_now().await;
+                options.mode = PutMode::Overwrite;
+            }
             (Some(Lack::Knowledge), PutMode::Create) => {
                 let operation = "`put_opts` with mode `PutMode::Create`".into();
                 return Err(ClientError::NotImplemented { operation, implementer: "S3".into() });
@@ -318,9 +328,11 @@ fn credentials_that_cannot_be_parsed_are_not_repeated() {
 
 #[tokio::test]
 async fn a_store_without_conditional_writes_is_refused_with_the_remedy() {
-    for (lack, said) in
-        [(Lack::Conditions, "two writers create the same object"), (Lack::Knowledge, "PutMode")]
-    {
+    for (lack, said) in [
+        (Lack::Conditions, "two writers create the same object"),
+        (Lack::Atomicity, "two writers create the same object"),
+        (Lack::Knowledge, "PutMode"),
+    ] {
         let (store, objects) = lacking(lack);
         let error = store.check_writable().await.unwrap_err().to_string();
         for part in ["cannot write to the store s3://bucket", said, "If-None-Match"] {

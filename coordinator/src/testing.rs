@@ -1,0 +1,47 @@
+//! What the tests of several tasks need of a run's durable state.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use looptrain_proto::{Cursor, Digest, Generation, Step};
+use looptrain_storage::{
+    CheckpointManifest, Checkpoints, Register, Retention, RunRecord, Store, Tensor, weights_digest,
+};
+use tokio::sync::watch;
+
+use crate::pruner::Pruner;
+
+/// Takes over run `r`.
+pub(crate) async fn claim(store: &Store) -> Register {
+    let fresh = || RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
+    Register::claim(store, "r", |newest| Ok(newest.cloned().unwrap_or_else(fresh))).await.unwrap()
+}
+
+/// One that keeps the newest checkpoint.
+pub(crate) fn pruner(
+    checkpoints: &Checkpoints,
+    register: &Register,
+    newest: watch::Receiver<Option<Step>>,
+) -> Pruner {
+    let retention = Retention { keep: 1, keep_every_steps: 0, grace: Duration::ZERO };
+    Pruner { checkpoints: checkpoints.clone(), retention, witness: register.witness(), newest }
+}
+
+/// The manifest of a checkpoint whose one part is in the store.
+pub(crate) async fn saved(checkpoints: &Checkpoints, step: u64) -> CheckpointManifest {
+    let tensor = Tensor { name: "w".into(), shape: vec![1], data: vec![step as f32] };
+    let weights_digest = weights_digest([tensor.view()]);
+    let step = Step(step);
+    let part = checkpoints.save_part(step, 0, 1, vec![tensor], Default::default()).await.unwrap();
+    CheckpointManifest {
+        version: CheckpointManifest::VERSION,
+        run: "r".into(),
+        step,
+        cursor: Cursor::default(),
+        trajectory: Digest::of(b"spec"),
+        generation: Generation(1),
+        weights_digest,
+        parts: vec![part],
+    }
+}
