@@ -9,6 +9,7 @@
 //! that comes out of here is final, and says what was tried how often. No message holds credentials.
 //! A listing may lack what was written a moment ago; reads, sizes and conditional writes may not.
 
+mod call;
 mod directory;
 mod faults;
 mod large;
@@ -35,11 +36,11 @@ use object_store::{
 };
 
 pub use self::faults::Faults;
+use self::call::wrong_key;
 use self::faults::Faulty;
 use self::open::Backend;
 use self::patience::Patience;
 use self::retry::{Failure, Retry};
-use crate::error::one_line;
 use crate::{Error, Result, Tries};
 
 /// An open object store. Cheap to clone.
@@ -483,96 +484,12 @@ impl Store {
         };
         Ok(path?)
     }
-
-    /// Tries a call until it succeeds, cannot succeed, or has had its chances.
-    async fn retried<T, F>(
-        &self,
-        operation: &'static str,
-        key: &str,
-        attempt: impl FnMut() -> F,
-    ) -> std::result::Result<T, Failure>
-    where
-        F: Future<Output = std::result::Result<T, object_store::Error>>,
-    {
-        let tell = |attempts: u32, pause: Duration, error: &object_store::Error| {
-            let (place, reason) = (self.place(key), reason(error, &self.secrets));
-            let again = format!("attempt {}, in {} ms", attempts + 1, pause.as_millis());
-            // Once may happen to any call.
-            match attempts {
-                1 => tracing::info!("cannot {operation} {place}: {reason}; {again}"),
-                _ => tracing::warn!("cannot {operation} {place}: {reason}; {again}"),
-            }
-        };
-        self.retry.run(attempt, tell).await
-    }
-
-    fn failed(&self, operation: &'static str, key: &str, failure: Failure) -> Error {
-        let Failure { error, attempts, elapsed } = failure;
-        let (place, reason) = (self.place(key), reason(&error, &self.secrets));
-        match error {
-            object_store::Error::NotImplemented { .. }
-            | object_store::Error::NotSupported { .. } => {
-                Error::Unsupported { operation, place, reason }
-            }
-            _ => {
-                let tries = Tries { attempts, elapsed };
-                Error::Operation { operation, place, reason, tries }
-            }
-        }
-    }
 }
 
 /// Listings after which a prefix that does not become empty is given up: somebody writes there.
 const LISTINGS: usize = 5;
 
-/// A key that no store takes; said by every attempt anew, for errors of the client have no copies.
-fn wrong_key(error: &object_store::Error) -> object_store::Error {
-    let source = error.to_string().into();
-    object_store::Error::NotSupported { source }
-}
-
 fn modified(meta: &ObjectMeta) -> SystemTime {
     let written = u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0);
     UNIX_EPOCH + Duration::from_millis(written)
-}
-
-/// What the system said when it was the system, else what the client and the server said; nothing
-/// of `secrets` is in it.
-fn reason(error: &object_store::Error, secrets: &[String]) -> String {
-    let said = one_line(&answered(&error.to_string()));
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    let system = loop {
-        let Some(inner) = cause else { break None };
-        if let Some(io) = inner.downcast_ref::<std::io::Error>()
-            && io.raw_os_error().is_some()
-        {
-            break Some(io.to_string());
-        }
-        cause = inner.source();
-    };
-    let mut reason = match system {
-        // Of a remote store one wants to know which server it was.
-        Some(system) if said.contains("://") => format!("{said}: {system}"),
-        Some(system) => system,
-        None => said,
-    };
-    for secret in secrets {
-        reason = reason.replace(secret.as_str(), "***");
-    }
-    reason
-}
-
-/// An error with the server's document cut down to its code and message: servers repeat in it what
-/// they were sent.
-fn answered(text: &str) -> String {
-    let Some((before, document)) = text.split_once('<') else { return text.to_owned() };
-    let element = |name: &str| {
-        let (_, rest) = document.split_once(&format!("{name}>"))?;
-        Some(rest.split_once('<')?.0)
-    };
-    match (element("Code"), element("Message")) {
-        (Some(code), Some(message)) => format!("{before}{code}: {message}"),
-        (Some(code), None) => format!("{before}{code}"),
-        _ => format!("{before}(a document)"),
-    }
 }

@@ -13,7 +13,7 @@ use object_store::{ObjectStore, RetryConfig};
 
 use super::directory::Directory;
 use super::patience;
-use super::reason;
+use super::call::reason;
 use crate::{Error, Result};
 
 /// A client, and what else is known about its store.
