@@ -35,8 +35,8 @@ use object_store::{
     UpdateVersion,
 };
 
-pub use self::faults::Faults;
 use self::call::wrong_key;
+pub use self::faults::Faults;
 use self::faults::Faulty;
 use self::open::Backend;
 use self::patience::Patience;
@@ -453,9 +453,30 @@ impl Store {
     /// # Errors
     /// When the directory cannot be read.
     pub async fn sweep(&self, prefix: &str, age: Duration) -> Result<usize> {
+        self.sweeping(prefix, move |below| directory::sweep(below, age)).await
+    }
+
+    /// As [`Store::sweep`], of those directories right below `prefix` whose names are `wanted`.
+    ///
+    /// # Errors
+    /// As [`Store::sweep`].
+    pub(crate) async fn sweep_some(
+        &self,
+        prefix: &str,
+        age: Duration,
+        wanted: impl Fn(&str) -> bool + Send + 'static,
+    ) -> Result<usize> {
+        self.sweeping(prefix, move |below| directory::sweep_some(below, age, wanted)).await
+    }
+
+    async fn sweeping(
+        &self,
+        prefix: &str,
+        sweep: impl FnOnce(&FilePath) -> std::io::Result<usize> + Send + 'static,
+    ) -> Result<usize> {
         let Some(root) = self.directory.clone() else { return Ok(0) };
         let below = root.join(prefix);
-        let swept = tokio::task::spawn_blocking(move || directory::sweep(&below, age)).await;
+        let swept = tokio::task::spawn_blocking(move || sweep(&below)).await;
         let failed = |reason: String| {
             let (operation, place) = ("clean up", self.place(prefix));
             Error::Operation { operation, place, reason, tries: Tries::default() }

@@ -283,8 +283,13 @@ impl Checkpoints {
     fn split_key<'a>(&self, key: &'a str) -> Option<(Step, &'a str)> {
         let (directory, file) =
             key.strip_prefix(&self.prefix())?.strip_prefix('/')?.split_once('/')?;
-        Some((Step(directory.strip_prefix("step-")?.parse().ok()?), file))
+        Some((step_of(directory)?, file))
     }
+}
+
+/// The step whose directory this is.
+fn step_of(directory: &str) -> Option<Step> {
+    Some(Step(directory.strip_prefix("step-")?.parse().ok()?))
 }
 
 const MANIFEST: &str = "manifest.json";

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use looptrain_proto::Step;
 
 use super::inventory::Files;
-use super::{Checkpoints, MANIFEST, MEMORY};
+use super::{Checkpoints, MANIFEST, MEMORY, step_of};
 use crate::{Error, Result};
 
 /// What to keep.
@@ -31,6 +31,10 @@ pub struct Pruning {
     pub orphans: Vec<(Step, String)>,
     /// Files of the checkpoints: step and names.
     files: Vec<(Step, Vec<String>)>,
+    /// Below this step nobody saves any more.
+    reached: Step,
+    /// When what a writer was at is old enough.
+    grace: Duration,
 }
 
 impl Checkpoints {
@@ -57,11 +61,11 @@ impl Checkpoints {
         let (committed, unfinished): (Vec<_>, Vec<_>) = (self.files().await?.into_iter().rev())
             .partition(|(_, files)| files.contains_key(MANIFEST));
         let Some(&(newest, _)) = committed.first() else { return Ok(Pruning::default()) };
-        let mut plan = Pruning::default();
         let aged = |file: &super::inventory::File| {
             now.duration_since(file.modified).is_ok_and(|age| age >= retention.grace)
         };
         let reached = in_use.iter().copied().fold(newest, Step::min);
+        let mut plan = Pruning { reached, grace: retention.grace, ..Pruning::default() };
         for (step, files) in unfinished.iter().filter(|(step, _)| *step < reached) {
             // A listing may lack a manifest that is there.
             if files.values().all(aged)
@@ -144,7 +148,7 @@ impl Checkpoints {
 
     /// Carries a plan out, but for checkpoints that somebody has begun to read since; gives the
     /// steps that are removed. A manifest goes before its parts, so that nothing half removed looks
-    /// whole.
+    /// whole. Half-written files of earlier steps, which are no objects, go as orphans do.
     ///
     /// # Errors
     /// When the store fails; some may be removed then.
@@ -173,6 +177,9 @@ impl Checkpoints {
             }
             removed.push(*step);
         }
+        let reached = plan.reached;
+        let over = move |name: &str| step_of(name).is_some_and(|step| step < reached);
+        self.store.sweep_some(&self.prefix(), plan.grace, over).await?;
         Ok(removed)
     }
 

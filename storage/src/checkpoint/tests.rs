@@ -445,6 +445,24 @@ async fn what_dead_writers_left_stays_for_a_grace_period() {
 }
 
 #[tokio::test]
+async fn half_written_files_of_earlier_steps_go_with_what_is_old_and_newer_ones_stay() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let store = Store::open(&format!("file://{}", directory.path().display())).unwrap();
+    let checkpoints = Checkpoints::new(&store, "r");
+    committed(&checkpoints, 20).await;
+    let half_written = |step| directory.path().join(format!("{}#1", part(step, 0)));
+    for step in [10, 20, 30] {
+        std::fs::create_dir_all(half_written(step).parent().unwrap()).unwrap();
+        std::fs::write(half_written(step), "half").unwrap();
+    }
+    let patient = Retention { grace: Duration::from_secs(3600), ..newest(1) };
+    checkpoints.prune(&patient, &[]).await.unwrap();
+    assert_eq!([10, 20, 30].map(|step| half_written(step).exists()), [true; 3]);
+    checkpoints.prune(&newest(1), &[]).await.unwrap();
+    assert_eq!([10, 20, 30].map(|step| half_written(step).exists()), [false, true, true]);
+}
+
+#[tokio::test]
 async fn the_inventory_tells_whole_checkpoints_from_torn_and_unfinished_ones() {
     let (store, checkpoints) = fresh();
     committed(&checkpoints, 10).await;

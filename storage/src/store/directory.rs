@@ -112,6 +112,26 @@ impl ObjectStore for Directory {
     }
 }
 
+/// As [`sweep`], of those directories right below whose names are `wanted`.
+pub(super) fn sweep_some(
+    directory: &FilePath,
+    age: Duration,
+    wanted: impl Fn(&str) -> bool,
+) -> std::io::Result<usize> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    let mut swept = 0;
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() && entry.file_name().to_str().is_some_and(&wanted) {
+            swept += sweep(&entry.path(), age)?;
+        }
+    }
+    Ok(swept)
+}
+
 /// Removes files that were being written, `NAME#NUMBER`, and are older than `age`.
 pub(super) fn sweep(directory: &FilePath, age: Duration) -> std::io::Result<usize> {
     let entries = match std::fs::read_dir(directory) {

@@ -11,9 +11,9 @@ use object_store::memory::InMemory;
 use object_store::multipart::MultipartStore;
 use object_store::{ObjectStore, RetryConfig};
 
+use super::call::reason;
 use super::directory::Directory;
 use super::patience;
-use super::call::reason;
 use crate::{Error, Result};
 
 /// A client, and what else is known about its store.

@@ -1,11 +1,10 @@
-//! `looptrain checkpoint`, and runs that are killed while they save.
+//! `looptrain checkpoint`.
 
 use std::fs;
-use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{End, Running, Scratch, is_gone, signal, wait_until, workers_of};
+use crate::support::{End, Scratch};
 
 const RUN: [&str; 4] = ["--store", "file://store", "--run", "small"];
 
@@ -89,55 +88,4 @@ fn every_mth_checkpoint_of_a_run_stays() {
     let left = steps(&json(&checkpoint(&scratch, "list", &["--json"])));
     assert!(left.contains(&10) && left.last() == Some(&14), "{left:?}");
     assert!(left.iter().all(|step| *step == 14 || step.is_multiple_of(5)), "{left:?}");
-}
-
-#[test]
-fn a_run_that_is_killed_again_and_again_while_it_saves_goes_on_from_what_was_saved() {
-    const KILLS: u64 = 8;
-    let scratch = Scratch::new();
-    let often = [
-        "--workers",
-        "2",
-        "--set",
-        "checkpoint.every_steps=1",
-        "--set",
-        "stages.0.steps=150",
-        "--set",
-        "sample.tokens=0",
-    ];
-    let (mut newest, mut seed) = (0, 11_u64);
-    for kill in 0..KILLS {
-        let mut running =
-            Running::start(scratch.command(&[&["train", "spec.toml"], &often[..]].concat()));
-        if newest > 0 {
-            let line = running.wait_for(|line| line.starts_with("going on from the checkpoint"));
-            let from: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
-            assert!(from >= newest, "kill {kill}: {line}, after {newest}");
-        }
-        let line = running
-            .wait_for(|line| line.starts_with("checkpoint of step ") && line.contains(" in "));
-        newest = line.split([' ', ':']).nth(3).unwrap().parse().unwrap();
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        std::thread::sleep(Duration::from_micros((seed >> 33) % 80_000));
-        let workers = workers_of(running.id());
-        running.signal("KILL");
-        assert_eq!(running.end().code, None);
-        workers
-            .iter()
-            .filter(|worker| !is_gone(**worker))
-            .for_each(|worker| signal(*worker, "KILL"));
-        wait_until(|| workers.iter().all(|worker| is_gone(*worker)));
-    }
-    let end = scratch.train(&often).done();
-    assert!(end.stderr.contains("going on from the checkpoint of step "), "{end:?}");
-    assert!(!end.stderr.contains("passed over"), "what has a manifest is whole: {end:?}");
-    let calm = Scratch::new();
-    let calm = calm.train(&["--workers", "1", "--set", "stages.0.steps=150"]).done();
-    assert_eq!(end.field("weights"), calm.field("weights"));
-
-    let pruned = checkpoint(&scratch, "prune", &["--orphan-seconds", "0"]);
-    assert_eq!(pruned.code, Some(0), "{pruned:?}");
-    let list = json(&checkpoint(&scratch, "list", &["--json"]));
-    let stored = list["stored"].as_array().unwrap();
-    assert!(stored.iter().all(|entry| entry["complete"] == true), "{list:#}");
 }
