@@ -14,11 +14,12 @@ pub(crate) use bench::{
     TransferBench,
 };
 pub(crate) use checkpoint::{
-    Checkpoint, CheckpointList, CheckpointPrune, CheckpointVerify, StoredRun,
+    Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,
 };
 pub(crate) use data::{Data, Inspect, ManoData, Prepare, Verify};
 
 use crate::fault::Fault;
+use crate::folder::Float;
 use crate::preemption;
 
 /// More threads than any machine has cores; far fewer than make a system refuse.
@@ -77,6 +78,13 @@ pub(crate) enum Command {
         --prompt 'fn main() {'"
     )]
     Generate(Generate),
+    /// Write a checkpoint as a folder that the published Ouro code loads
+    #[command(
+        after_help = "Example: looptrain export --checkpoint file://.looptrain/runs/quickstart --to \
+        quickstart-model\nThe newest checkpoint of a run, or with /checkpoints/step-0000000600 behind \
+        it that one."
+    )]
+    Export(Export),
     /// See, check and remove the checkpoints of a run
     #[command(subcommand)]
     Checkpoint(Checkpoint),
@@ -109,6 +117,7 @@ impl Command {
             Self::Stop(_) => "stop",
             Self::Audit(_) => "audit",
             Self::Generate(_) => "generate",
+            Self::Export(_) => "export",
             Self::Checkpoint(_) => "checkpoint",
             Self::Data(_) => "data",
             Self::Bench(_) => "bench",
@@ -311,6 +320,19 @@ pub(crate) struct Generate {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// URL of the checkpoint: STORE/runs/NAME for the newest of a run
+    #[arg(long, value_name = "URL")]
+    pub(crate) checkpoint: CheckpointUrl,
+    /// The folder, which must not be there yet
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+    /// How the numbers are stored
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub(crate) dtype: Float,
 }
 
 #[derive(Debug, Args)]

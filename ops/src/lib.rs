@@ -9,6 +9,7 @@ mod cli;
 mod commands;
 mod datasets;
 mod fault;
+mod folder;
 mod launcher;
 mod preemption;
 mod progress;

@@ -31,7 +31,7 @@ mod store;
 pub use audit::{Attempt, AuditSummary, SlotUse, StepUse, check_audit, read_audit, write_audit};
 pub use checkpoint::{
     CheckpointManifest, Checkpoints, FIRST_MOMENT, Hold, PartEntry, Pruning, Retention,
-    SECOND_MOMENT, SkippedCheckpoint, Stored, Tensor, split_tensors, weights_digest,
+    SECOND_MOMENT, SkippedCheckpoint, Stored, StoredWeight, Tensor, split_tensors, weights_digest,
 };
 pub use dataset::{
     BadFile, Bucket, Dataset, DatasetManifest, Input, Lengths, Mano, Origin, PrepareEvent,

@@ -1,6 +1,9 @@
 //! What can be done with the checkpoints of a run.
 
+use std::str::FromStr;
+
 use clap::{Args, Subcommand};
+use looptrain_proto::Step;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Checkpoint {
@@ -72,4 +75,61 @@ pub(crate) struct CheckpointPrune {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Where a checkpoint is: `STORE/runs/NAME/checkpoints/step-NUMBER`, or `STORE/runs/NAME` for the
+/// newest one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CheckpointUrl {
+    /// URL of the store.
+    pub(crate) store: String,
+    /// Name of the run.
+    pub(crate) run: String,
+    /// The step; `None` for the newest.
+    pub(crate) step: Option<Step>,
+}
+
+impl FromStr for CheckpointUrl {
+    type Err = String;
+
+    fn from_str(url: &str) -> Result<Self, String> {
+        let form = "write STORE/runs/NAME or STORE/runs/NAME/checkpoints/step-NUMBER";
+        let (store, rest) = url.trim_end_matches('/').rsplit_once("/runs/").ok_or(form)?;
+        let (run, step) = match rest.split_once('/') {
+            None => (rest, None),
+            Some((run, below)) => {
+                let number = below.strip_prefix("checkpoints/step-").and_then(|it| it.parse().ok());
+                (run, Some(Step(number.ok_or(form)?)))
+            }
+        };
+        if !store.contains("://") || run.is_empty() {
+            return Err(form.into());
+        }
+        Ok(Self { store: store.to_owned(), run: run.to_owned(), step })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_is_named_by_its_url_or_that_of_its_run() {
+        let url = |store: &str, run: &str, step: Option<u64>| CheckpointUrl {
+            store: store.into(),
+            run: run.into(),
+            step: step.map(Step),
+        };
+        for (text, meant) in [
+            ("file://.looptrain/runs/a", url("file://.looptrain", "a", None)),
+            ("s3://lab/x/runs/a/", url("s3://lab/x", "a", None)),
+            ("s3://lab/runs/a/checkpoints/step-0000000600", url("s3://lab", "a", Some(600))),
+            ("file:///old/runs/b/runs/a", url("file:///old/runs/b", "a", None)),
+        ] {
+            assert_eq!(text.parse(), Ok(meant), "{text}");
+        }
+        for wrong in ["a", "file://.looptrain", "runs/a", "s3://lab/runs/a/checkpoints/step-x"] {
+            assert!(wrong.parse::<CheckpointUrl>().is_err_and(|said| said.contains("/runs/NAME")));
+        }
+    }
 }

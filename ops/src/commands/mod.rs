@@ -6,6 +6,7 @@ mod chaos;
 mod checkpoint;
 mod coordinator;
 mod data;
+mod export;
 mod generate;
 mod orders;
 mod status;
@@ -29,6 +30,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Stop(args) => orders::stop(args).await,
         Command::Audit(args) => audit::run(args).await,
         Command::Generate(args) => generate::run(args).await,
+        Command::Export(args) => export::run(args).await,
         Command::Checkpoint(args) => checkpoint::run(args).await,
         Command::Data(data) => data::run(data).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,

@@ -18,17 +18,38 @@ pub fn weights_digest<'a>(
     let mut weights: Vec<_> = tensors.into_iter().filter(|(name, ..)| is_weight(name)).collect();
     weights.sort_by_key(|&(name, ..)| name);
 
-    let mut hasher = blake3::Hasher::new();
+    let mut hasher = WeightsHasher::default();
     for (name, shape, data) in weights {
+        hasher.begin(name, shape);
+        hasher.update(&little_endian(data));
+    }
+    hasher.finish()
+}
+
+/// Makes the digest of weights that come sorted by name, piece by piece.
+#[derive(Default)]
+pub(super) struct WeightsHasher(blake3::Hasher);
+
+impl WeightsHasher {
+    /// What follows are the values of this one.
+    pub(super) fn begin(&mut self, name: &str, shape: &[usize]) {
+        let Self(hasher) = self;
         hasher.update(&(name.len() as u64).to_le_bytes());
         hasher.update(name.as_bytes());
         hasher.update(&(shape.len() as u64).to_le_bytes());
         for &length in shape {
             hasher.update(&(length as u64).to_le_bytes());
         }
-        hasher.update(&little_endian(data));
     }
-    hasher.finalize().into()
+
+    /// Some values as they are stored.
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub(super) fn finish(self) -> Digest {
+        self.0.finalize().into()
+    }
 }
 
 /// Whether a tensor of that name is a weight, not a moment of one.

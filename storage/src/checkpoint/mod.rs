@@ -21,6 +21,7 @@ mod digest;
 mod inventory;
 mod load;
 mod manifest;
+mod pieces;
 mod retention;
 mod split;
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub use digest::weights_digest;
 pub use inventory::{Hold, Stored};
 pub use load::SkippedCheckpoint;
 pub use manifest::{CheckpointManifest, PartEntry};
+pub use pieces::StoredWeight;
 pub use retention::{Pruning, Retention};
 pub use split::split_tensors;
 

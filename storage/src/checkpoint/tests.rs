@@ -92,6 +92,43 @@ async fn any_number_of_parts_loads_to_the_same_state() {
 }
 
 #[tokio::test]
+async fn weights_are_read_one_after_another_and_damage_shows_at_the_end() {
+    for parts in [1, 2, 7] {
+        let (store, checkpoints) = fresh();
+        let manifest = saved(&checkpoints, 10, parts, &state(0.5)).await;
+        checkpoints.commit(&manifest).await.unwrap();
+        let (_, tensors) = checkpoints.weights(Step(10)).await.unwrap();
+        let (manifest, stored) = checkpoints.stored_weights(Step(10)).await.unwrap();
+        let mut values = vec![Vec::new(); stored.len()];
+        let mut take = |index: usize, bytes: &[u8]| {
+            values[index].extend_from_slice(bytes);
+            Ok::<(), Error>(())
+        };
+        checkpoints.read_weights(&manifest, &stored, &mut take).await.unwrap();
+        let weights = tensors.iter().filter(|it| super::digest::is_weight(&it.name));
+        for ((stored, values), tensor) in stored.iter().zip(&values).zip(weights) {
+            assert_eq!((&stored.name, &stored.shape), (&tensor.name, &tensor.shape));
+            assert_eq!(values[..], super::codec::little_endian(&tensor.data)[..]);
+        }
+        assert_eq!(stored.len(), 5);
+
+        // The weights come before the moments in the order of names: this is one of them.
+        let key = checkpoints.part_key(Step(10), &manifest.parts[0].file);
+        let mut bytes = store.get(&key).await.unwrap().to_vec();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        bytes[8 + header] ^= 1;
+        store.put(&key, bytes).await.unwrap();
+        let (manifest, stored) = checkpoints.stored_weights(Step(10)).await.unwrap();
+        let read = checkpoints.read_weights(&manifest, &stored, |_, _| Ok::<(), Error>(())).await;
+        let error = read.unwrap_err().to_string();
+        assert!(error.contains("step-0000000010") && error.contains("weights of its"), "{error}");
+        store.put(&key, "no part").await.unwrap();
+        let error = checkpoints.stored_weights(Step(10)).await.unwrap_err().to_string();
+        assert!(error.contains(&manifest.parts[0].file), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_checkpoint_is_there_once_its_manifest_is() {
     let (_, checkpoints) = fresh();
     committed(&checkpoints, 20).await;

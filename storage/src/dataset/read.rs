@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::TryStreamExt;
 use futures::stream::{StreamExt, iter};
 use looptrain_proto::{Digest, spec};
@@ -114,16 +115,25 @@ impl Dataset {
     /// When it cannot be read or is not the one of the manifest.
     pub async fn tokenizer(&self) -> Result<TextTokenizer> {
         let read = || async {
-            let key = tokenizer_key(&self.manifest().name);
-            let bytes = self.inner.store.get(&key).await?;
-            let (expected, found) = (self.manifest().tokenizer_digest, Digest::of(&bytes));
-            if found != expected {
-                return Err(self.corrupt(&key, expected, found));
-            }
+            let bytes = self.tokenizer_json().await?;
             let end = self.manifest().end_of_text;
             blocking(move || TextTokenizer::with_end_of_text(&bytes, end)).await?
         };
         self.inner.tokenizer.get_or_try_init(read).await.cloned()
+    }
+
+    /// The `tokenizer.json` that the text was tokenized with.
+    ///
+    /// # Errors
+    /// When it is missing, or not the one that the manifest names.
+    pub async fn tokenizer_json(&self) -> Result<Bytes> {
+        let key = tokenizer_key(&self.manifest().name);
+        let bytes = self.inner.store.get(&key).await?;
+        let (expected, found) = (self.manifest().tokenizer_digest, Digest::of(&bytes));
+        if found != expected {
+            return Err(self.corrupt(&key, expected, found));
+        }
+        Ok(bytes)
     }
 
     /// Sequences of `sequence_length` tokens (and one more, the last target) in a split: they

@@ -11,6 +11,7 @@ mod cluster;
 mod data;
 mod elastic;
 mod end_to_end;
+mod export;
 mod kills;
 mod left_behind;
 mod moments;

@@ -1,0 +1,102 @@
+//! `looptrain export`.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use indicatif::HumanBytes;
+use looptrain_model::Layout;
+use looptrain_proto::{Spec, Step};
+use looptrain_storage::{
+    CheckpointManifest, Checkpoints, Dataset, Store, StoredWeight, read_record,
+};
+
+use crate::cli::{CheckpointUrl, Export};
+use crate::folder::{Config, NewFolder, Tokens, WeightsFile};
+use crate::progress::print_line;
+
+pub(crate) async fn run(args: Export) -> Result<()> {
+    let begin = Instant::now();
+    let CheckpointUrl { store: url, run, step } = &args.checkpoint;
+    let store = Store::open_existing(url)?;
+    let Some(record) = read_record(&store, run).await? else {
+        bail!("there is no run `{run}` in {url}");
+    };
+    let spec = Spec::parse("the run record", &record.spec, &[])?;
+    let checkpoints = Checkpoints::new(&store, run);
+    let step = match step {
+        Some(step) => *step,
+        None => newest(&checkpoints, run).await?,
+    };
+    let name = &spec.datasets[0].name;
+    let dataset = Dataset::open(&store, name)
+        .await?
+        .with_context(|| format!("dataset `{name}`, whose tokenizer the run uses, is gone"))?;
+    let tokenizer = dataset.tokenizer_json().await?;
+    let tokens = Tokens::find(&tokenizer, dataset.manifest().end_of_text)?;
+    let stage = &spec.stages[spec.stage_of(step)];
+    let config = Config { model: &spec.model, stage, tokens: &tokens, float: args.dtype };
+
+    let folder = NewFolder::begin(&args.to)?;
+    let pretty = |json: serde_json::Value| serde_json::to_vec_pretty(&json);
+    folder.write("config.json", &pretty(config.config())?)?;
+    folder.write("generation_config.json", &pretty(config.generation())?)?;
+    folder.write("tokenizer.json", &tokenizer)?;
+    folder.write("tokenizer_config.json", &pretty(config.tokenizer())?)?;
+    folder.write("special_tokens_map.json", &pretty(config.special_tokens())?)?;
+    let hold = checkpoints.hold(step).await;
+    let written = write_weights(&checkpoints, &spec, step, &args, &folder).await;
+    hold.release().await;
+    let (manifest, bytes) = written?;
+    folder.finish()?;
+    println!(
+        "exported run={run} step={step} weights={} dtype={} bytes={bytes} to={}",
+        manifest.weights_digest,
+        args.dtype.torch_name(),
+        args.to.display()
+    );
+    let (size, seconds) = (HumanBytes(bytes), begin.elapsed().as_secs_f64());
+    print_line(&format!("{size} of weights in {seconds:.1} s"));
+    Ok(())
+}
+
+/// The step of the newest checkpoint that has a manifest: its weights are checked as they are read.
+async fn newest(checkpoints: &Checkpoints, run: &str) -> Result<Step> {
+    let steps = checkpoints.list().await?;
+    steps.last().copied().with_context(|| format!("run `{run}` has no checkpoint yet"))
+}
+
+/// Streams the weights into the folder; the manifest, and the size of the file.
+async fn write_weights(
+    checkpoints: &Checkpoints,
+    spec: &Spec,
+    step: Step,
+    args: &Export,
+    folder: &NewFolder,
+) -> Result<(CheckpointManifest, u64)> {
+    let (manifest, weights) = checkpoints.stored_weights(step).await?;
+    check(&weights, &Layout::new(&spec.model), step)?;
+    let mut file = WeightsFile::create(&folder.path("model.safetensors"), &weights, args.dtype)?;
+    let add = |_, values: &[u8]| file.add(values);
+    checkpoints.read_weights::<anyhow::Error>(&manifest, &weights, add).await?;
+    Ok((manifest, file.finish()?))
+}
+
+/// Whether these are the tensors of the model.
+fn check(weights: &[StoredWeight], layout: &Layout, step: Step) -> Result<()> {
+    let shape = |name: &str| weights.iter().find(|it| it.name == name).map(|it| &it.shape);
+    for tensor in layout.tensors() {
+        match shape(&tensor.name) {
+            Some(shape) if *shape == tensor.shape => {}
+            Some(shape) => bail!(
+                "the checkpoint of step {step} has {} {shape:?}, the spec says {:?}",
+                tensor.name,
+                tensor.shape
+            ),
+            None => bail!("the checkpoint of step {step} has no {}", tensor.name),
+        }
+    }
+    if weights.len() != layout.tensors().len() {
+        bail!("the checkpoint of step {step} has tensors that the model has not");
+    }
+    Ok(())
+}

@@ -1,0 +1,130 @@
+//! The weights of a checkpoint one after another, for readers that do not want the whole of them
+//! in memory.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt};
+use looptrain_proto::Step;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::digest::{WeightsHasher, is_weight};
+use super::{CheckpointManifest, Checkpoints, PartEntry};
+use crate::{Error, Result};
+
+/// Bytes that are read at a time, a multiple of a value's.
+const PIECE: u64 = 4 << 20;
+
+/// Pieces under way at a time.
+const CONCURRENT_PIECES: usize = 4;
+
+/// A longer header is none.
+const LONGEST_HEADER: u64 = 100 << 20;
+
+/// A weight of a checkpoint, and where its values lie.
+#[derive(Clone, Debug)]
+pub struct StoredWeight {
+    /// Hugging Face name.
+    pub name: String,
+    /// Length of each dimension.
+    pub shape: Vec<usize>,
+    /// The part.
+    key: Arc<str>,
+    /// Its bytes there.
+    bytes: Range<u64>,
+}
+
+impl Checkpoints {
+    /// The weights of the checkpoint of `step`, sorted by name. Nothing of them has been read yet, so
+    /// nothing is known of their values: see [`Checkpoints::read_weights`].
+    ///
+    /// # Errors
+    /// When there is no such checkpoint, or the begin of a part is not what was saved.
+    pub async fn stored_weights(
+        &self,
+        step: Step,
+    ) -> Result<(CheckpointManifest, Vec<StoredWeight>)> {
+        let manifest = self.manifest(step).await?;
+        let mut weights = Vec::new();
+        for part in &manifest.parts {
+            weights.extend(self.weights_of(step, part).await?);
+        }
+        weights.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok((manifest, weights))
+    }
+
+    /// Hands out the values of all `weights`, in their order and a few megabytes at a time, as they are
+    /// stored (32-bit floats, little-endian): the index of the weight, and some of its bytes. What
+    /// was handed out is what was saved once this has returned.
+    ///
+    /// # Errors
+    /// When a part is damaged, which shows at the end alone; when `take` fails.
+    pub async fn read_weights<E: From<Error>>(
+        &self,
+        manifest: &CheckpointManifest,
+        weights: &[StoredWeight],
+        mut take: impl FnMut(usize, &[u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let mut hasher = WeightsHasher::default();
+        for (index, weight) in weights.iter().enumerate() {
+            hasher.begin(&weight.name, &weight.shape);
+            let starts = weight.bytes.clone().step_by(PIECE as usize);
+            let ranges = starts.map(|start| start..weight.bytes.end.min(start + PIECE));
+            let pieces = futures::stream::iter(ranges)
+                .map(|range| self.store.get_range(&weight.key, range))
+                .buffered(CONCURRENT_PIECES);
+            let mut pieces = std::pin::pin!(pieces);
+            while let Some(piece) = pieces.try_next().await? {
+                hasher.update(&piece);
+                take(index, &piece)?;
+            }
+        }
+        let (expected, found) = (manifest.weights_digest, hasher.finish());
+        if found != expected {
+            let place = self.store.place(&self.manifest_key(manifest.step));
+            let reason = format!(
+                "the weights of its parts are {found}, it says {expected}; take another step"
+            );
+            return Err(Error::Malformed { place, reason }.into());
+        }
+        Ok(())
+    }
+
+    /// From the header of a part.
+    async fn weights_of(&self, step: Step, part: &PartEntry) -> Result<Vec<StoredWeight>> {
+        let key: Arc<str> = self.part_key(step, &part.file).into();
+        let malformed = |reason: String| Error::Malformed { place: self.store.place(&key), reason };
+        let length = self.store.get_range(&key, 0..8).await?;
+        let length = length.as_ref().try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+        if length > LONGEST_HEADER.min(part.bytes) {
+            return Err(malformed(format!("its header would have {length} bytes")));
+        }
+        let header = self.store.get_range(&key, 8..8 + length).await?;
+        let header: Metadata =
+            serde_json::from_slice(&header).map_err(|error| malformed(error.to_string()))?;
+        if 8 + length + header.data_len() as u64 != part.bytes {
+            let (ends, says) = (8 + length + header.data_len() as u64, part.bytes);
+            return Err(malformed(format!("it ends at {ends}, the manifest says {says}")));
+        }
+        let begin = 8 + length;
+        let mut weights = Vec::new();
+        for (name, info) in header.tensors().into_iter().filter(|(name, _)| is_weight(name)) {
+            if info.dtype != Dtype::F32 {
+                return Err(malformed(format!("tensor `{name}` is {:?}, not F32", info.dtype)));
+            }
+            let (start, end) = info.data_offsets;
+            let elements = info.shape.iter().try_fold(1, |a: usize, b| a.checked_mul(*b));
+            if elements.and_then(|it| it.checked_mul(4)) != end.checked_sub(start) {
+                return Err(malformed(format!("tensor `{name}` has not the size of its shape")));
+            }
+            weights.push(StoredWeight {
+                name,
+                shape: info.shape.clone(),
+                key: Arc::clone(&key),
+                bytes: begin + start as u64..begin + end as u64,
+            });
+        }
+        Ok(weights)
+    }
+}
