@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{End, Running, Scratch, is_gone, signal, wait_until, workers_of};
+use crate::cluster::{ENDLESS, undisturbed_until};
+use crate::support::{End, Running, Scratch, is_gone, signal_if_there, wait_until, workers_of};
 
 const RUN: [&str; 4] = ["--store", "file://store", "--run", "small"];
 
@@ -19,6 +20,11 @@ fn json(end: &End) -> Value {
     serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"))
 }
 
+/// The step of the newest checkpoint.
+pub(crate) fn newest(scratch: &Scratch) -> u64 {
+    json(&checkpoint(scratch, "list", &["--json"]))["newest"].as_u64().unwrap()
+}
+
 fn steps(list: &Value) -> Vec<u64> {
     let stored = list["stored"].as_array().unwrap();
     stored.iter().map(|entry| entry["step"].as_u64().unwrap()).collect()
@@ -28,9 +34,13 @@ fn steps(list: &Value) -> Vec<u64> {
 fn checkpoints_are_listed_verified_and_pruned() {
     let scratch = Scratch::new();
     let often = ["--workers", "2", "--set", "checkpoint.every_steps=1"];
-    // Saves may be slower than steps; so many are kept that none goes.
-    let many = ["--set", "checkpoint.keep=100"];
-    let end = scratch.train(&[&often[..], &many].concat()).done();
+    // So many are kept that none goes.
+    let often = [&often[..], &["--set", "checkpoint.keep=100"]].concat();
+    // Saves may be slower than steps; where a run is stopped there is one in any case.
+    for until in ["5", "10"] {
+        scratch.train(&[&often[..], &["--until", until]].concat()).stopped();
+    }
+    let end = scratch.train(&often).done();
 
     let list = json(&checkpoint(&scratch, "list", &["--json"]));
     assert_eq!((&list["run"], &list["newest"]), (&"small".into(), &14.into()));
@@ -101,7 +111,7 @@ fn a_run_that_is_killed_again_and_again_while_it_saves_goes_on_from_what_was_sav
         "--set",
         "checkpoint.every_steps=1",
         "--set",
-        "stages.0.steps=150",
+        "stages.0.steps=1000000",
         "--set",
         "sample.tokens=0",
     ];
@@ -122,18 +132,18 @@ fn a_run_that_is_killed_again_and_again_while_it_saves_goes_on_from_what_was_sav
         let workers = workers_of(running.id());
         running.signal("KILL");
         assert_eq!(running.end().code, None);
-        workers
-            .iter()
-            .filter(|worker| !is_gone(**worker))
-            .for_each(|worker| signal(*worker, "KILL"));
+        // They end by themselves, too.
+        for worker in &workers {
+            signal_if_there(*worker, "KILL");
+        }
         wait_until(|| workers.iter().all(|worker| is_gone(*worker)));
     }
-    let end = scratch.train(&often).done();
+    let later = self::newest(&scratch) + 10;
+    let end = scratch.train(&[&often[..], &["--until", &later.to_string()]].concat()).stopped();
     assert!(end.stderr.contains("going on from the checkpoint of step "), "{end:?}");
     assert!(!end.stderr.contains("passed over"), "what has a manifest is whole: {end:?}");
-    let calm = Scratch::new();
-    let calm = calm.train(&["--workers", "1", "--set", "stages.0.steps=150"]).done();
-    assert_eq!(end.field("weights"), calm.field("weights"));
+    assert_eq!(end.step(), later);
+    assert_eq!(end.field("weights"), undisturbed_until(later, &ENDLESS));
 
     let pruned = checkpoint(&scratch, "prune", &["--orphan-seconds", "0"]);
     assert_eq!(pruned.code, Some(0), "{pruned:?}");

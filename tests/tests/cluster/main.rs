@@ -15,6 +15,8 @@ mod left_behind;
 mod moments;
 mod network;
 mod operate;
+#[path = "../stores/ports.rs"]
+mod ports;
 mod preemption;
 mod same_bits;
 #[path = "../stores/seaweed.rs"]
