@@ -142,7 +142,7 @@ fn a_killed_preparation_goes_on_with_the_shard_at_which_it_stopped() {
     let scratch = Scratch::new();
     let texts = texts();
     // Large enough that a process can be killed in the middle of it.
-    let repeated: Vec<String> = (0..40)
+    let repeated: Vec<String> = (0..20)
         .flat_map(|round| texts.iter().map(move |text| format!("// {round}\n{text}")))
         .collect();
     for (number, part) in repeated.chunks(repeated.len() / 4).enumerate() {

@@ -47,8 +47,9 @@ fn a_run_on_a_real_s3_server_whose_workers_are_killed_ends_with_the_weights_of_o
     running.signal("TERM");
     let end = running.end().stopped();
     let until = ["--until", end.field("step")];
-    let calm = Running::start(tiny(&Scratch::new(), &[&endless[..], &until].concat()));
-    assert_eq!(end.field("weights"), calm.end().stopped().field("weights"), "{end:?}");
+    let elsewhere = Scratch::new();
+    let calm = Running::start(tiny(&elsewhere, &[&endless[..], &until].concat())).end().stopped();
+    assert_eq!(end.field("weights"), calm.field("weights"), "{end:?}");
     says_no_secret(&end);
 
     let ask = |arguments: &[&str]| {

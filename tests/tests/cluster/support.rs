@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// No run of these tests takes nearly this long.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Nor does anything that happens by itself, however busy the machine is.
 pub(crate) const SOON: Duration = Duration::from_secs(90);
