@@ -29,7 +29,8 @@ async fn fetch(address: SocketAddr, path: &str) -> (u16, String) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_dashboard_shows_a_run_as_page_json_and_metrics() {
-    let spec = spec("shown", &["cluster.workers=1"]);
+    // Who freezes below is not taken for dead before all has been looked at.
+    let spec = spec("shown", &["cluster.workers=1", "cluster.worker_timeout=60"]);
     let store = Store::open("memory://").unwrap();
     let mut settings = settings(&spec, &store, &CancellationToken::new());
     settings.dashboard = Some("127.0.0.1:0".parse().unwrap());

@@ -3,11 +3,12 @@
 
 mod fake;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fake::{Manner, PATIENCE, Session, launch, settings, spec, weights, work};
 use looptrain_coordinator::{
-    CoordinatorError, Outcome, RunEvent, Running, Started, StepRecord, start,
+    CoordinatorError, Moment, Outcome, RunEvent, Running, Started, StepRecord, start,
 };
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{self, coordinator_message as down, worker_message as up};
@@ -96,7 +97,7 @@ async fn the_survivors_of_every_kind_of_loss_bring_the_run_to_its_end() {
         let (name, reason) = lost.unwrap();
         assert_eq!(name, "w1");
         let expected = match manner {
-            Manner::FreezesAt(_) => "silent for 1.0 s",
+            Manner::FreezesAt(_) => "silent for 4.0 s",
             Manner::LeavesAt(_) => "it left: SIGTERM",
             Manner::WrongAt(_) => "its reduced gradient of step 4 differs from the others'",
             _ => "it closed its session",
@@ -111,17 +112,18 @@ async fn the_survivors_of_every_kind_of_loss_bring_the_run_to_its_end() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_stopped_half_way_goes_on_from_its_checkpoint() {
     let (spec, store, stop) = fresh("halves", &[]);
-    let mut running = launch(&spec, &store, &stop).await;
-    crew(&running, &store, &[Manner::Well; 2]);
-    while let Ok(event) = timeout(PATIENCE, running.events.recv()).await.unwrap() {
-        if matches!(event, RunEvent::Committed(record) if record.step == Step(3)) {
-            stop.cancel();
-            break;
+    let (mut told, stops) = (settings(&spec, &store, &stop), stop.clone());
+    told.moments = Some(Arc::new(move |moment| {
+        if moment == Moment::Planned(Step(4)) {
+            stops.cancel();
         }
-    }
+    }));
+    let Started::Running(running) = start(told).await.unwrap() else { panic!("it is over") };
+    crew(&running, &store, &[Manner::Well; 2]);
     let first = outcome(running).await;
-    assert!(first.stopped && first.step >= Step(3) && first.step < Step(12), "{first:?}");
-    assert_eq!(first.weights_digest, Some(weights(first.step.0)));
+    // The step in flight is brought to its end.
+    assert_eq!((first.stopped, first.step), (true, Step(4)), "{first:?}");
+    assert_eq!(first.weights_digest, Some(weights(4)));
     assert!(read_record(&store, "halves").await.unwrap().unwrap().finished.is_none());
 
     // Another number of workers, and the metrics go on where they ended.
@@ -244,8 +246,13 @@ async fn a_fresh_start_fences_the_old_coordinator_and_leaves_nothing_of_its_run(
             break;
         }
     }
-    // Its journal cuts the metrics back meanwhile; it is not to be in the middle of that.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Its journal has written all it had, and is not in the middle of that.
+    let written = async {
+        while steps(&store, "anew").await.len() < 7 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, written).await.unwrap();
     let other = fake::spec("anew", &["cluster.workers=1", "model.hidden_size=16"]);
     let mut settings = settings(&other, &store, &CancellationToken::new());
     settings.fresh = true;

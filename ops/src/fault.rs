@@ -5,16 +5,24 @@
 //! moment of all; if step 17 has none, the first one after it. Each fault happens once.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use looptrain_proto::Step;
 use nix::sys::signal::{Signal, raise};
 
 use crate::progress::print_line;
 
-/// What has been queued for others before the moment gets this long to leave the process; the task
-/// that the moment belongs to waits.
+/// What has been queued for others before the moment is to leave the process, while the task that
+/// the moment belongs to waits: for so long at least, and then until all other threads are asleep,
+/// which may be much later on a busy machine.
 const LEAVING: Duration = Duration::from_millis(30);
+
+/// So many times in a row the others are found asleep, so long one after the other.
+const LOOKS: u32 = 3;
+const LOOK_EVERY: Duration = Duration::from_millis(3);
+
+/// A process that is never at rest is not waited for longer.
+const LONGEST: Duration = Duration::from_secs(10);
 
 /// One fault, as it is written on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +87,7 @@ impl Faults {
     pub(crate) fn at(&self, moment: &str, step: Step) {
         let Some(action) = self.due(moment, step) else { return };
         // Others do the runtime's work meanwhile, so that what is queued leaves.
-        tokio::task::block_in_place(|| std::thread::sleep(LEAVING));
+        tokio::task::block_in_place(let_leave);
         let (name, signal) = match action {
             Action::Kill => ("kill", Signal::SIGKILL),
             Action::Stop => ("stop", Signal::SIGSTOP),
@@ -93,11 +101,57 @@ impl Faults {
     }
 }
 
+/// See [`LEAVING`].
+fn let_leave() {
+    let begin = Instant::now();
+    std::thread::sleep(LEAVING);
+    let mut asleep = 0;
+    while asleep < LOOKS && begin.elapsed() < LONGEST {
+        asleep = if others_are_asleep() { asleep + 1 } else { 0 };
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Whether no other thread of this process runs or is about to; where the system does not tell, they
+/// are taken to have had the time they need.
+fn others_are_asleep() -> bool {
+    let own = std::fs::read_link("/proc/thread-self").unwrap_or_default();
+    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return true };
+    let mut others = threads.flatten().filter(|it| own.file_name() != Some(&it.file_name()));
+    others.all(|thread| {
+        let text = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // Behind the name, in parentheses, which may hold anything: `S` when it waits for something.
+        text.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('S'))
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     const NAMES: [&str; 2] = ["compute", "reduce"];
+
+    #[test]
+    fn what_is_under_way_is_waited_for() {
+        let (begun, done) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let (says, ends) = (Arc::clone(&begun), Arc::clone(&done));
+        let busy = std::thread::spawn(move || {
+            let begin = Instant::now();
+            says.store(true, Ordering::Relaxed);
+            while begin.elapsed() < 10 * LEAVING {
+                std::hint::spin_loop();
+            }
+            ends.store(true, Ordering::Relaxed);
+        });
+        while !begun.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+        let_leave();
+        assert!(done.load(Ordering::Relaxed));
+        busy.join().unwrap();
+    }
 
     #[test]
     fn a_fault_is_an_action_at_a_moment_that_there_is() {

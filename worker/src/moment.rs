@@ -21,11 +21,14 @@ pub enum Moment {
     Serving(Step),
     /// This worker has fetched the state of the step from others, and has no place yet.
     Fetched(Step),
+    /// It has come to the step with the others' update since, and still has no place.
+    Followed(Step),
 }
 
 impl Moment {
     /// All names.
-    pub const NAMES: [&str; 6] = ["compute", "reduce", "prepared", "commit", "serving", "fetched"];
+    pub const NAMES: [&str; 7] =
+        ["compute", "reduce", "prepared", "commit", "serving", "fetched", "followed"];
 
     /// The name without the step.
     #[must_use]
@@ -37,6 +40,7 @@ impl Moment {
             Self::Commit(_) => "commit",
             Self::Serving(_) => "serving",
             Self::Fetched(_) => "fetched",
+            Self::Followed(_) => "followed",
         }
     }
 
@@ -49,7 +53,8 @@ impl Moment {
             | Self::Prepared(step)
             | Self::Commit(step)
             | Self::Serving(step)
-            | Self::Fetched(step) => step,
+            | Self::Fetched(step)
+            | Self::Followed(step) => step,
         }
     }
 }

@@ -21,6 +21,10 @@ use super::{Core, Directive, Phase};
 /// what they keep would grow without end.
 const MAX_LAG: u64 = 64;
 
+/// The least time that a guest has to fetch, however short the steps are. Members that have no room
+/// for so many commits refuse the guest earlier.
+const LEAST_TIME: Duration = Duration::from_secs(30);
+
 /// How long a run waits at a boundary for a checkpoint that would let a spare in.
 const LONGEST_HOLD: Duration = Duration::from_secs(30);
 
@@ -40,6 +44,8 @@ pub(super) struct Admission {
 struct Guest {
     /// The state it was told to fetch.
     asked: Step,
+    /// When, in the core's waking time.
+    since: Duration,
     /// It has fetched it, and follows the updates.
     warm: bool,
 }
@@ -85,18 +91,19 @@ impl Core {
     }
 
     fn guests_that_fetch(&self) -> Vec<WorkerId> {
-        self.guests(false)
+        self.guests(|guest| !guest.warm)
     }
 
-    fn guests(&self, warm: bool) -> Vec<WorkerId> {
+    fn guests(&self, such: impl Fn(&Guest) -> bool) -> Vec<WorkerId> {
         let guests = self.admission.iter().flat_map(|admission| &admission.guests);
-        guests.filter(|(_, guest)| guest.warm == warm).map(|(guest, _)| *guest).collect()
+        guests.filter(|(_, guest)| such(guest)).map(|(guest, _)| *guest).collect()
     }
 
     fn give_up_late_guests(&mut self) {
         let offered = self.admission.as_ref().map(|admission| admission.step);
         if offered.is_some_and(|offered| self.committed.0 - offered.0 > MAX_LAG) {
-            for guest in self.guests_that_fetch() {
+            let slow = |guest: &Guest| !guest.warm && self.awake - guest.since > LEAST_TIME;
+            for guest in self.guests(slow) {
                 let reason = format!("it has not fetched the state in {MAX_LAG} steps");
                 self.admit_by_checkpoint(guest, &reason);
             }
@@ -125,7 +132,8 @@ impl Core {
         }
         let sources: BTreeSet<WorkerId> = self.members.iter().copied().collect();
         let mut guests = self.admission.take().map(|open| open.guests).unwrap_or_default();
-        guests.extend(invited.into_iter().map(|id| (id, Guest { asked: step, warm: false })));
+        let guest = Guest { asked: step, since: self.awake, warm: false };
+        guests.extend(invited.into_iter().map(|id| (id, guest)));
         self.admission = Some(Admission { step, sources, guests, updates_only: false });
     }
 
@@ -225,7 +233,7 @@ impl Core {
 
     /// Guests that hold a state from which they can catch up.
     pub(super) fn guests_that_fetched(&self) -> Vec<WorkerId> {
-        self.guests(true)
+        self.guests(|guest| guest.warm)
     }
 
     /// A worker is gone that may have been a guest or a source.

@@ -128,8 +128,11 @@ impl Core {
             .workers
             .insert(worker, Worker { join, heard, asked: None, sections, history, follows: false });
         self.publish(RunEvent::WorkerJoined { worker, name, host, spare });
-        if !spare {
-            self.settle();
+        match self.phase {
+            Phase::Waiting => self.settle(),
+            // Nothing else may happen in a pause from which it could get the state.
+            Phase::Holding => self.proceed(),
+            _ => {}
         }
     }
 
@@ -184,9 +187,10 @@ impl Core {
     pub(super) fn on_tick(&mut self) {
         let timeout = Duration::from_secs_f64(self.spec.cluster.worker_timeout);
         // A coordinator that was frozen itself (a suspended machine, a debugger) has not heard
-        // anybody and must not take that for their deaths.
+        // anybody and must not take that for their deaths. Half of the time-out is enough for that:
+        // a worker that beats every quarter of it would be left with little time for the rest.
         let since = self.now.saturating_sub(self.ticked);
-        if since > timeout {
+        if since > timeout / 2 {
             self.roster.hear_all(self.now);
         }
         self.awake += since.min(timeout);

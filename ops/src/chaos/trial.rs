@@ -240,8 +240,11 @@ impl Trial {
             self.coordinator = (name, fate);
             self.watch.measure_from(self.now());
         }
+        // Not before the others have gone on: a coordinator that had no turns itself meanwhile takes
+        // longer to find out.
+        let noticed = self.watch.is_calm();
         let thawed: Vec<String> = (self.workers.iter())
-            .filter(|(_, fate)| matches!(fate, Fate::Frozen(until) if *until <= now))
+            .filter(|(_, fate)| matches!(fate, Fate::Frozen(until) if noticed && *until <= now))
             .map(|(name, _)| name.clone())
             .collect();
         for name in thawed {
@@ -340,7 +343,10 @@ impl Trial {
             }
             Happening::KillJoiner => {
                 let doomed = Fate::Doomed(kind, Until::AnyCommit);
-                self.start_worker(&["--fault", "kill@fetched"], doomed)?;
+                // Where there is a checkpoint of the newest step it has nothing to fetch, and dies as
+                // a member.
+                let faults = ["--fault", "kill@fetched", "--fault", "kill@compute"];
+                self.start_worker(&faults, doomed)?;
                 return Ok(());
             }
             Happening::KillCoordinatorAt(moment) => {

@@ -120,7 +120,7 @@ mod tests {
         Ok(Outcome { step, tokens, loss, weights_digest, stopped: false, evaluation })
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_run_that_is_over_gets_all_the_time_it_needs_for_its_last_words() {
         let (publish, events) = broadcast::channel(1);
         // The listener is behind, and the last event is the one that counts.
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(outcome.unwrap().step, Step(7));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_run_that_is_not_over_fails_without_workers_and_says_how_they_ended() {
         let (publish, events) = broadcast::channel(8);
         publish.send(RunEvent::Stopping { reason: "told to".into() }).unwrap();

@@ -185,7 +185,7 @@ async fn a_block_that_is_damaged_on_the_disk_is_read_from_the_store_again() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_slow_read_is_overtaken_by_a_second_one_and_counted() {
     let slow = Arc::new(ThrottledStore::new(InMemory::new(), ThrottleConfig::default()));
     let fixture = Fixture::over(Store::simulated(Arc::clone(&slow) as _, "slow://")).await;

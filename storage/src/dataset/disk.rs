@@ -316,6 +316,7 @@ mod tests {
     fn child_that_reads_and_writes_until_it_is_killed() {
         let directory = std::env::var("LOOPTRAIN_TEST_CACHE").unwrap();
         let cache = DiskCache::open(Path::new(&directory), 1 << 20).unwrap();
+        fs::write(format!("{directory}/at-work-{}", std::process::id()), "").unwrap();
         let begin = Instant::now();
         let mut seed = std::process::id();
         while begin.elapsed() < Duration::from_secs(60) {
@@ -342,24 +343,35 @@ mod tests {
                 .spawn()
                 .unwrap()
         };
+        let wait_until = |happened: &dyn Fn() -> bool| {
+            let begin = Instant::now();
+            while !happened() {
+                assert!(begin.elapsed() < Duration::from_secs(45), "it has not happened");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        let blocks = directory.path().join("blocks");
         let mut children = [start(), start(), start()];
         for kill in 0..18_usize {
-            std::thread::sleep(Duration::from_millis(50 + 13 * kill as u64 % 40));
             let child = &mut children[kill % 3];
+            let at_work = directory.path().join(format!("at-work-{}", child.id()));
+            wait_until(&|| at_work.exists());
+            std::thread::sleep(Duration::from_millis(13 * kill as u64 % 40));
             assert!(child.try_wait().unwrap().is_none(), "it works until it is killed");
             child.kill().unwrap();
             child.wait().unwrap();
             *child = start();
             // Three processes and a file each on its way.
-            let bytes = size(&directory.path().join("blocks"));
+            let bytes = size(&blocks);
             assert!(bytes <= (1 << 20) * 37 / 32, "{bytes}");
         }
+        wait_until(&|| files(&blocks).len() > 50);
         for child in &mut children {
             child.kill().unwrap();
             child.wait().unwrap();
         }
         assert!(!directory.path().join("torn").exists());
-        assert!(files(&directory.path().join("blocks")).len() > 50, "there was something in it");
+        assert!(files(&blocks).len() > 50, "there was something in it");
         assert!(files(&directory.path().join("tmp")).len() <= 21, "one for each that was killed");
         let cache = DiskCache::open(directory.path(), 1 << 20).unwrap();
         cache.sweep(Duration::ZERO);
@@ -369,6 +381,6 @@ mod tests {
             Found::Nothing => false,
             Found::Damaged => panic!("a block that is not whole"),
         });
-        assert_eq!(found.count(), files(&directory.path().join("blocks")).len());
+        assert_eq!(found.count(), files(&blocks).len());
     }
 }

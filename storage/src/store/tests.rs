@@ -342,7 +342,7 @@ async fn a_store_without_conditional_writes_is_refused_with_the_remedy() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_error_says_what_was_tried_on_what_how_often_and_for_how_long() {
     let (store, objects) = lacking(Lack::Life);
     let error = store.get("runs/r/x").await.unwrap_err();

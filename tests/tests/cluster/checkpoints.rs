@@ -18,6 +18,11 @@ fn json(end: &End) -> Value {
     serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"))
 }
 
+/// The step of the newest checkpoint.
+pub(crate) fn newest(scratch: &Scratch) -> u64 {
+    json(&checkpoint(scratch, "list", &["--json"]))["newest"].as_u64().unwrap()
+}
+
 fn steps(list: &Value) -> Vec<u64> {
     let stored = list["stored"].as_array().unwrap();
     stored.iter().map(|entry| entry["step"].as_u64().unwrap()).collect()
@@ -27,9 +32,13 @@ fn steps(list: &Value) -> Vec<u64> {
 fn checkpoints_are_listed_verified_and_pruned() {
     let scratch = Scratch::new();
     let often = ["--workers", "2", "--set", "checkpoint.every_steps=1"];
-    // Saves may be slower than steps; so many are kept that none goes.
-    let many = ["--set", "checkpoint.keep=100"];
-    let end = scratch.train(&[&often[..], &many].concat()).done();
+    // So many are kept that none goes.
+    let often = [&often[..], &["--set", "checkpoint.keep=100"]].concat();
+    // Saves may be slower than steps; where a run is stopped there is one in any case.
+    for until in ["5", "10"] {
+        scratch.train(&[&often[..], &["--until", until]].concat()).stopped();
+    }
+    let end = scratch.train(&often).done();
 
     let list = json(&checkpoint(&scratch, "list", &["--json"]));
     assert_eq!((&list["run"], &list["newest"]), (&"small".into(), &14.into()));

@@ -5,24 +5,24 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{Running, Scratch, free_port, is_gone, state, wait_until};
+use crate::ports::free_port;
+use crate::support::{End, Running, SOON, Scratch, is_gone, state, wait_until};
 
-/// Long enough for a worker to start meanwhile, and no checkpoint to go back to: what is lost must
-/// come from other workers. Nobody is dead for being silent.
-pub(crate) const RUN: [&str; 6] = [
-    "--set",
-    "stages.0.steps=100",
-    "--set",
-    "checkpoint.every_steps=100000",
-    "--set",
-    "cluster.worker_timeout=60",
-];
+/// Over in less than a second when nothing holds it, and no checkpoint to go back to: what is lost
+/// must come from other workers.
+pub(crate) const RUN: [&str; 4] =
+    ["--set", "stages.0.steps=100", "--set", "checkpoint.every_steps=100000"];
 
 /// The last step of [`RUN`].
 pub(crate) const LAST: u64 = 106;
 
 /// The step that faults are for.
 pub(crate) const STEP: u64 = 17;
+
+/// A run that lasts until it is told to stop: whatever happens to it happens before its end. No
+/// checkpoint to go back to, either.
+pub(crate) const ENDLESS: [&str; 4] =
+    ["--set", "stages.0.steps=1000000", "--set", "checkpoint.every_steps=1000000"];
 
 /// Digest of the weights that [`RUN`] ends with when nothing happens to it.
 fn undisturbed() -> &'static str {
@@ -86,7 +86,7 @@ impl Cluster {
             if wanted(&status) {
                 return status;
             }
-            assert!(begin.elapsed() < Duration::from_secs(60), "it never came to that: {status:#}");
+            assert!(begin.elapsed() < SOON, "it never came to that: {status:#}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -97,6 +97,37 @@ impl Cluster {
         let end = self.scratch.run(&[command, &["--coordinator", &self.url]].concat());
         assert_eq!(end.code, Some(0), "{end:?}");
         end.last_line().to_owned()
+    }
+
+    /// Waits until a worker has frozen itself at a moment, pauses the run, which it holds, and wakes
+    /// it up; the step, which is the newest then.
+    pub(crate) fn pause_at(&self, worker: &mut Running, moment: &str) -> u64 {
+        let step = frozen_at(worker, moment);
+        self.pause_behind(worker, step);
+        step
+    }
+
+    /// Pauses the run that a worker holds, which has frozen itself in the middle of a step, and wakes
+    /// it up.
+    pub(crate) fn pause_behind(&self, frozen: &Running, step: u64) {
+        self.order(&["pause"]);
+        frozen.signal("CONT");
+        let status = self.wait_for(|status| status["phase"] == "paused");
+        assert_eq!(status["step"], step, "{status:#}");
+    }
+
+    /// Waits until so many workers are there, each with a place or with the state that one takes.
+    pub(crate) fn all_ready(&self, workers: usize) -> Value {
+        let ready = |worker: &Value| worker["rank"].is_u64() || worker["warm"] == true;
+        self.wait_for(|status| {
+            let all = status["workers"].as_array().unwrap();
+            all.len() == workers && all.iter().all(ready)
+        })
+    }
+
+    /// Lets a paused run go on.
+    pub(crate) fn resume(&self) {
+        self.order(&["resume"]);
     }
 
     /// Waits for the end of the coordinator, which was told to die, and starts the next one, with
@@ -129,6 +160,36 @@ impl Cluster {
         assert_eq!(steps, (1..=LAST).collect::<Vec<_>>(), "every step is logged once: {end:?}");
         log
     }
+
+    /// Stops a run without end, which was given this; see [`stop`].
+    #[track_caller]
+    pub(crate) fn stop(self, given: &[&str]) -> (End, Vec<Value>) {
+        stop(&self.scratch, self.coordinator, given)
+    }
+}
+
+/// Stops a run without end that was given this: it has the weights of an undisturbed one that went
+/// as far, and every step in the log once. What the coordinator said, and the log.
+#[track_caller]
+pub(crate) fn stop(scratch: &Scratch, coordinator: Running, given: &[&str]) -> (End, Vec<Value>) {
+    coordinator.signal("TERM");
+    let end = coordinator.end().stopped();
+    let log = scratch.metrics();
+    let steps: Vec<_> = log.iter().map(|line| line["step"].as_u64()).collect();
+    let every: Vec<_> = (1..=end.step()).map(Some).collect();
+    let missing: Vec<_> = every.iter().filter(|step| !steps.contains(step)).collect();
+    assert!(steps == every, "every step is logged once, in order; missing are {missing:?}");
+    assert_eq!(end.field("weights"), undisturbed_until(end.step(), given), "{end:?}");
+    (end, log)
+}
+
+/// Digest of the weights after a step of a run that was given this, when nothing happens to it.
+pub(crate) fn undisturbed_until(step: u64, given: &[&str]) -> String {
+    let until = step.to_string();
+    let calm = ["--workers", "1", "--threads", "2", "--until", &until];
+    let end = Scratch::new().train(&[given, &calm[..]].concat()).stopped();
+    assert_eq!(end.step(), step, "{end:?}");
+    end.field("weights").to_owned()
 }
 
 /// How many workers committed a step.

@@ -103,7 +103,7 @@ fn a_second_spec_under_the_same_name_is_refused_until_told_to_begin_anew() {
 #[test]
 fn the_status_page_and_the_metrics_are_served_while_it_trains() {
     let scratch = Scratch::new();
-    let steps = ["--set", "stages.0.steps=4000", "--dashboard", "127.0.0.1:0"];
+    let steps = ["--set", "stages.0.steps=1000000", "--dashboard", "127.0.0.1:0"];
     let arguments = [&["train", "spec.toml", "--workers", "1"], &steps[..]].concat();
     let mut running = Running::start(scratch.command(&arguments));
     let line = running.wait_for(|line| line.starts_with("status page on http://"));

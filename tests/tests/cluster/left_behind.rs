@@ -1,14 +1,11 @@
 //! No worker outlives `looptrain train`, however that ends.
 
-use crate::support::{Running, Scratch, is_gone, signal, wait_until, workers_of};
+use crate::support::{Running, Scratch, is_gone, signal, signal_if_there, wait_until, workers_of};
 
 /// A run in the middle of a stage that takes hours, and its two workers.
 fn long_run(scratch: &Scratch) -> (Running, Vec<u32>) {
-    let arguments = [
-        &["train", "spec.toml", "--workers", "2", "--set", "stages.0.steps=1000000"][..],
-        &["--set", "cluster.worker_timeout=60"],
-    ];
-    let mut running = Running::start(scratch.command(&arguments.concat()));
+    let arguments = ["train", "spec.toml", "--workers", "2", "--set", "stages.0.steps=1000000"];
+    let mut running = Running::start(scratch.command(&arguments));
     running.wait_for(|line| line.starts_with("step "));
     let workers = workers_of(running.id());
     assert_eq!(workers.len(), 2);
@@ -27,9 +24,7 @@ fn a_second_interrupt_ends_the_workers_too() {
     running.signal("INT");
     assert_eq!(running.end().code, Some(130));
     wait_until(|| is_gone(workers[1]));
-    if !is_gone(workers[0]) {
-        signal(workers[0], "CONT");
-    }
+    signal_if_there(workers[0], "CONT");
     wait_until(|| is_gone(workers[0]));
 }
 

@@ -17,6 +17,8 @@ mod left_behind;
 mod moments;
 mod network;
 mod operate;
+#[path = "../stores/ports.rs"]
+mod ports;
 mod preemption;
 mod same_bits;
 #[path = "../stores/seaweed.rs"]

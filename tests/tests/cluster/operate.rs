@@ -2,20 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::cluster::Cluster;
-use crate::support::{Running, Scratch, free_port, is_gone, signal, wait_until};
-
-/// Long enough for a person to step in, with no checkpoint but the last.
-const LONG: [&str; 4] = ["--set", "stages.0.steps=900", "--set", "checkpoint.every_steps=100000"];
-
-fn undisturbed(given: &[&str]) -> String {
-    let end = Scratch::new().train(&[&["--workers", "1", "--threads", "2"], given].concat());
-    end.done().field("weights").to_owned()
-}
+use crate::cluster::{Cluster, ENDLESS, STEP, frozen_at, undisturbed_until};
+use crate::ports::free_port;
+use crate::support::{Running, Scratch, signal, wait_until};
 
 fn named(cluster: &Cluster, name: &str) -> Running {
     cluster.worker(&["--name", name])
@@ -27,30 +20,31 @@ fn worker<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
 
 #[test]
 fn a_warm_spare_takes_the_place_of_a_killed_worker_and_no_step_is_done_again() {
-    let given = [&LONG[..], &["--set", "cluster.max_workers=2"]].concat();
-    let mut cluster = Cluster::start_with(&given);
-    let (first, _second) = (named(&cluster, "first"), named(&cluster, "second"));
-    cluster.coordinator.wait_for(|line| line.starts_with("step "));
+    let mut cluster = Cluster::start(2, &["--set", "cluster.max_workers=2"]);
+    let first = named(&cluster, "first");
+    let holds = ["--fault", "stop@compute:17", "--fault", "stop@compute:19"];
+    let mut second = cluster.worker(&[&["--name", "second"], &holds[..]].concat());
+    assert_eq!(cluster.pause_at(&mut second, "compute"), STEP);
     let spare = named(&cluster, "spare");
-    let warm =
-        |status: &Value| worker(status, "spare").is_some_and(|worker| worker["warm"] == true);
-    let status = cluster.wait_for(warm);
-    assert_eq!(worker(&status, "spare").unwrap()["rank"], Value::Null, "{status:#}");
+    let status = cluster.all_ready(3);
+    let there = worker(&status, "spare").unwrap();
+    assert_eq!((&there["rank"], &there["warm"]), (&Value::Null, &true.into()), "{status:#}");
+    cluster.resume();
+    assert_eq!(frozen_at(&mut second, "compute"), 19);
     first.signal("KILL");
+    assert_eq!(first.end().code, None);
+    second.signal("CONT");
     // The generation without the dead one is the generation with the spare.
-    let formed = cluster.coordinator.wait_for(|line| line.starts_with("generation 2: "));
-    assert!(formed.starts_with("generation 2: 2 workers at step "), "{formed}");
-    let begun = cluster.coordinator.wait_for(|line| line.starts_with("step "));
-    assert!(!begun.starts_with("step 906/"), "long before the end: {begun}");
-    let end = cluster.coordinator.end().done();
-    assert!(!end.stderr.contains("back to step"), "{end:?}");
+    let formed = cluster.formed(2);
+    assert!(formed.starts_with("generation 2: 2 workers at step 18 "), "{formed}");
+    let log = cluster.finish();
+    assert!(log.iter().all(|line| line["world"] == 2));
     assert_eq!(spare.end().code, Some(0));
-    assert_eq!(end.field("weights"), undisturbed(&LONG));
 }
 
 #[test]
 fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() {
-    let mut cluster = Cluster::start_with(&LONG);
+    let mut cluster = Cluster::start_with(&ENDLESS);
     let (stays, goes) = (named(&cluster, "stays"), named(&cluster, "goes"));
     cluster.coordinator.wait_for(|line| line.starts_with("step "));
 
@@ -59,7 +53,7 @@ fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() 
     let end = goes.end();
     assert_eq!(end.code, Some(0), "{end:?}");
     assert!(end.stderr.contains("ended: a new disk"), "{end:?}");
-    cluster.coordinator.wait_for(|line| line.starts_with("generation 2: 1 worker "));
+    assert!(cluster.formed(2).starts_with("generation 2: 1 worker "));
     let refused = cluster.scratch.run(&["drain", "stays", "--coordinator", &cluster.url]);
     refused.fails(1, &["stays is the last worker that trains"]);
     let refused = cluster.scratch.run(&["drain", "nobody", "--coordinator", &cluster.url]);
@@ -71,18 +65,18 @@ fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() 
     assert_eq!(why, format!("paused at step {at}: thunderstorm"));
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(cluster.status()["step"], at, "nothing is committed in a pause");
-    cluster.order(&["resume"]);
+    cluster.resume();
     cluster.wait_for(|status| status["step"].as_u64() > Some(at));
 
     cluster.order(&["stop"]);
-    let end = cluster.coordinator.end();
-    assert!(
-        end.code == Some(0) && end.last_line().starts_with("stopped run=small step="),
-        "{end:?}"
-    );
+    let Cluster { coordinator, scratch, .. } = cluster;
+    let end = coordinator.end().stopped();
+    assert!(end.last_line().starts_with("stopped run=small step="), "{end:?}");
     assert_eq!(stays.end().code, Some(0));
-    let end = cluster.scratch.train(&LONG).done();
-    assert_eq!(end.field("weights"), undisturbed(&LONG));
+    let later = end.step() + 20;
+    let end = scratch.train(&[&ENDLESS[..], &["--until", &later.to_string()]].concat()).stopped();
+    assert_eq!(end.step(), later);
+    assert_eq!(end.field("weights"), undisturbed_until(later, &ENDLESS));
 }
 
 #[test]
@@ -90,13 +84,13 @@ fn a_slow_machine_gets_fewer_slots_and_is_named_as_a_straggler() {
     // Steps that take much longer than the naps of the slow worker.
     let given = [
         "--set",
-        "stages.0.steps=40",
+        "stages.0.steps=1000000",
         "--set",
         "stages.0.slots=24",
         "--set",
         "stages.0.slot_sequences=40",
         "--set",
-        "checkpoint.every_steps=100000",
+        "checkpoint.every_steps=1000000",
     ];
     let mut cluster = Cluster::start_with(&given);
     let (_fast, slow) = (named(&cluster, "fast"), named(&cluster, "slow"));
@@ -105,11 +99,14 @@ fn a_slow_machine_gets_fewer_slots_and_is_named_as_a_straggler() {
     let (process, naps) = (slow.id(), Arc::clone(&on));
     let sleepy = std::thread::spawn(move || {
         while naps.load(Ordering::Relaxed) {
-            signal(process, "STOP");
-            std::thread::sleep(Duration::from_millis(30));
+            // It naps four times as long as it was awake, however late this thread gets its turns.
+            let awake = Instant::now();
             signal(process, "CONT");
             std::thread::sleep(Duration::from_millis(10));
+            signal(process, "STOP");
+            std::thread::sleep(4 * awake.elapsed());
         }
+        signal(process, "CONT");
     });
     let slots = |status: &Value, name| worker(status, name).and_then(|w| w["slots"].as_u64());
     let uneven = |status: &Value| {
@@ -120,39 +117,24 @@ fn a_slow_machine_gets_fewer_slots_and_is_named_as_a_straggler() {
     cluster.coordinator.wait_for(|line| line.contains("worker slow straggles in compute: "));
     on.store(false, Ordering::Relaxed);
     sleepy.join().unwrap();
-    let end = cluster.coordinator.end().done();
-    assert_eq!(end.field("weights"), undisturbed(&given));
+    cluster.stop(&given);
 }
 
 #[test]
 fn workers_whose_coordinator_stays_away_leave_a_checkpoint_from_which_the_run_goes_on() {
-    let mut cluster = Cluster::start_with(&LONG);
+    let mut cluster = Cluster::start(2, &["--fault", "kill@planned:18"]);
     let workers = [(); 2].map(|()| cluster.worker(&["--reconnect-timeout", "1"]));
-    let step =
-        |line: &str| -> Option<u64> { line.strip_prefix("step ")?.split('/').next()?.parse().ok() };
-    // Of the first step there may be no word on its way to the workers yet.
-    let line = cluster.coordinator.wait_for(|line| step(line).is_some_and(|step| step > 1));
-    let seen = step(&line).unwrap();
-    cluster.coordinator.signal("KILL");
-    wait_until(|| is_gone(cluster.coordinator.id()));
-    let saved = workers.map(|worker| {
+    let died = |line: &str| line.starts_with("fault: kill at planned of step 18");
+    cluster.coordinator.wait_for(died);
+    for worker in workers {
         let end = worker.end();
-        end.fails(1, &["no coordinator answers at", "as a checkpoint"]);
-        let words = end.stderr.split("the state of step ").nth(1).unwrap();
-        words.split(' ').next().unwrap().parse::<u64>().unwrap()
-    });
+        end.fails(1, &["no coordinator answers at", "the state of step 17", "as a checkpoint"]);
+    }
     cluster.restart();
-    let line =
-        cluster.coordinator.wait_for(|line| line.starts_with("going on from the checkpoint"));
-    let from: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
-    assert_eq!(Some(&from), saved.iter().max(), "the newest that a worker held");
-    // The very newest may have died with the coordinator before any worker was told to commit it.
-    assert!(from + 1 >= seen, "{line}, after {seen}");
+    let from = cluster.coordinator.wait_for(|line| line.starts_with("going on from"));
+    assert_eq!(from, "going on from the checkpoint of step 17");
     let _workers = (named(&cluster, "a"), named(&cluster, "b"));
-    let Cluster { coordinator, scratch, .. } = cluster;
-    assert_eq!(coordinator.end().done().field("weights"), undisturbed(&LONG));
-    let log: Vec<_> = scratch.metrics().iter().map(|line| line["step"].as_u64()).collect();
-    assert_eq!(log, (1..=906).map(Some).collect::<Vec<_>>(), "every step is logged once");
+    cluster.finish();
 }
 
 /// Weights so large that no loss is a number.
@@ -187,7 +169,7 @@ fn workers_of_a_machine_share_a_cache_of_the_dataset_and_say_where_its_blocks_ca
     assert!(cache.path().join("blocks").is_dir());
 
     // Another run, of another store, on the same text: the blocks are the same.
-    let cluster = Cluster::start_with(&[&LONG[..], &["--set", "cluster.workers=1"]].concat());
+    let cluster = Cluster::start_with(&[&ENDLESS[..], &["--set", "cluster.workers=1"]].concat());
     let page = format!("127.0.0.1:{}", free_port());
     let _worker = cluster.worker(&[&shared[..], &["--metrics", &page]].concat());
     let from = |source: &str| {

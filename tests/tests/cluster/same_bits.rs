@@ -2,7 +2,8 @@
 
 use looptrain_model::ops::is_threaded;
 
-use crate::support::{Running, Scratch, is_gone, signal, state, wait_until, workers_of};
+use crate::checkpoints::newest;
+use crate::support::{End, Running, Scratch, is_gone, signal, state, wait_until, workers_of};
 
 /// The weights of an undisturbed run.
 fn undisturbed(scratch: &Scratch) -> String {
@@ -51,28 +52,38 @@ fn any_number_of_threads_gives_the_same_weights() {
     }
 }
 
-/// Long enough that a signal arrives in the middle.
-const LONGER: [&str; 4] = ["--set", "stages.0.steps=300", "--set", "checkpoint.every_steps=50"];
+/// A run that lasts until it is told to stop, so that a signal arrives in the middle.
+const LONG: [&str; 4] = ["--set", "stages.0.steps=1000000", "--set", "checkpoint.every_steps=50"];
+
+/// Starts one with two workers.
+fn long_run(scratch: &Scratch) -> Running {
+    let train = ["train", "spec.toml", "--workers", "2"];
+    Running::start(scratch.command(&[&train[..], &LONG].concat()))
+}
+
+/// Goes on with one as far as a step.
+#[track_caller]
+fn gone_on(scratch: &Scratch, workers: &str, until: u64) -> End {
+    let until = until.to_string();
+    let given = ["--workers", workers, "--until", &until];
+    scratch.train(&[&given[..], &LONG].concat()).stopped()
+}
 
 #[test]
 fn a_run_that_is_stopped_and_resumed_gives_the_same_weights() {
-    let scratch = Scratch::new();
-    let straight = scratch.train(&[&["--workers", "2"][..], &LONGER].concat()).done();
     for name in ["INT", "TERM"] {
-        let fresh = [&["train", "spec.toml", "--workers", "2", "--fresh"][..], &LONGER].concat();
-        let mut running = Running::start(scratch.command(&fresh));
+        let scratch = Scratch::new();
+        let mut running = long_run(&scratch);
         running.wait_for(|line| line.starts_with("step "));
         running.signal(name);
-        let stopped = running.end();
-        assert_eq!(stopped.code, Some(0), "{stopped:?}");
-        assert!(stopped.last_line().starts_with("stopped "), "{stopped:?}");
-        let step: u64 = stopped.field("step").parse().unwrap();
-        assert!((1..306).contains(&step), "the stop came in the middle, not at step {step}");
-        let resumed = scratch.train(&[&["--workers", "3"][..], &LONGER].concat()).done();
+        let step = running.end().stopped().step();
+        assert!(step >= 1, "the stop came in the middle");
+        let resumed = gone_on(&scratch, "3", step + 20);
         assert!(
-            resumed.stderr.contains(&format!("going on from the checkpoint of step {step}")),
+            resumed.stderr.contains(&format!("going on from the checkpoint of step {step}\n")),
             "{resumed:?}"
         );
+        let straight = gone_on(&Scratch::new(), "2", step + 20);
         assert_eq!(resumed.field("weights"), straight.field("weights"), "stopped by SIG{name}");
         assert_eq!(resumed.field("tokens"), straight.field("tokens"));
     }
@@ -81,9 +92,7 @@ fn a_run_that_is_stopped_and_resumed_gives_the_same_weights() {
 #[test]
 fn everything_killed_at_once_resumes_from_the_newest_checkpoint() {
     let scratch = Scratch::new();
-    let straight = scratch.train(&[&["--workers", "2"][..], &LONGER].concat()).done();
-    let fresh = [&["train", "spec.toml", "--workers", "2", "--fresh"][..], &LONGER].concat();
-    let mut running = Running::start(scratch.command(&fresh));
+    let mut running = long_run(&scratch);
     running.wait_for(|line| line.starts_with("checkpoint of step 50:"));
     let workers = workers_of(running.id());
     assert_eq!(workers.len(), 2);
@@ -98,20 +107,25 @@ fn everything_killed_at_once_resumes_from_the_newest_checkpoint() {
     }
     assert_eq!(running.end().code, None, "it died by the signal");
     wait_until(|| workers.iter().all(|worker| is_gone(*worker)));
-    let resumed = scratch.train(&[&["--workers", "2"][..], &LONGER].concat()).done();
-    assert!(resumed.stderr.contains("going on from the checkpoint of step"), "{resumed:?}");
+    let newest = newest(&scratch);
+    let resumed = gone_on(&scratch, "2", newest + 20);
+    let from = format!("going on from the checkpoint of step {newest}\n");
+    assert!(newest >= 50 && resumed.stderr.contains(&from), "{resumed:?}");
+    let straight = gone_on(&Scratch::new(), "2", newest + 20);
     assert_eq!(resumed.field("weights"), straight.field("weights"));
 }
 
 #[test]
 fn a_killed_worker_changes_no_bit() {
     let scratch = Scratch::new();
-    let straight = scratch.train(&[&["--workers", "2"][..], &LONGER].concat()).done();
-    let fresh = [&["train", "spec.toml", "--workers", "2", "--fresh"][..], &LONGER].concat();
-    let mut running = Running::start(scratch.command(&fresh));
+    let mut running = long_run(&scratch);
     running.wait_for(|line| line.starts_with("step "));
     signal(workers_of(running.id())[0], "KILL");
-    let end = running.end().done();
-    assert!(end.stderr.contains(" lost: "), "the fault was noticed: {end:?}");
+    running.wait_for(|line| line.contains(" lost: "));
+    running.skip();
+    running.wait_for(|line| line.starts_with("step "));
+    running.signal("TERM");
+    let end = running.end().stopped();
+    let straight = gone_on(&Scratch::new(), "2", end.step());
     assert_eq!(end.field("weights"), straight.field("weights"));
 }

@@ -1,12 +1,11 @@
 //! Whole runs on a real S3 server, and on a store that misbehaves.
 
 use std::process::Command;
-use std::sync::OnceLock;
 
 use looptrain_storage::Faults;
 
 use crate::seaweed::{ACCESS_KEY, SECRET_KEY, Seaweed};
-use crate::support::{End, Running, Scratch, repository, signal, text, workers_of};
+use crate::support::{End, Running, Scratch, repository, signal, text, wait_until, workers_of};
 
 /// The quickstart's path in seconds, on text that does not change meanwhile.
 fn tiny(scratch: &Scratch, more: &[&str]) -> Command {
@@ -14,14 +13,6 @@ fn tiny(scratch: &Scratch, more: &[&str]) -> Command {
     let paths = format!("datasets.0.source.paths={}", text());
     let arguments = ["train", spec.to_str().unwrap(), "--set", &paths, "--workers", "2"];
     scratch.command(&[&arguments[..], more].concat())
-}
-
-/// Digest of the weights that it ends with in a directory, when nothing happens to it.
-fn undisturbed() -> &'static str {
-    static DIGEST: OnceLock<String> = OnceLock::new();
-    DIGEST.get_or_init(|| {
-        Running::start(tiny(&Scratch::new(), &[])).end().done().field("weights").to_owned()
-    })
 }
 
 /// Nothing that a process says holds the credentials it was given.
@@ -38,17 +29,27 @@ fn a_run_on_a_real_s3_server_whose_workers_are_killed_ends_with_the_weights_of_o
 {
     let Some(seaweed) = Seaweed::start() else { return };
     let scratch = Scratch::new();
-    let mut command = tiny(&scratch, &["--set", "run.store=s3://lab/here"]);
+    // Until it is told to stop, so that nobody is killed behind its end.
+    let endless = ["--set", "stages.0.steps=1000000", "--set", "cluster.worker_timeout=60"];
+    let mut command =
+        tiny(&scratch, &[&endless[..], &["--set", "run.store=s3://lab/here"]].concat());
     command.envs(seaweed.variables());
     let mut running = Running::start(command);
     for kill in 0..2 {
         running.wait_for(|line| line.starts_with("checkpoint of step "));
+        wait_until(|| workers_of(running.id()).len() == 2);
         let worker = workers_of(running.id())[kill];
         signal(worker, "KILL");
         running.wait_for(|line| line.starts_with("worker worker-") && line.contains(" lost: "));
     }
-    let end = running.end().done();
-    assert_eq!(end.field("weights"), undisturbed(), "{end:?}");
+    running.skip();
+    running.wait_for(|line| line.starts_with("step "));
+    running.signal("TERM");
+    let end = running.end().stopped();
+    let until = ["--until", end.field("step")];
+    let elsewhere = Scratch::new();
+    let calm = Running::start(tiny(&elsewhere, &[&endless[..], &until].concat())).end().stopped();
+    assert_eq!(end.field("weights"), calm.field("weights"), "{end:?}");
     says_no_secret(&end);
 
     let ask = |arguments: &[&str]| {
@@ -96,7 +97,8 @@ fn a_run_through_a_storm_in_the_store_ends_with_the_same_weights() {
     let mut command = tiny(&scratch, &["--set", "checkpoint.every_steps=25"]);
     command.env("LOOPTRAIN_STORE_FAULTS", "seed=4,share=0.2");
     let end = Running::start(command).end().done();
-    assert_eq!(end.field("weights"), undisturbed(), "{end:?}");
+    let calm = Running::start(tiny(&Scratch::new(), &[])).end().done();
+    assert_eq!(end.field("weights"), calm.field("weights"), "{end:?}");
     for name in Faults::NAMES {
         let fired =
             end.stderr.lines().filter(|line| line.contains(&format!("store fault: {name} on")));

@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// No run of these tests takes nearly this long.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Nor does anything that happens by itself, however busy the machine is.
+pub(crate) const SOON: Duration = Duration::from_secs(90);
 
 /// The root of the repository.
 pub(crate) fn repository() -> PathBuf {
@@ -53,6 +55,20 @@ impl End {
         assert_eq!(self.code, Some(0), "{self:?}");
         assert!(self.last_line().starts_with("done "), "{self:?}");
         self
+    }
+
+    /// Asserts an orderly end before the last step.
+    #[track_caller]
+    pub(crate) fn stopped(self) -> Self {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        assert!(self.last_line().starts_with("stopped "), "{self:?}");
+        self
+    }
+
+    /// The step at which it ended.
+    #[track_caller]
+    pub(crate) fn step(&self) -> u64 {
+        self.field("step").parse().unwrap()
     }
 
     /// Asserts a failure whose message is one line with all of `words` in it.
@@ -203,7 +219,7 @@ impl Running {
             }
         };
         let stdout = self.stdout.take().unwrap().join().unwrap();
-        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(5)) {
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(20)) {
             self.stderr.push_str(&line);
             self.stderr.push('\n');
         }
@@ -218,24 +234,16 @@ impl Drop for Running {
     }
 }
 
-/// A port of the loopback that nobody listens on, and that nobody gets by chance while a
-/// coordinator is away from it: below those that the system gives to connections and listeners.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let begin = 10_000 + (std::process::id() % 10_000) as u16;
-    loop {
-        let port = begin + NEXT.fetch_add(1, Ordering::Relaxed);
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
+/// Sends a signal to a process.
+#[track_caller]
+pub(crate) fn signal(process: u32, name: &str) {
+    assert!(signal_if_there(process, name), "cannot send {name} to {process}");
 }
 
-/// Sends a signal to a process.
-pub(crate) fn signal(process: u32, name: &str) {
-    let kill = format!("kill -{name} {process}");
-    let status = Command::new("sh").args(["-c", &kill]).status().unwrap();
-    assert!(status.success(), "cannot send {name} to {process}");
+/// Sends a signal to a process, which may be gone; whether it was there.
+pub(crate) fn signal_if_there(process: u32, name: &str) -> bool {
+    let kill = format!("kill -{name} {process} 2>/dev/null");
+    Command::new("sh").args(["-c", &kill]).status().unwrap().success()
 }
 
 /// Process ids of the children of `parent`.
@@ -267,7 +275,7 @@ pub(crate) fn is_gone(process: u32) -> bool {
 pub(crate) fn wait_until(happened: impl Fn() -> bool) {
     let begin = Instant::now();
     while !happened() {
-        assert!(begin.elapsed() < Duration::from_secs(30), "it has not happened");
+        assert!(begin.elapsed() < SOON, "it has not happened");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -280,12 +288,15 @@ pub(crate) fn text() -> String {
     format!("[{}]", paths.join(", "))
 }
 
-/// A run of a few seconds.
+/// A run of a few seconds, in which nobody is dead for being silent: a busy machine is no fault.
 const SPEC: &str = r#"
 [run]
 name = "small"
 store = "file://store"
 seed = 3
+
+[cluster]
+worker_timeout = 60.0
 
 [model]
 hidden_size = 24

@@ -73,11 +73,13 @@ async fn saver() {
     loop {
         step = step.next();
         save(&checkpoints, step).await;
+        println!("saved {step}");
     }
 }
 
-/// Starts a saver and kills it so many microseconds after it has begun to save; where it began.
-fn killed_after(url: &str, microseconds: u64) -> Step {
+/// Starts a saver and kills it so many microseconds after it has begun to save, or has saved once;
+/// where it began.
+fn killed_after(url: &str, microseconds: u64, saved_once: bool) -> Step {
     let mut saver = Command::new(std::env::current_exe().unwrap())
         .args(["kills::saver", "--exact", "--ignored", "--nocapture"])
         .env(SAVER, url)
@@ -86,7 +88,11 @@ fn killed_after(url: &str, microseconds: u64) -> Step {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(saver.stdout.take().unwrap()).lines();
-    let resumed = lines.find_map(|line| line.unwrap().split_once("resumed ")?.1.parse().ok());
+    let mut after = |word| lines.find_map(|line| line.unwrap().split_once(word)?.1.parse().ok());
+    let resumed = after("resumed ");
+    if saved_once {
+        after("saved ").expect("it saves");
+    }
     std::thread::sleep(Duration::from_micros(microseconds));
     saver.kill().unwrap();
     assert_eq!(saver.wait().unwrap().code(), None, "it was at work until it was killed");
@@ -107,7 +113,8 @@ fn after_each_of_100_kills_in_the_middle_of_saving_the_next_process_goes_on_from
     let (mut newest, mut seed, mut torn) = (Step(1), 20_261_125_u64, 0);
     for kill in 0..KILLS {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let resumed = killed_after(&url, (seed >> 33) % longest);
+        // On a disk that has become slow, too, the run gets somewhere.
+        let resumed = killed_after(&url, (seed >> 33) % longest, kill % 4 == 3);
         assert_eq!(resumed, newest, "kill {kill}: nothing that was saved is lost");
         newest = runtime.block_on(resume(&checkpoints));
         assert!(newest >= resumed, "kill {kill}");
@@ -117,7 +124,7 @@ fn after_each_of_100_kills_in_the_middle_of_saving_the_next_process_goes_on_from
             directory.path().join(format!("runs/r/checkpoints/step-{:010}", newest.next().0));
         torn += u64::from(stored.iter().any(|it| it.manifest.is_none()) || half_written.is_dir());
     }
-    assert!(newest.0 >= KILLS / 10, "savers get somewhere: {newest}");
+    assert!(newest.0 > KILLS / 4, "savers get somewhere: {newest}");
     assert!(torn >= KILLS / 4, "only {torn} of {KILLS} kills hit a save in the middle");
 
     // What they have left is collected.

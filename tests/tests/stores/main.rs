@@ -4,4 +4,5 @@
 
 mod conformance;
 mod kills;
+mod ports;
 mod seaweed;

@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+
+use crate::ports::free_port;
 
 /// A server is usually there within two seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -106,17 +107,4 @@ fn program() -> Option<PathBuf> {
     }
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join("weed")).find(|file| file.is_file())
-}
-
-/// A port that nobody listens on, nor on the one that the server adds to it for gRPC: 10,000 higher.
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let begin = 12_000 + (std::process::id() % 8_000) as u16;
-    loop {
-        let port = begin + NEXT.fetch_add(1, Ordering::Relaxed);
-        let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if free(port) && free(port + 10_000) {
-            return port;
-        }
-    }
 }

@@ -58,6 +58,7 @@ async fn any_number_of_workers_ends_at_the_same_weights() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_generation_interrupts_a_reduction_that_would_never_end() {
     let mut rig = Rig::start().await;
+    let reducing = rig.reaches(Moment::Reduce(Step(1)));
     let (_workers, mut guests) = rig.cluster(2).await;
     let undisturbed = {
         let mut other = Rig::start().await;
@@ -66,7 +67,7 @@ async fn a_new_generation_interrupts_a_reduction_that_would_never_end() {
     };
     // Only one of the two is told to compute, so the ring waits.
     guests[0].plan(1, 1, 0..2);
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    reducing.wait().await;
     let alone = guests[0].join.clone();
     guests[0].form(2, 0, &[&alone], 0);
     assert_eq!(guests[0].ready().await.generation, 2);
@@ -147,6 +148,7 @@ async fn a_warm_spare_follows_the_updates_says_where_it_is_when_they_end_and_tak
     let mut rig = Rig::start().await;
     let (mut workers, mut guests) = rig.cluster(1).await;
     let mut seen = steps(&mut guests, 1, 1..=1).await;
+    let followed = rig.reaches(Moment::Followed(Step(3)));
     let _spare = rig.worker("w1");
     let mut spare = rig.welcome().await;
     guests[0].offer(1, 1);
@@ -154,8 +156,8 @@ async fn a_warm_spare_follows_the_updates_says_where_it_is_when_they_end_and_tak
     assert_eq!(spare.fetched().await.error, "");
     guests[0].withdraw(true);
     seen.extend(steps(&mut guests, 1, 2..=3).await);
-    // The last update has to reach the spare before its source dies: it is asked for at once.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The last update has to reach the spare before its source dies.
+    followed.wait().await;
     workers.remove(0).abort();
     drop(guests);
     let lost = spare.fetched().await;
@@ -287,12 +289,13 @@ async fn senseless_directives_are_answered_and_survived() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_told_to_stop_leaves_after_the_commit_it_owes() {
     let mut rig = Rig::start().await;
+    let computing = rig.reaches(Moment::Compute(Step(1)));
     let worker = rig.worker("w0");
     let mut guest = rig.welcome().await;
     guest.form(1, 0, &[&guest.join.clone()], 0);
     guest.ready().await;
     guest.plan(1, 1, 0..4);
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    computing.wait().await;
     rig.stop.tell("told to stop");
     guest.prepared().await;
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -347,12 +350,13 @@ async fn a_broken_session_ends_the_worker() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_session_ends_a_worker_that_waits_for_its_neighbours() {
     let mut rig = Rig::start().await;
+    let reducing = rig.reaches(Moment::Reduce(Step(1)));
     let (mut workers, mut guests) = rig.cluster(2).await;
     guests[0].plan(1, 1, 0..2);
-    // Long enough that the slots are computed and the ring waits for the other rank.
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // The slots are computed, and the ring waits for the other rank.
+    reducing.wait().await;
     drop(guests.remove(0));
-    let ended = tokio::time::timeout(Duration::from_secs(2), workers.remove(0)).await;
+    let ended = tokio::time::timeout(rig::PATIENCE, workers.remove(0)).await;
     assert!(matches!(ended.unwrap().unwrap(), Err(WorkerError::Broken { .. })));
 }
 
@@ -557,9 +561,10 @@ async fn a_busy_worker_still_beats() {
 
 #[tokio::test]
 async fn nobody_at_the_address_is_said_after_the_time_given() {
-    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", free.local_addr().unwrap());
-    drop(free);
+    // Nobody else gets a port that is bound, and nobody listens on it.
+    let nobody = tokio::net::TcpSocket::new_v4().unwrap();
+    nobody.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let url = format!("http://{}", nobody.local_addr().unwrap());
     let mut settings = crate::WorkerSettings::new(url.clone(), "w0");
     settings.connect_timeout = Duration::from_millis(300);
     let error = crate::run(settings).await.unwrap_err();

@@ -395,7 +395,10 @@ impl Duties for Work {
     async fn follow(&self, mut held: Step) -> Result<Fetched, Failure> {
         loop {
             match self.fetch_update(held.next(), FOLLOW_TIME).await {
-                Ok(true) => held = held.next(),
+                Ok(true) => {
+                    held = held.next();
+                    self.moments.at(Moment::Followed(held));
+                }
                 Ok(false) => {}
                 Err(Fault::Fetch(error)) => {
                     return Ok(Fetched { step: held.0, error: error.to_string() });

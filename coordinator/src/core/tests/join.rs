@@ -271,11 +271,27 @@ fn a_guest_that_never_answers_is_not_kept_for_for_ever() {
     rig.prepare_all();
     let guest = rig.join("late");
     (0..70).for_each(|_| rig.prepare_all());
-    assert_eq!(ids.iter().map(|id| withdrawn(&rig, *id)).collect::<Vec<_>>(), [1, 1]);
     assert_eq!(rig.core.committed, Step(71));
+    assert_eq!(ids.iter().map(|id| withdrawn(&rig, *id)).collect::<Vec<_>>(), [0, 0]);
+    rig.pass(31.0);
+    rig.prepare_all();
+    assert_eq!(ids.iter().map(|id| withdrawn(&rig, *id)).collect::<Vec<_>>(), [1, 1]);
     fetched(&mut rig, guest, 70, Ok(()));
     rig.prepare_all();
     assert!(rig.core.rank_of(guest).is_none(), "it would find nothing to catch up with");
+}
+
+#[test]
+fn a_guest_has_as_many_steps_as_the_members_keep_however_long_they_take() {
+    let long = ["stages.0.steps=100", "checkpoint.every_steps=90", "evaluation.every_steps=90"];
+    let (mut rig, _) = Rig::training(2, &long);
+    rig.prepare_all();
+    let guest = rig.join("late");
+    for _ in 0..60 {
+        rig.pass(10.0);
+        rig.prepare_all();
+    }
+    assert!(rig.core.is_guest(guest));
 }
 
 #[test]

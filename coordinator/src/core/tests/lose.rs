@@ -56,6 +56,18 @@ fn a_coordinator_that_was_frozen_itself_does_not_blame_its_workers() {
 }
 
 #[test]
+fn a_coordinator_that_was_frozen_for_less_than_the_timeout_does_not_blame_its_workers_either() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    rig.pass(1.0);
+    // The beats before the freeze were on time, and those after it have not been read yet.
+    rig.now += Duration::from_millis(700);
+    rig.feed(Event::Tick);
+    rig.now += Duration::from_millis(2800);
+    rig.feed(Event::Tick);
+    assert_eq!(rig.members(), ids);
+}
+
+#[test]
 fn a_worker_that_leaves_is_gone_at_once() {
     let (mut rig, ids) = Rig::training(2, &[]);
     rig.say(ids[0], Report::Leave { reason: "preempted".into() });

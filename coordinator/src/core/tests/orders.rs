@@ -59,7 +59,6 @@ fn a_worker_that_joins_a_paused_run_fetches_the_state_meanwhile_and_takes_part_w
     rig.feed(Event::PauseRequested { reason: "new machines".into() });
     rig.prepare_all();
     let late = rig.join("late");
-    rig.pass(0.2);
     let Directive::Fetch(order) = rig.last_sent(late) else { panic!("not told to fetch") };
     assert_eq!(order.step, 1);
     rig.say(late, Report::Fetched { step: Step(1), result: Ok(()) });

@@ -296,7 +296,11 @@ mod tests {
 
     use super::*;
 
-    const SOON: Duration = Duration::from_millis(300);
+    /// Nothing here takes nearly this long, however busy the machine is.
+    const SOON: Duration = Duration::from_secs(45);
+
+    /// What is waited for in vain.
+    const SHORT: Duration = Duration::from_millis(100);
 
     fn ring(generation: u64) -> RingId {
         RingId { incarnation: Incarnation(1), generation: Generation(generation) }
@@ -329,7 +333,7 @@ mod tests {
         let (here, own) = peers("run").await;
         there.advance(ring(1));
         let mut out = here.connect(ring(3), Rank(0), &peer(1, address), SOON).await.unwrap();
-        let absent = there.accept(ring(2), &peer(0, own), SOON / 3).await.unwrap_err();
+        let absent = there.accept(ring(2), &peer(0, own), SHORT).await.unwrap_err();
         assert!(matches!(absent, PeerError::Absent { .. }), "{absent}");
         there.advance(ring(3));
         let mut taken = there.accept(ring(3), &peer(0, own), SOON).await.unwrap();
@@ -360,9 +364,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_peer_that_is_not_there_is_named_when_the_time_is_over() {
-        let (_, address) = peers("run").await;
+        // Nobody else gets a port that is bound, and nobody listens on it.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = socket.local_addr().unwrap();
         let (here, _) = peers("run").await;
-        let error = here.connect(ring(1), Rank(0), &peer(3, address), SOON).await.unwrap_err();
+        let error = here.connect(ring(1), Rank(0), &peer(3, address), SHORT).await.unwrap_err();
         assert!(matches!(error, PeerError::Connect { .. }), "{error}");
         assert!(error.to_string().contains("rank 3 (w3"), "{error}");
     }

@@ -109,8 +109,6 @@ fn describe(header: Header) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::time::Instant;
-
     use futures::future::{join_all, try_join_all};
     use looptrain_proto::{Digest, Generation, Incarnation};
     use proptest::prelude::*;
@@ -118,7 +116,8 @@ mod tests {
     use super::super::PeerListener;
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(5);
+    /// Nothing here takes nearly this long, however busy the machine is.
+    const SOON: Duration = Duration::from_secs(45);
 
     fn id(generation: u64) -> RingId {
         RingId { incarnation: Incarnation(1), generation: Generation(generation) }
@@ -195,13 +194,12 @@ mod tests {
         let (peers, members) = listeners(4).await;
         let mut rings = form(&peers, &members, 1).await;
         drop(rings.remove(2));
-        let start = Instant::now();
         let results = join_all(rings.into_iter().map(|mut ring| async move {
             // Owned here, so that each failure closes the connections to the next neighbours.
             ring.all_reduce(1, &mut values(0, 500_000)).await
-        }))
-        .await;
-        assert!(start.elapsed() < Duration::from_secs(1));
+        }));
+        // Without a word from rank 2 they would wait for ever.
+        let results = tokio::time::timeout(SOON, results).await.unwrap();
         let errors: Vec<String> = results.into_iter().map(|r| r.unwrap_err().to_string()).collect();
         assert!(errors[1].contains("lost rank 2 (w2"), "{}", errors[1]);
         assert!(errors[2].contains("lost rank 2 (w2"), "{}", errors[2]);

@@ -13,15 +13,16 @@ use looptrain_proto::v1::{self, CoordinatorMessage, WorkerMessage};
 use looptrain_proto::{Incarnation, Spec};
 use looptrain_storage::{Checkpoints, Register, RunRecord, Store};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::testing::tiny_store;
-use crate::{Finished, Moments, Stop, WorkerError, WorkerSettings};
+use crate::{Finished, Moment, Moments, Stop, WorkerError, WorkerSettings};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Nothing here takes nearly this long, however busy the machine is.
+pub(super) const PATIENCE: Duration = Duration::from_secs(45);
 
 type Line = mpsc::Sender<Result<CoordinatorMessage, Status>>;
 type Worker = JoinHandle<Result<Finished, WorkerError>>;
@@ -104,6 +105,18 @@ impl Rig {
         let (stop, reconnect) = (Stop::default(), Duration::ZERO);
         let moments = Moments::default();
         Self { spec, stop, reconnect, moments, url, guests, server }
+    }
+
+    /// Tells when a worker to come has been at this moment.
+    pub(super) fn reaches(&mut self, wanted: Moment) -> Reached {
+        let reached = Arc::new(Notify::new());
+        let note = Arc::clone(&reached);
+        self.moments = Moments::watched_by(move |moment| {
+            if moment == wanted {
+                note.notify_one();
+            }
+        });
+        Reached(reached)
     }
 
     /// Nobody listens any more.
@@ -198,6 +211,15 @@ pub(super) async fn steps(
         digests.push(all[0].digest.clone());
     }
     digests
+}
+
+/// A moment that comes.
+pub(super) struct Reached(Arc<Notify>);
+
+impl Reached {
+    pub(super) async fn wait(&self) {
+        tokio::time::timeout(PATIENCE, self.0.notified()).await.expect("the moment comes");
+    }
 }
 
 /// The coordinator's end of one session.
