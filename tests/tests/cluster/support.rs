@@ -265,9 +265,12 @@ pub(crate) fn state(process: u32) -> Option<char> {
     text.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
-/// Whether a process has ended, reaped or not.
+/// Whether a process has ended, reaped or not, and so have all its threads: until then its ports are
+/// taken, also when the first of them is gone.
 pub(crate) fn is_gone(process: u32) -> bool {
-    matches!(state(process), None | Some('Z' | 'X'))
+    let threads = std::fs::read_dir(format!("/proc/{process}/task"));
+    let others = threads.map_or(0, |all| all.flatten().count().saturating_sub(1));
+    others == 0 && matches!(state(process), None | Some('Z' | 'X'))
 }
 
 /// Waits for what is to happen soon; how soon depends on what else the machine has to do.
