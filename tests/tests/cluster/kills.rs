@@ -57,7 +57,9 @@ fn killed_after(scratch: &Scratch, microseconds: u64) -> (u64, u64) {
     let workers = workers_of(running.id());
     running.signal("KILL");
     // They end by themselves, too.
-    workers.iter().for_each(|worker| signal_if_there(*worker, "KILL"));
+    for worker in &workers {
+        signal_if_there(*worker, "KILL");
+    }
     assert_eq!(running.end().code, None, "it was at work until it was killed");
     wait_until(|| workers.iter().all(|worker| is_gone(*worker)));
     (from, saved)
