@@ -89,23 +89,25 @@ impl PrepareProgress {
                 (None, format!("going on behind {shards} shards with {tokens} tokens"), true)
             }
             PrepareEvent::Restarted => {
-                let text = "what lies there is of other options or texts; beginning anew";
+                let text = "what lies there is of other options or texts, or damaged; beginning anew \
+                            beside it (it goes at the end)";
                 (None, text.to_owned(), true)
             }
             PrepareEvent::Malformed { place, reason } => {
                 print_line(&format!("data {}: {place} is malformed: {reason}", self.name));
                 return;
             }
-            PrepareEvent::Tokenizing { bytes, total_bytes, tokens, malformed } => {
+            PrepareEvent::Tokenizing { bytes, total_bytes, tokens, shards, malformed } => {
                 let left_out = match malformed {
                     0 => String::new(),
                     _ => format!(", {} malformed", HumanCount(*malformed)),
                 };
                 let text = format!(
-                    "tokenizing: {} of {}, {} tokens{left_out}{}",
+                    "tokenizing: {} of {}, {} tokens, {} shards{left_out}{}",
                     HumanBytes(*bytes),
                     HumanBytes(*total_bytes),
                     HumanCount(*tokens),
+                    HumanCount(*shards),
                     self.speed(*bytes, *total_bytes),
                 );
                 (Some((*bytes, *total_bytes)), text, false)

@@ -9,29 +9,27 @@ use std::sync::Mutex;
 use bytes::Bytes;
 use looptrain_proto::spec::{self, Format};
 
-use super::prepare::check_shards;
-use super::resume::clear;
 use super::{
     Dataset, Mano, Origin, PrepareEvent, Recipe, Split, inspect, prepare, prepare_from, verify,
 };
 use crate::{Error, Store};
 
-fn text(i: usize) -> String {
+pub(super) fn text(i: usize) -> String {
     let line = format!("Document {i} says {} and \"quotes\".\n", i * 7919 % 1000);
     line.repeat(1 + i % 9)
 }
 
-fn lines(documents: std::ops::Range<usize>) -> String {
+pub(super) fn lines(documents: std::ops::Range<usize>) -> String {
     documents.map(|i| format!("{}\n", serde_json::json!({ "id": i, "text": text(i) }))).collect()
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
+pub(super) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
 }
 
-fn source(root: &Path) -> spec::Source {
+pub(super) fn source(root: &Path) -> spec::Source {
     spec::Source {
         paths: vec![root.display().to_string()],
         format: Format::Auto,
@@ -43,7 +41,7 @@ fn source(root: &Path) -> spec::Source {
     }
 }
 
-async fn files(store: &Store) -> Vec<(String, Bytes)> {
+pub(super) async fn files(store: &Store) -> Vec<(String, Bytes)> {
     let mut files = Vec::new();
     for object in store.list("datasets").await.unwrap() {
         let bytes = store.get(&object.key).await.unwrap();
@@ -168,33 +166,31 @@ async fn a_damaged_file_ends_the_work_and_is_named() {
     assert!(error.contains("a.jsonl.gz:") && error.contains("restore the file"), "{error}");
 }
 
-/// A store that takes its time, so that others get to see what is in it meanwhile.
-fn on_disk() -> (tempfile::TempDir, Store) {
-    let place = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("file://{}", place.path().display())).unwrap();
-    (place, store)
+/// The key of the file of the dataset `text` whose name begins so.
+pub(super) async fn key_of(store: &Store, begin: &str) -> String {
+    let listed = store.list("datasets/text").await.unwrap();
+    let begin = format!("datasets/text/{begin}");
+    let mut keys =
+        listed.into_iter().map(|object| object.key).filter(|key| key.starts_with(&begin));
+    let key = keys.next().unwrap();
+    assert_eq!(keys.next(), None);
+    key
 }
 
-/// Begins a preparation and drops it when `done` shards are told of in `progress.json`.
-async fn interrupted(store: &Store, recipe: &Recipe, done: u64) {
-    let making = prepare_from(store, "text", recipe, &|_| ());
-    let watching = async {
-        loop {
-            let json = store.get_opt("datasets/text/progress.json").await.unwrap();
-            let there = json.map_or(0, |json| {
-                let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
-                json["work"]["train"]["shards"].as_u64().unwrap()
-            });
-            if there >= done {
-                return;
+/// Begins a preparation that dies when `done` shards, or more, are in the store.
+pub(super) async fn interrupted(store: &Store, recipe: &Recipe, done: u64) {
+    let (store, recipe) = (store.clone(), recipe.clone());
+    let making = tokio::spawn(async move {
+        let die = |event| match event {
+            PrepareEvent::Tokenizing { shards, .. } if shards >= done => {
+                std::panic::resume_unwind(Box::new("interrupted"))
             }
-        }
-    };
-    tokio::select! {
-        biased;
-        () = watching => {}
-        made = making => panic!("complete before {done} shards were seen: {}", made.is_ok()),
-    }
+            _ => {}
+        };
+        prepare_from(&store, "text", &recipe, &die).await.map(drop)
+    });
+    let end = making.await;
+    assert!(end.is_err_and(|end| end.is_panic()), "it ended before {done} shards were there");
 }
 
 #[tokio::test]
@@ -212,10 +208,10 @@ async fn an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes() {
     let whole = files(&whole).await;
 
     for done in [1, 4, 9] {
-        let (_place, store) = on_disk();
+        let store = Store::open("memory://").unwrap();
         interrupted(&store, &recipe, done).await;
         // What is finished is not made again, so this stays (and is found by its size alone).
-        let key = "datasets/text/tokens-00000.arrow";
+        let key = &key_of(&store, "tokens-00000-").await;
         let marked = vec![7; store.get(key).await.unwrap().len()];
         store.put(key, marked.clone()).await.unwrap();
         let resumed = Mutex::new(0);
@@ -238,7 +234,7 @@ async fn what_lies_there_of_other_texts_is_removed() {
     let root = tempfile::tempdir().unwrap();
     std::fs::write(root.path().join("a.jsonl"), lines(0..600)).unwrap();
     let recipe = Recipe { origin: Origin::Text(source(root.path())), threads: None };
-    let (_place, store) = on_disk();
+    let store = Store::open("memory://").unwrap();
     interrupted(&store, &recipe, 5).await;
     std::fs::write(root.path().join("a.jsonl"), lines(10..90)).unwrap();
     let restarted = Mutex::new(false);
@@ -256,7 +252,7 @@ async fn objects_of_a_store_and_a_tokenizer_there_are_as_good_as_files() {
     std::fs::write(root.path().join("a.jsonl"), lines(0..300)).unwrap();
     let store = Store::open("memory://").unwrap();
     let by_file = prepare(&store, "text", &source(root.path()), &|_| ()).await.unwrap();
-    let tokenizer = store.get("datasets/text/tokenizer.json").await.unwrap();
+    let tokenizer = store.get(&key_of(&store, "tokenizer").await).await.unwrap();
 
     let corpus = Store::open("memory://corpus").unwrap();
     corpus.put("web/0.jsonl", lines(0..300)).await.unwrap();
@@ -270,26 +266,6 @@ async fn objects_of_a_store_and_a_tokenizer_there_are_as_good_as_files() {
     options.tokenizer = Some("memory://corpus/none.json".into());
     let error = prepare(&store, "third", &options, &|_| ()).await.unwrap_err().to_string();
     assert!(error.contains("memory://corpus/none.json does not exist"), "{error}");
-}
-
-#[tokio::test]
-async fn who_prepares_the_same_name_at_the_same_time_takes_no_dataset_away_and_finishes_none_torn()
-{
-    let root = tempfile::tempdir().unwrap();
-    std::fs::write(root.path().join("a.jsonl"), lines(0..300)).unwrap();
-    let store = Store::open("memory://").unwrap();
-    let dataset = prepare(&store, "text", &source(root.path()), &|_| ()).await.unwrap();
-    check_shards(&store, dataset.manifest()).await.unwrap();
-    let error = clear(&store, "text").await.unwrap_err().to_string();
-    assert!(error.contains("another preparation has made this dataset"), "{error}");
-    assert_eq!(verify(&store, dataset.manifest(), |_, _| ()).await.unwrap(), []);
-
-    store.put("datasets/text/tokens-00001.arrow", "of another one").await.unwrap();
-    let error = check_shards(&store, dataset.manifest()).await.unwrap_err().to_string();
-    assert!(error.contains("tokens-00001.arrow") && error.contains("it has 14 bytes"), "{error}");
-    store.delete("datasets/text/tokens-00001.arrow").await.unwrap();
-    let error = check_shards(&store, dataset.manifest()).await.unwrap_err().to_string();
-    assert!(error.contains("tokens-00001.arrow") && error.contains("it is not there"), "{error}");
 }
 
 #[tokio::test]
@@ -315,14 +291,18 @@ async fn verifying_names_each_bad_file_and_inspecting_shows_what_is_there() {
         assert!(samples.iter().all(|sample| sample.text.starts_with("Document ")), "{samples:?}");
     }
 
-    let mut bytes = store.get("datasets/text/tokens-00002.arrow").await.unwrap().to_vec();
+    let (tokenizer, shard) =
+        (key_of(&store, "tokenizer").await, key_of(&store, "tokens-00002-").await);
+    let missing = key_of(&store, "validation-00000-").await;
+    let mut bytes = store.get(&shard).await.unwrap().to_vec();
     bytes[700] ^= 1;
-    store.put("datasets/text/tokens-00002.arrow", bytes).await.unwrap();
-    store.delete("datasets/text/validation-00000.arrow").await.unwrap();
-    store.put("datasets/text/tokenizer.json", "{}").await.unwrap();
+    store.put(&shard, bytes).await.unwrap();
+    store.delete(&missing).await.unwrap();
+    store.put(&tokenizer, "{}").await.unwrap();
     let bad = verify(&store, manifest, |_, _| ()).await.unwrap();
-    let names: Vec<&str> = bad.iter().map(|bad| bad.place.rsplit('/').next().unwrap()).collect();
-    assert_eq!(names, ["tokenizer.json", "tokens-00002.arrow", "validation-00000.arrow"]);
+    let places: Vec<&str> =
+        bad.iter().map(|bad| bad.place.strip_prefix("memory://").unwrap()).collect();
+    assert_eq!(places, [&tokenizer, &shard, &missing]);
     assert!(bad[1].reason.contains("its digest is blake3:"), "{}", bad[1].reason);
     assert_eq!(bad[2].reason, "it is missing");
 }

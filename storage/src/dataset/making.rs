@@ -11,9 +11,10 @@ use looptrain_proto::Digest;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::names::Names;
 use super::pack::{Counts, Packed, Packer, Shard, Work};
 use super::prepare::{Maker, Output, PrepareEvent};
-use super::resume::{Entries, PROGRESS_FILE, Progress};
+use super::resume::{Entries, Progress};
 use super::source::{Batch, Document, Record, Sink, Source};
 use super::{Split, TextTokenizer};
 use crate::{Error, Result};
@@ -33,6 +34,7 @@ pub(super) struct Making<'a> {
     pub(super) maker: &'a Maker,
     pub(super) source: &'a dyn Source,
     pub(super) tokenizer: &'a TextTokenizer,
+    pub(super) names: &'a Names,
     /// Where the work begins.
     pub(super) begin: &'a Work,
     pub(super) total_bytes: u64,
@@ -59,6 +61,7 @@ impl Making<'_> {
         })?;
         while let Some(shard) = packer.cut(true)? {
             self.write(shard, &mut packer, entries)?;
+            self.tell(&packer, self.total_bytes)?;
         }
         self.check_malformed(packer.counts(), 0)?;
         Ok((packer.work(), packer.counts()))
@@ -131,17 +134,24 @@ impl Making<'_> {
                 packer.take(file, at, packed);
                 while let Some(shard) = packer.cut(false)? {
                     self.write(shard, packer, entries)?;
+                    self.tell(packer, read)?;
                 }
             }
             self.check_malformed(packer.counts(), FEW_RECORDS)?;
-            self.maker.event(PrepareEvent::Tokenizing {
-                bytes: read,
-                total_bytes: self.total_bytes,
-                tokens: packer.tokens(),
-                malformed: packer.counts().malformed,
-            })?;
+            self.tell(packer, read)?;
         }
         Ok(())
+    }
+
+    /// Tells how far it has come, with so many bytes read.
+    fn tell(&self, packer: &Packer, bytes: u64) -> Result<()> {
+        self.maker.event(PrepareEvent::Tokenizing {
+            bytes,
+            total_bytes: self.total_bytes,
+            tokens: packer.tokens(),
+            shards: packer.shards(),
+            malformed: packer.counts().malformed,
+        })
     }
 
     /// A shard first, then its entry, and last that both are there.
@@ -149,10 +159,10 @@ impl Making<'_> {
         let file = shard.entry.file.clone();
         entries.split(shard.split).push(shard.entry);
         self.maker.send(Output::File(file, shard.bytes))?;
-        let (file, json) = entries.segment(shard.split);
+        let (file, json) = entries.segment(self.names, shard.split);
         self.maker.send(Output::File(file, json.into()))?;
         let progress = Progress::new(self.sources, self.tokenizer.digest(), packer.work());
-        self.maker.send(Output::File(PROGRESS_FILE.to_owned(), progress.to_json().into()))
+        self.maker.send(Output::File(self.names.progress(), progress.to_json().into()))
     }
 
     /// Fails when more records than their share of all, or of so many, are malformed.

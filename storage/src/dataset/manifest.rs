@@ -3,7 +3,7 @@
 use looptrain_proto::{Digest, spec};
 use serde::{Deserialize, Serialize};
 
-use super::TokenType;
+use super::{TokenType, dataset_prefix};
 
 /// The two parts of a dataset; no document is in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,7 +32,10 @@ pub struct DatasetManifest {
     pub name: String,
     /// Entries of the tokenizer; every token is below it.
     pub vocabulary_size: usize,
-    /// Digest of `tokenizer.json`.
+    /// File name of the tokenizer beside the manifest.
+    #[serde(default = "tokenizer_before")]
+    pub tokenizer: String,
+    /// Digest of that file.
     pub tokenizer_digest: Digest,
     /// The token after each document.
     #[serde(default)]
@@ -62,6 +65,17 @@ impl DatasetManifest {
             Split::Train => &self.train,
             Split::Validation => &self.validation,
         }
+    }
+
+    /// Names of all other files of the dataset.
+    pub(super) fn files(&self) -> impl Iterator<Item = &str> {
+        let shards = self.train.shards.iter().chain(&self.validation.shards);
+        std::iter::once(self.tokenizer.as_str()).chain(shards.map(|shard| shard.file.as_str()))
+    }
+
+    /// Key of the tokenizer in the store.
+    pub(super) fn tokenizer_key(&self) -> String {
+        format!("{}/{}", dataset_prefix(&self.name), self.tokenizer)
     }
 
     /// Digest of what decides the tokens and their meaning: tokenizer, vocabulary, and the shards
@@ -94,9 +108,8 @@ impl DatasetManifest {
             return Some(format!("it belongs to the dataset `{}`", self.name));
         }
         // A file's name comes from outside and becomes a key.
-        let mut shards = self.train.shards.iter().chain(&self.validation.shards);
-        if let Some(shard) = shards.find(|shard| shard.file.contains('/')) {
-            return Some(format!("it names the shard `{}`, which is elsewhere", shard.file));
+        if let Some(file) = self.files().find(|file| file.contains('/')) {
+            return Some(format!("it names the file `{file}`, which is elsewhere"));
         }
         let uneven = |split: &SplitManifest| {
             split.shards.iter().map(|shard| shard.tokens).sum::<u64>() != split.tokens
@@ -104,6 +117,11 @@ impl DatasetManifest {
         (uneven(&self.train) || uneven(&self.validation))
             .then(|| "its shards do not sum to its tokens".to_owned())
     }
+}
+
+/// What every tokenizer was called before its name had a tag.
+fn tokenizer_before() -> String {
+    "tokenizer.json".to_owned()
 }
 
 /// One split: its totals and its shards, in order.

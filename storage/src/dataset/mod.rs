@@ -1,7 +1,7 @@
 //! Datasets: a token stream in shards, its tokenizer, and the manifest that makes them one thing.
 //!
-//! A dataset is `datasets/<name>/` in the store: `tokenizer.json`, the Arrow IPC shards of its two
-//! splits, and `manifest.json`, written last. Without a manifest there is no dataset, whatever else
+//! A dataset is `datasets/<name>/` in the store: a tokenizer, the Arrow IPC shards of its two splits,
+//! and `manifest.json`, written last. Without a manifest there is no dataset, whatever else
 //! lies there; with one, every other file is named in it with its blake3 digest, so that a reader
 //! never trains on bytes that were not written.
 //!
@@ -18,8 +18,11 @@ mod fit;
 mod hedge;
 mod inspect;
 mod local;
+#[cfg(test)]
+mod makers_tests;
 mod making;
 mod manifest;
+mod names;
 mod pack;
 mod prepare;
 #[cfg(test)]
@@ -56,8 +59,4 @@ pub fn dataset_prefix(name: &str) -> String {
 
 fn manifest_key(name: &str) -> String {
     format!("{}/manifest.json", dataset_prefix(name))
-}
-
-fn tokenizer_key(name: &str) -> String {
-    format!("{}/tokenizer.json", dataset_prefix(name))
 }

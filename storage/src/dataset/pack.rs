@@ -11,6 +11,7 @@ use bytes::Bytes;
 use looptrain_proto::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::names::Names;
 use super::{ShardEntry, Split, SplitManifest, TokenType, shard};
 use crate::{Error, Result};
 
@@ -103,16 +104,9 @@ pub(super) struct Shard {
     pub(super) bytes: Bytes,
 }
 
-/// Name of a shard's file.
-fn file_name(split: Split, number: u64) -> String {
-    match split {
-        Split::Train => format!("tokens-{number:05}.arrow"),
-        Split::Validation => format!("validation-{number:05}.arrow"),
-    }
-}
-
 /// Puts documents into shards.
 pub(super) struct Packer {
+    names: Names,
     shard_tokens: usize,
     dtype: TokenType,
     train: Stream,
@@ -123,20 +117,34 @@ pub(super) struct Packer {
 }
 
 impl Packer {
-    pub(super) fn new(work: Work, shard_tokens: u64, dtype: TokenType) -> Self {
+    /// Begins where `work` ends; `passed` records of its first file lie before the first that comes.
+    pub(super) fn new(
+        names: Names,
+        work: Work,
+        passed: u64,
+        shard_tokens: u64,
+        dtype: TokenType,
+    ) -> Self {
+        let records = work.before.records + passed;
         Self {
+            names,
             shard_tokens: shard_tokens as usize,
             dtype,
-            counts: work.before,
+            counts: Counts { records, ..work.before },
             files: [(work.file, work.before)].into(),
             train: Stream::new(work.train),
             validation: Stream::new(work.validation),
         }
     }
 
-    /// What has been read.
+    /// What has been read, by this maker and by those before it.
     pub(super) fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// Shards that have been cut.
+    pub(super) fn shards(&self) -> u64 {
+        self.train.work.shards + self.validation.work.shards
     }
 
     /// Tokens in shards or on their way.
@@ -170,9 +178,10 @@ impl Packer {
         for split in [Split::Train, Split::Validation] {
             let (full, dtype) = (self.shard_tokens, self.dtype);
             let stream = self.stream(split);
-            let there = stream.tokens.len();
+            let (there, number) = (stream.tokens.len(), stream.work.shards);
             if there >= full || (rest && there > 0) {
-                return stream.cut(split, there.min(full), dtype).map(Some);
+                let file = self.names.shard(split, number);
+                return self.stream(split).cut(split, file, there.min(full), dtype).map(Some);
             }
         }
         Ok(None)
@@ -239,9 +248,8 @@ impl Stream {
         self.documents.push_back(Waiting { done, left: left.len(), bytes });
     }
 
-    /// Makes a shard of the first `count` tokens.
-    fn cut(&mut self, split: Split, count: usize, dtype: TokenType) -> Result<Shard> {
-        let file = file_name(split, self.work.shards);
+    /// Makes the shard `file` of the first `count` tokens.
+    fn cut(&mut self, split: Split, file: String, count: usize, dtype: TokenType) -> Result<Shard> {
         let (tokens, starts) = (&self.tokens[..count], &self.starts[..count]);
         let bytes = shard::encode(dtype, tokens, starts).map_err(|error| Error::Malformed {
             place: file.clone(),
@@ -324,7 +332,7 @@ mod tests {
     /// Takes the records from where the work begins; the work after each shard, and the shards.
     fn pack(records: &[Given], work: Work) -> (Vec<(Work, ShardEntry)>, Counts) {
         let file = work.file;
-        let mut packer = Packer::new(work, 37, TokenType::U16);
+        let mut packer = Packer::new(Names::of(&"test"), work, 0, 37, TokenType::U16);
         let mut shards = Vec::new();
         let wanted = records.iter().filter(|record| record.0 >= file);
         for (file, at, record) in wanted {

@@ -3,6 +3,11 @@
 //! The work that takes cores runs on threads of its own (see [`super::making`]); finished files come
 //! back over a bounded channel to the async side, which writes them, so that a store that fails stops
 //! the work. What was finished is found again: see [`super::resume`].
+//!
+//! Several makers may be at work under one name, knowing nothing of each other: their files have
+//! different names unless they hold the same bytes ([`super::names`]), and of their manifests the one
+//! that is put first stands. All others end with an error, unless theirs says the same; and whoever
+//! comes to an end removes what the manifest that stands does not name.
 
 use std::time::Duration;
 
@@ -13,9 +18,10 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::making::Making;
+use super::names::Names;
 use super::pack::{Counts, Packer, Work};
 use super::read::unigram_loss;
-use super::resume::{Entries, Left, clear};
+use super::resume::{Entries, Left, is_begun, tidy};
 use super::source::{Batch, Document, Exercises, Files, Mano, Sample, Sink, Source, open_url};
 use super::{
     Dataset, DatasetManifest, Input, SourceSummary, Split, TextTokenizer, TokenType,
@@ -95,7 +101,7 @@ pub enum PrepareEvent {
         /// Tokens in them.
         tokens: u64,
     },
-    /// What an earlier preparation left is of no use, and removed.
+    /// What lies there is of other options or inputs, or damaged; it goes when this one is complete.
     Restarted,
     /// A record is left out; told of the first ones alone.
     Malformed {
@@ -112,6 +118,8 @@ pub enum PrepareEvent {
         total_bytes: u64,
         /// Tokens so far.
         tokens: u64,
+        /// Shards of both splits that are in the store.
+        shards: u64,
         /// Records left out so far.
         malformed: u64,
     },
@@ -130,19 +138,18 @@ pub enum PrepareEvent {
 pub(super) enum Output {
     Event(PrepareEvent),
     File(String, Bytes),
-    /// Everything that is there of the dataset goes.
-    Clear,
 }
 
 /// Makes the dataset `name` from `source`; one that is there already and was made with the same
-/// options is opened and left as it is, and one that was begun with them is gone on with.
+/// options is opened and left as it is, and one that was begun with them is gone on with. What is
+/// found beside a complete one, left by others, is removed.
 ///
 /// `progress` is called on the calling task, between awaits.
 ///
 /// # Errors
 /// When there is no text or too little of it, a file cannot be read, too many records are malformed,
 /// or the store fails: the store then has no such dataset. [`Error::OtherSource`] when it has one
-/// made with other options.
+/// made with other options, [`Error::Conflict`] when somebody else has made another one meanwhile.
 pub async fn prepare(
     store: &Store,
     name: &str,
@@ -166,13 +173,10 @@ pub async fn prepare_from(
     let options = recipe.options();
     if let Some(dataset) = Dataset::open(store, name).await? {
         dataset.check_source(&options)?;
+        tidy_up(store, name, &[]).await;
         return Ok(dataset);
     }
     store.sweep(&dataset_prefix(name), STALE).await?;
-    let left = match Left::find(store, name).await? {
-        Some(left) if left.is_whole(store, name).await? => Some(left),
-        _ => None,
-    };
     let given = match (&recipe.origin, &options.tokenizer) {
         (Origin::Mano { mano, .. }, _) => Some(mano.tokenizer()),
         (Origin::Text(_), Some(place)) => Some(read_tokenizer(place).await?),
@@ -180,7 +184,8 @@ pub async fn prepare_from(
     };
     let (sender, mut outputs) = mpsc::channel(2);
     let (name_, recipe, runtime) = (name.to_owned(), recipe.clone(), Handle::current());
-    let maker = Maker { name: name_, recipe, options, given, left, runtime, sender };
+    let store_ = store.clone();
+    let maker = Maker { store: store_, name: name_, recipe, options, given, runtime, sender };
     let mut making = std::pin::pin!(blocking(move || maker.make()));
     let mut made = None;
     // The channel closes when the maker is done; its result says how.
@@ -189,9 +194,9 @@ pub async fn prepare_from(
             output = outputs.recv() => match output {
                 Some(Output::Event(event)) => progress(event),
                 Some(Output::File(file, bytes)) => {
-                    store.put(&format!("{}/{file}", dataset_prefix(name)), bytes).await?;
+                    let key = format!("{}/{file}", dataset_prefix(name));
+                    store.put_large(&key, bytes).await?;
                 }
-                Some(Output::Clear) => clear(store, name).await?,
                 None => break,
             },
             result = &mut making, if made.is_none() => made = Some(result?),
@@ -201,11 +206,7 @@ pub async fn prepare_from(
         Some(result) => result?,
         None => making.await??,
     };
-    let dataset = write_manifest(store, manifest, progress).await?;
-    for file in leftovers {
-        store.delete(&format!("{}/{file}", dataset_prefix(name))).await?;
-    }
-    Ok(dataset)
+    write_manifest(store, manifest, leftovers, progress).await
 }
 
 /// The `tokenizer.json` at a path or URL.
@@ -221,8 +222,7 @@ async fn read_tokenizer(place: &str) -> Result<Vec<u8>> {
     Ok(store.get(&key).await?.to_vec())
 }
 
-/// Whether all files that a manifest names are there in their right size: somebody else may be at
-/// work under the same name.
+/// Whether all shards that a manifest names are there in their right size.
 pub(super) async fn check_shards(store: &Store, manifest: &DatasetManifest) -> Result<()> {
     for shard in manifest.train.shards.iter().chain(&manifest.validation.shards) {
         let key = format!("{}/{}", dataset_prefix(&manifest.name), shard.file);
@@ -232,8 +232,8 @@ pub(super) async fn check_shards(store: &Store, manifest: &DatasetManifest) -> R
             found => {
                 let has = found.map_or("is not there".into(), |size| format!("has {size} bytes"));
                 let reason = format!(
-                    "it {has}, though {} were written: is another preparation of this dataset at \
-                     work? let one of them end, then start again",
+                    "it {has}, though {} were written: somebody has removed or replaced it \
+                     meanwhile; run the same command again",
                     shard.bytes
                 );
                 return Err(Error::Conflict { place, reason });
@@ -243,9 +243,12 @@ pub(super) async fn check_shards(store: &Store, manifest: &DatasetManifest) -> R
     Ok(())
 }
 
-async fn write_manifest(
+/// Puts the manifest of a dataset whose other files are there, and removes what is of no use from then
+/// on; `leftovers` are files of this maker that it does not name.
+pub(super) async fn write_manifest(
     store: &Store,
     manifest: DatasetManifest,
+    mut leftovers: Vec<String>,
     progress: &(dyn Fn(PrepareEvent) + Send + Sync),
 ) -> Result<Dataset> {
     let name = manifest.name.clone();
@@ -253,17 +256,23 @@ async fn write_manifest(
         place: store.place(&manifest_key(&name)),
         reason: error.to_string(),
     })?;
-    check_shards(store, &manifest).await?;
-    store.put_if_absent(&manifest_key(&name), json).await?;
+    match check_shards(store, &manifest).await {
+        Ok(()) => drop(store.put_if_absent(&manifest_key(&name), json).await?),
+        // Who was first has removed what his manifest does not name.
+        Err(_) if Dataset::open(store, &name).await?.is_some() => {}
+        Err(missing) => return Err(missing),
+    }
     let dataset = Dataset::open(store, &name).await?;
     let dataset =
         dataset.ok_or_else(|| Error::NotFound { place: store.place(&manifest_key(&name)) })?;
-    // Whoever made the same dataset at the same time wrote the same files.
+    leftovers.extend(manifest.files().map(str::to_owned));
+    tidy_up(store, &name, &leftovers).await;
+    // Who made the same dataset, or had the same tokens from elsewhere, has what he wanted.
     if dataset.manifest().digest() != manifest.digest() {
         return Err(Error::Conflict {
             place: store.place(&manifest_key(&name)),
-            reason: "another preparation has made another dataset of this name meanwhile; see \
-                     with `data verify` whether it is whole, and choose another name for this one"
+            reason: "another preparation has made another dataset of this name meanwhile, which \
+                     stands; use it, or choose another name for this one"
                 .into(),
         });
     }
@@ -275,14 +284,21 @@ async fn write_manifest(
     Ok(dataset)
 }
 
+/// As [`tidy`]; the dataset is none the worse when it fails.
+async fn tidy_up(store: &Store, name: &str, known: &[String]) {
+    if let Err(error) = tidy(store, name, known).await {
+        tracing::warn!(dataset = name, %error, "files that are of no use are left beside it");
+    }
+}
+
 /// Does the work, away from the async threads.
 pub(super) struct Maker {
+    store: Store,
     name: String,
     pub(super) recipe: Recipe,
     pub(super) options: spec::Source,
     /// The tokenizer, unless it is to be trained.
     given: Option<Vec<u8>>,
-    left: Option<Left>,
     runtime: Handle,
     sender: mpsc::Sender<Output>,
 }
@@ -292,17 +308,21 @@ impl Maker {
     fn make(mut self) -> Result<(DatasetManifest, Vec<String>)> {
         let found = self.find()?;
         let source = found.source();
-        let (tokenizer, work, mut entries) = self.begin(&found)?;
+        let sources = self.sources(source);
+        let names = Names::of(&(sources, self.given.as_ref().map(|json| Digest::of(json))));
+        let (tokenizer, work, mut entries) = self.begin(&found, &names, sources)?;
         let dtype = TokenType::for_vocabulary(tokenizer.vocabulary_size());
         let making = Making {
             maker: &self,
             source,
             tokenizer: &tokenizer,
+            names: &names,
             begin: &work,
             total_bytes: (0..source.files()).map(|file| source.bytes(file)).sum(),
-            sources: self.sources(source),
+            sources,
         };
-        let packer = Packer::new(work.clone(), self.options.shard_tokens, dtype);
+        let (shard_tokens, passed) = (self.options.shard_tokens, source.first(work.from()) - 1);
+        let packer = Packer::new(names.clone(), work.clone(), passed, shard_tokens, dtype);
         let (work, counts) = making.pack(packer, &mut entries)?;
         if work.train.tokens == 0 || work.validation.tokens == 0 {
             let (train, held) = (work.train.documents, work.validation.documents);
@@ -310,11 +330,12 @@ impl Maker {
                 "{train} documents are to train and {held} to validate, and both are needed; give it more text, or hold out another share (validation_fraction, --validation)"
             )));
         }
-        let leftovers = entries.files();
+        let leftovers = entries.files(&names);
         let manifest = DatasetManifest {
             version: DatasetManifest::VERSION,
             dtype,
             vocabulary_size: tokenizer.vocabulary_size(),
+            tokenizer: names.tokenizer(),
             tokenizer_digest: tokenizer.digest(),
             end_of_text: tokenizer.end_of_text(),
             unigram_loss: Some(unigram_loss(&work.train.counts, &work.validation.counts)),
@@ -358,15 +379,15 @@ impl Maker {
     }
 
     /// The tokenizer, and how far the work has come.
-    fn begin(&mut self, found: &Found) -> Result<(TextTokenizer, Work, Entries)> {
+    fn begin(
+        &mut self,
+        found: &Found,
+        names: &Names,
+        sources: Digest,
+    ) -> Result<(TextTokenizer, Work, Entries)> {
         let end = self.options.end_of_text.clone();
-        let is_same = |left: &Left| {
-            let given = self.given.as_ref().map(|json| Digest::of(json));
-            left.progress.sources == self.sources(found.source())
-                && given.is_none_or(|given| given == left.progress.tokenizer)
-        };
-        let left = self.left.as_ref();
-        if let Some(left) = left.filter(|left| is_same(left)) {
+        let left = Left::find(&self.store, &self.name, names, sources);
+        if let Some(left) = self.runtime.block_on(left)? {
             let tokenizer = TextTokenizer::from_json(&left.tokenizer, end.as_deref())?;
             let work = left.progress.work.clone();
             let size = tokenizer.vocabulary_size();
@@ -377,9 +398,8 @@ impl Maker {
                 return Ok((tokenizer, work, left.entries()));
             }
         }
-        if left.is_some() {
+        if self.runtime.block_on(is_begun(&self.store, &self.name))? {
             self.event(PrepareEvent::Restarted)?;
-            self.send(Output::Clear)?;
         }
         let (json, tokenizer) = match self.given.take() {
             Some(json) => {
@@ -388,7 +408,7 @@ impl Maker {
             }
             None => self.train_tokenizer(found)?,
         };
-        self.send(Output::File("tokenizer.json".to_owned(), json.into()))?;
+        self.send(Output::File(names.tokenizer(), json.into()))?;
         let work = Work::new(tokenizer.vocabulary_size());
         Ok((tokenizer, work, Entries::default()))
     }

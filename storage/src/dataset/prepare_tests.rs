@@ -153,9 +153,12 @@ async fn what_an_interrupted_preparation_left_is_done_again() {
     let expected = made(&whole, &options).await;
 
     let store = Store::open("memory://").unwrap();
-    store.put("datasets/text/tokens-00000.arrow", "half a shard").await.unwrap();
-    store.put("datasets/text/tokenizer.json", "{").await.unwrap();
+    for file in expected.manifest().files() {
+        store.put(&format!("datasets/text/{file}"), "half a file").await.unwrap();
+    }
+    store.put("datasets/text/tokens-00000.arrow", "of before").await.unwrap();
     let dataset = made(&store, &options).await;
+    assert!(store.size("datasets/text/tokens-00000.arrow").await.unwrap().is_none());
     assert_eq!(dataset.manifest(), expected.manifest());
     dataset.read_sequence(Split::Train, 10, 0).await.unwrap();
     dataset.tokenizer().await.unwrap();

@@ -12,7 +12,7 @@ use tokio::sync::OnceCell;
 use super::blocks::{Piece, Reading, ShardFile};
 use super::local::{LocalFault, LocalFile};
 use super::shard::{self, Tokens};
-use super::{DatasetManifest, Split, TextTokenizer, dataset_prefix, manifest_key, tokenizer_key};
+use super::{DatasetManifest, Split, TextTokenizer, dataset_prefix, manifest_key};
 use crate::{Error, Result, Store, Tries, blocking};
 
 /// Sequences that are found at once; reads of the store are bounded for all together.
@@ -127,7 +127,7 @@ impl Dataset {
     /// # Errors
     /// When it is missing, or not the one that the manifest names.
     pub async fn tokenizer_json(&self) -> Result<Bytes> {
-        let key = tokenizer_key(&self.manifest().name);
+        let key = self.manifest().tokenizer_key();
         let bytes = self.inner.store.get(&key).await?;
         let (expected, found) = (self.manifest().tokenizer_digest, Digest::of(&bytes));
         if found != expected {

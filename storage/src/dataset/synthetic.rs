@@ -2,9 +2,11 @@
 
 use looptrain_proto::Digest;
 
+use super::names::Names;
+use super::prepare::write_manifest;
 use super::{
-    Dataset, DatasetManifest, ShardEntry, SourceSummary, SplitManifest, TokenType, dataset_prefix,
-    manifest_key, shard,
+    Dataset, DatasetManifest, ShardEntry, SourceSummary, Split, SplitManifest, TokenType,
+    dataset_prefix, shard,
 };
 use crate::{Error, Result, Store, blocking};
 
@@ -26,17 +28,20 @@ pub struct Synthetic {
 /// is opened and left as it is.
 ///
 /// # Errors
-/// When the store fails.
+/// When the store fails, or somebody else has made another one meanwhile.
 pub async fn synthetic(store: &Store, name: &str, what: Synthetic) -> Result<Dataset> {
     if let Some(dataset) = Dataset::open(store, name).await? {
         return Ok(dataset);
     }
-    let train = split(store, name, "tokens", what.tokens, what).await?;
-    let validation = split(store, name, "validation", VALIDATION_TOKENS, what).await?;
+    let Synthetic { tokens, shard_tokens, vocabulary_size } = what;
+    let names = Names::of(&("synthetic", tokens, shard_tokens, vocabulary_size));
+    let train = split(store, name, &names, Split::Train, tokens, what).await?;
+    let validation = split(store, name, &names, Split::Validation, VALIDATION_TOKENS, what).await?;
     let manifest = DatasetManifest {
         version: DatasetManifest::VERSION,
         name: name.to_owned(),
         vocabulary_size: what.vocabulary_size,
+        tokenizer: names.tokenizer(),
         tokenizer_digest: Digest::of(b""),
         end_of_text: 0,
         dtype: TokenType::for_vocabulary(what.vocabulary_size),
@@ -45,20 +50,14 @@ pub async fn synthetic(store: &Store, name: &str, what: Synthetic) -> Result<Dat
         unigram_loss: None,
         source: SourceSummary::default(),
     };
-    let key = manifest_key(name);
-    let malformed = |error: serde_json::Error| Error::Malformed {
-        place: store.place(&key),
-        reason: error.to_string(),
-    };
-    store.put_if_absent(&key, serde_json::to_vec_pretty(&manifest).map_err(malformed)?).await?;
-    let made = Dataset::open(store, name).await?;
-    made.ok_or_else(|| Error::NotFound { place: store.place(&key) })
+    write_manifest(store, manifest, Vec::new(), &|_| ()).await
 }
 
 async fn split(
     store: &Store,
     name: &str,
-    prefix: &str,
+    names: &Names,
+    which: Split,
     tokens: u64,
     what: Synthetic,
 ) -> Result<SplitManifest> {
@@ -66,7 +65,7 @@ async fn split(
     let vocabulary = what.vocabulary_size as u64;
     for first in (0..tokens).step_by(what.shard_tokens as usize) {
         let count = what.shard_tokens.min(tokens - first);
-        let file = format!("{prefix}-{:05}.arrow", split.shards.len());
+        let file = names.shard(which, split.shards.len() as u64);
         let dtype = TokenType::for_vocabulary(what.vocabulary_size);
         let encoded = blocking(move || {
             let token = |place: u64| (scrambled(place) % vocabulary) as u32;
@@ -87,7 +86,7 @@ async fn split(
             bytes: bytes.len() as u64,
             digest,
         });
-        store.put(&format!("{}/{file}", dataset_prefix(name)), bytes).await?;
+        store.put_large(&format!("{}/{file}", dataset_prefix(name)), bytes).await?;
     }
     Ok(split)
 }

@@ -16,6 +16,7 @@ pub(super) fn manifest(name: &str, train: u64, validation: u64) -> DatasetManife
         version: DatasetManifest::VERSION,
         name: name.to_owned(),
         vocabulary_size: 1000,
+        tokenizer: "tokenizer.json".to_owned(),
         tokenizer_digest: Digest::of(b"{}"),
         end_of_text: 0,
         dtype: TokenType::U16,

@@ -134,7 +134,9 @@ impl TextTokenizer {
         tokenizer.to_string(false).map(String::into_bytes).map_err(failed)
     }
 
-    /// The tokens of a text, none of them special.
+    /// The tokens of a text, none of them special. A text of more than 1 MiB is tokenized in pieces,
+    /// with the same result where the tokenizer is byte-level BPE with the GPT-2 pattern and white
+    /// space, or the end of a word, comes once in a MiB; else tokens may differ at the seams.
     ///
     /// # Errors
     /// When the tokenizer fails, which byte-level BPE does not.
@@ -142,7 +144,10 @@ impl TextTokenizer {
         if text.len() <= LONG {
             return self.encode_whole(text);
         }
-        let pieces = pieces(text, LONG);
+        let pieces = match &self.words {
+            Some(words) => words.pieces(text, LONG),
+            None => pieces(text, LONG),
+        };
         let encode =
             |&(start, length): &(usize, usize)| self.encode_whole(&text[start..start + length]);
         let tokens: Vec<Vec<u32>> = pieces.par_iter().map(encode).collect::<Result<_>>()?;
@@ -259,6 +264,40 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn pieces_of_any_length_are_all_of_the_text_and_seams_change_no_token(
+            parts in prop::collection::vec(prop::sample::select(vec![
+                " ", "   ", "\n", "\n\n", "\u{a0}", "'", "'s", "'ll", "'r", "a", "looped", "ä", "漢字",
+                "²", "1", "42", "_", "-", "()", "🙂", "\u{301}",
+            ]), 0..30),
+            longest in 4_usize..24,
+        ) {
+            thread_local!(static TOKENIZERS: [TextTokenizer; 2] = [trained(400), with_digits()]
+                .map(|json| TextTokenizer::from_json(&json, None).unwrap()));
+            let text = parts.concat();
+            TOKENIZERS.with(|tokenizers| {
+                for tokenizer in tokenizers {
+                    let words = tokenizer.words.as_ref().unwrap();
+                    let mut end = 0;
+                    for (start, length) in words.pieces(&text, longest) {
+                        assert!(start == end && length <= longest, "{text:?}");
+                        end += length;
+                    }
+                    assert_eq!(end, text.len());
+                    let whole = tokenizer.encode_plain(&text).unwrap();
+                    let places = text.char_indices().map(|(place, _)| place);
+                    for place in places.filter(|&place| words.is_border(&text, place)) {
+                        let (before, behind) = text.split_at(place);
+                        let mut tokens = tokenizer.encode_plain(before).unwrap();
+                        tokens.extend(tokenizer.encode_plain(behind).unwrap());
+                        assert_eq!(tokens, whole, "{before:?} {behind:?}");
+                    }
+                }
+            });
+        }
+    }
+
     #[test]
     fn a_tokenizer_of_another_kind_is_left_to_the_library() {
         let json: serde_json::Value = serde_json::from_slice(&with_digits()).unwrap();
@@ -279,11 +318,30 @@ mod tests {
     }
 
     #[test]
-    fn a_long_text_is_tokenized_in_pieces_and_survives() {
-        let tokenizer = TextTokenizer::from_json(&trained(300), None).unwrap();
-        let text: String = (0..200_000).map(|i| format!("line {i}\n")).collect();
-        let tokens = tokenizer.encode(&text).unwrap();
-        assert!(text.len() > 2 * super::LONG && tokenizer.decode(&tokens).unwrap() == text);
+    fn a_long_text_that_is_tokenized_in_pieces_has_the_tokens_of_all_of_it() {
+        let text: String = (0..80_000).map(|i| format!("looped {i}:\n\n    don't() ")).collect();
+        assert!(text.len() > 2 * super::LONG);
+        for json in [trained(400), with_digits()] {
+            let tokenizer = TextTokenizer::from_json(&json, None).unwrap();
+            assert!(tokenizer.words.as_ref().unwrap().pieces(&text, super::LONG).len() > 2);
+            assert!(tokenizer.encode(&text).unwrap() == tokenizer.encode_plain(&text).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_long_text_without_a_seam_and_one_of_another_tokenizer_survive() {
+        let mut json: serde_json::Value = serde_json::from_slice(&trained(300)).unwrap();
+        let words = TextTokenizer::from_json(&trained(300), None).unwrap();
+        json["pre_tokenizer"]["add_prefix_space"] = true.into();
+        let other = TextTokenizer::from_json(&serde_json::to_vec(&json).unwrap(), None).unwrap();
+        assert!(other.words.is_none());
+        let dense = "ä".repeat(super::LONG);
+        let lines: String = (0..200_000).map(|i| format!("line {i}\n")).collect();
+        for (tokenizer, text) in [(&words, &dense), (&words, &lines), (&other, &lines)] {
+            let back = tokenizer.decode(&tokenizer.encode(text).unwrap()).unwrap();
+            // A space before a piece is what this other tokenizer puts there.
+            assert!(back.replace(' ', "") == text.replace(' ', ""));
+        }
     }
 
     #[test]

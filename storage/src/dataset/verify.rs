@@ -4,7 +4,7 @@ use futures::StreamExt;
 use looptrain_proto::Digest;
 
 use super::shard;
-use super::{DatasetManifest, ShardEntry, Split, TextTokenizer, dataset_prefix, tokenizer_key};
+use super::{DatasetManifest, ShardEntry, Split, TextTokenizer, dataset_prefix};
 use crate::{Error, Result, Store, blocking};
 
 /// Files that are read at once.
@@ -49,7 +49,7 @@ pub async fn verify(
 }
 
 async fn check_tokenizer(store: &Store, manifest: &DatasetManifest) -> Result<Option<BadFile>> {
-    let key = tokenizer_key(&manifest.name);
+    let key = manifest.tokenizer_key();
     let (expected, end) = (manifest.tokenizer_digest, manifest.end_of_text);
     let vocabulary = manifest.vocabulary_size;
     let check = move |bytes: bytes::Bytes| {

@@ -94,6 +94,43 @@ impl Words {
         Ok(tokens)
     }
 
+    /// Cuts a text into (start, length) of at most `longest` bytes whose tokens, one after the other, are
+    /// those of the text. A stretch that is longer, and has no place where a word is sure to end, is
+    /// cut between characters all the same.
+    pub(super) fn pieces(&self, text: &str, longest: usize) -> Vec<(usize, usize)> {
+        let mut pieces = Vec::new();
+        let mut start = 0;
+        while text.len() - start > longest {
+            let mut end = start + longest;
+            while !text.is_char_boundary(end) {
+                end -= 1;
+            }
+            let places = text[start..end].char_indices().rev().map(|(at, _)| start + at);
+            let places = std::iter::once(end).chain(places).take_while(|&place| place > start);
+            let length = places.into_iter().find(|&place| self.is_border(text, place));
+            let length = length.unwrap_or(end) - start;
+            pieces.push((start, length));
+            start += length;
+        }
+        pieces.push((start, text.len() - start));
+        pieces
+    }
+
+    /// Whether a word ends at a place in a text, whatever lies before and behind the two characters
+    /// there: no word goes on with white space after anything else, nor with anything but letters
+    /// after a letter; and a word that ends so does not end otherwise when the text ends there, too.
+    pub(super) fn is_border(&self, text: &str, place: usize) -> bool {
+        let (before, behind) = text.split_at(place);
+        let kinds = (before.chars().next_back(), behind.chars().next());
+        let (Some(before), Some(behind)) = kinds else { return false };
+        match (self.kind(before), self.kind(behind)) {
+            (Kind::Space, _) => false,
+            (_, Kind::Space) => true,
+            (Kind::Letter, behind) => behind != Kind::Letter,
+            _ => false,
+        }
+    }
+
     fn kind(&self, c: char) -> Kind {
         self.kinds[c as usize]
     }

@@ -76,7 +76,7 @@ impl Source for Files {
         }
         let blocks = Blocks::new(found.place.clone(), found.bytes, self.runtime.clone());
         if found.format == Format::Parquet {
-            return rows::read(&found.url, blocks, &self.field, sink);
+            return rows::read(&found.url, blocks, &self.field, rows::LARGEST_PAGE, sink);
         }
         let position = Cell::new(0);
         let stream = BufReader::with_capacity(BUFFER, Stream::new(&blocks, &position));

@@ -176,9 +176,13 @@ impl Source for Exercises {
         "mano".to_owned()
     }
 
+    fn first(&self, from: u64) -> u64 {
+        from.max(1)
+    }
+
     fn read(&self, _: usize, from: u64, sink: &mut Sink<'_>) -> Result<()> {
         let bytes = 32 * self.0.operators as usize;
-        (from.max(1)..=self.bytes(0)).try_for_each(|at| sink.take(at, Raw::Number, bytes, at))
+        (self.first(from)..=self.bytes(0)).try_for_each(|at| sink.take(at, Raw::Number, bytes, at))
     }
 
     fn document(&self, record: Record) -> Result<Document> {

@@ -16,6 +16,7 @@ mod files;
 mod find;
 mod lines;
 mod mano;
+mod pages;
 mod rows;
 mod sample;
 mod texts;
@@ -92,7 +93,13 @@ pub(super) trait Source: Send + Sync {
     /// For messages.
     fn place(&self, file: usize) -> String;
 
-    /// Reads a file from its beginning; records before number `from` may be left out.
+    /// The first record that reading a file from number `from` on gives: `from` itself where records
+    /// can be passed over, else the first of the file. Records that are passed over are documents.
+    fn first(&self, _from: u64) -> u64 {
+        1
+    }
+
+    /// Reads a file from [`Source::first`] on.
     ///
     /// # Errors
     /// When the file cannot be read, or is damaged beyond a record, or nobody takes the records.

@@ -1,55 +1,80 @@
 //! Parquet: one document a row, the text in one column.
 //!
 //! Only that column is read, page by page, with as many rows at a time as a few MiB hold: a row group
-//! may be larger than memory. A single page has to fit, which writers keep to a MiB or so.
+//! may be larger than memory. A single page has to fit, which writers keep to a MiB or so, and is
+//! looked at before it is unpacked: see [`super::pages`].
 
-use std::io::{self, BufReader, Read};
+use std::io::BufReader;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use parquet::basic::Type as Physical;
+use parquet::basic::{Encoding, Type as Physical};
 use parquet::column::reader::{ColumnReader, get_column_reader};
 use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
+use parquet::file::serialized_reader::SerializedPageReader;
 use parquet::schema::types::SchemaDescriptor;
 
 use super::blocks::Blocks;
+use super::pages::{Pages, Rest, TooLarge};
 use super::{LARGEST_RECORD, Raw, Sink};
 use crate::error::one_line;
 use crate::{Error, Result};
 
-/// A page at most, as it lies in the file.
-const LARGEST_PAGE: usize = 256 << 20;
+/// A page at most, as it lies in the file and unpacked.
+pub(super) const LARGEST_PAGE: u64 = 256 << 20;
+/// The description of a file's columns and row groups at most.
+const LARGEST_FOOTER: usize = 256 << 20;
 /// Text of the rows that are decoded at once, about.
 const DECODE_BYTES: usize = 2 << 20;
 const DECODE_ROWS: usize = 64;
 
-/// Gives the text of each row, with its number.
+/// Gives the text of each row, with its number; pages have `largest_page` bytes at most.
 ///
 /// # Errors
-/// When the file cannot be read, is damaged, or has no such column of strings.
-pub(super) fn read(place: &str, blocks: Blocks, column: &str, sink: &mut Sink<'_>) -> Result<()> {
+/// When the file cannot be read, is damaged, has a larger page, or has no such column of strings.
+pub(super) fn read(
+    place: &str,
+    blocks: Blocks,
+    column: &str,
+    largest_page: u64,
+    sink: &mut Sink<'_>,
+) -> Result<()> {
     let malformed = |reason: String| Error::Malformed { place: place.to_owned(), reason };
     let damaged = |row: u64, error: ParquetError| Error::Malformed {
         place: format!("{place}:{row}"),
         reason: format!("{}; restore the file or leave it out", one_line(&error.to_string())),
     };
-    let size = blocks.size();
-    let file = SerializedFileReader::new(Chunks(Arc::new(blocks))).map_err(|e| damaged(0, e))?;
+    let (size, blocks) = (blocks.size(), Arc::new(blocks));
+    let chunks = Chunks(Arc::clone(&blocks));
+    let file = SerializedFileReader::new(chunks).map_err(|error| damaged(0, error))?;
     let metadata = file.metadata();
     let rows = metadata.file_metadata().num_rows().max(1) as u64;
     let schema = metadata.file_metadata().schema_descr();
     let index = find(schema, column).map_err(malformed)?;
     let levels = schema.column(index).max_def_level();
     let mut row = 0;
-    for group in 0..metadata.num_row_groups() {
-        let group = file.get_row_group(group).map_err(|error| damaged(row, error))?;
-        let pages = group.get_column_page_reader(index).map_err(|error| damaged(row, error))?;
+    for (number, group) in metadata.row_groups().iter().enumerate() {
+        let chunk = group.column(index);
+        let pages = Pages::new(Arc::clone(&blocks), chunk.compression(), largest_page);
+        let pages =
+            SerializedPageReader::new(Arc::new(pages), chunk, group.num_rows() as usize, None)
+                .map_err(|error| damaged(row, error))?;
         let ColumnReader::ByteArrayColumnReader(mut reader) =
-            get_column_reader(schema.column(index), pages)
+            get_column_reader(schema.column(index), Box::new(pages))
         else {
             return Err(malformed(format!("its column `{column}` holds no strings")));
         };
+        let damaged = |row: u64, error: ParquetError| match &error {
+            ParquetError::External(cause) if cause.is::<TooLarge>() => Error::Malformed {
+                place: format!("{place}:{row} (row group {number})"),
+                reason: cause.to_string(),
+            },
+            _ => damaged(row, error),
+        };
+        // Values that repeat the beginning of the one before are written out: one at a time.
+        let repeats = chunk.encodings_mask().is_set(Encoding::DELTA_BYTE_ARRAY);
+        let most_rows = if repeats { 1 } else { DECODE_ROWS };
         let mut wanted = 1;
         loop {
             let (mut defined, mut values) = (Vec::new(), Vec::new());
@@ -61,7 +86,7 @@ pub(super) fn read(place: &str, blocks: Blocks, column: &str, sink: &mut Sink<'_
             }
             let text: usize = values.iter().map(parquet::data_type::ByteArray::len).sum();
             // The next rows may be longer than these were.
-            wanted = (records * DECODE_BYTES / text.max(1)).clamp(1, (2 * wanted).min(DECODE_ROWS));
+            wanted = (records * DECODE_BYTES / text.max(1)).clamp(1, (2 * wanted).min(most_rows));
             let mut values = values.iter();
             // A column that is required has no levels.
             let is_there = |index: usize| levels == 0 || defined.get(index) == Some(&levels);
@@ -112,7 +137,7 @@ fn find(schema: &SchemaDescriptor, column: &str) -> std::result::Result<usize, S
     Ok(index)
 }
 
-/// What the Parquet reader reads from.
+/// What the reader of the file's own description reads from.
 struct Chunks(Arc<Blocks>);
 
 impl Length for Chunks {
@@ -125,16 +150,15 @@ impl ChunkReader for Chunks {
     type T = BufReader<Rest>;
 
     fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
-        // Headers of pages are small.
-        Ok(BufReader::with_capacity(512, Rest { blocks: Arc::clone(&self.0), position: start }))
+        Ok(Rest::new(&self.0, start))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
-        if length > LARGEST_PAGE {
+        if length > LARGEST_FOOTER {
             return Err(ParquetError::General(format!(
-                "it has a page of {} MiB, more than {} MiB; write it with smaller pages",
+                "its description takes {} MiB, more than {} MiB; write it in several files",
                 length >> 20,
-                LARGEST_PAGE >> 20
+                LARGEST_FOOTER >> 20
             )));
         }
         let bytes = self.0.get(start, length)?;
@@ -145,27 +169,12 @@ impl ChunkReader for Chunks {
     }
 }
 
-/// The file from a position on.
-struct Rest {
-    blocks: Arc<Blocks>,
-    position: u64,
-}
-
-impl Read for Rest {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let bytes = self.blocks.get(self.position, buffer.len())?;
-        self.position += bytes.len() as u64;
-        (&bytes[..]).read_exact(&mut buffer[..bytes.len()])?;
-        Ok(bytes.len())
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use parquet::basic::{Compression, ZstdLevel};
+    use parquet::basic::{Compression, GzipLevel, ZstdLevel};
     use parquet::data_type::{ByteArray, ByteArrayType};
-    use parquet::file::properties::WriterProperties;
+    use parquet::file::properties::{WriterProperties, WriterVersion};
     use parquet::file::writer::SerializedFileWriter;
     use parquet::schema::parser::parse_message_type;
 
@@ -208,6 +217,11 @@ mod tests {
     }
 
     fn records(path: &std::path::Path, column: &str) -> Result<Vec<Record>> {
+        limited(path, column, LARGEST_PAGE)
+    }
+
+    /// The records, when a page may have so many bytes.
+    fn limited(path: &std::path::Path, column: &str, largest_page: u64) -> Result<Vec<Record>> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let size = std::fs::metadata(path).unwrap().len();
         let blocks = Blocks::new(Place::File(path.to_owned()), size, runtime.handle().clone());
@@ -218,8 +232,8 @@ mod tests {
             Ok(())
         };
         let mut sink = Sink::new(0, &mut give);
-        let result = read("f.parquet", blocks, column, &mut sink).and_then(|()| sink.flush());
-        result.map(|()| records)
+        let result = read("f.parquet", blocks, column, largest_page, &mut sink);
+        result.and_then(|()| sink.flush()).map(|()| records)
     }
 
     #[test]
@@ -247,6 +261,118 @@ mod tests {
                 assert_eq!(record.raw, expected, "{compression:?}");
             }
         }
+    }
+
+    /// A file of the required string column `text`, of one page without a dictionary in each group.
+    fn write_pages(
+        path: &std::path::Path,
+        groups: &[Vec<String>],
+        compression: Compression,
+        version: WriterVersion,
+    ) {
+        let schema = "message m { required binary text (UTF8); }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let properties = WriterProperties::builder()
+            .set_writer_version(version)
+            .set_compression(compression)
+            .set_dictionary_enabled(false)
+            .set_column_encoding("text".into(), Encoding::PLAIN)
+            .build();
+        let file = std::fs::File::create(path).unwrap();
+        let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
+        for texts in groups {
+            let mut group = writer.next_row_group().unwrap();
+            let values: Vec<ByteArray> =
+                texts.iter().map(|text| ByteArray::from(text.as_str())).collect();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+            column.close().unwrap();
+            group.close().unwrap();
+        }
+        writer.close().unwrap();
+    }
+
+    fn codecs() -> [Compression; 5] {
+        [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::ZSTD(ZstdLevel::default()),
+            Compression::GZIP(GzipLevel::default()),
+            Compression::LZ4_RAW,
+        ]
+    }
+
+    #[test]
+    fn a_page_that_unpacks_to_more_than_the_limit_is_refused_with_file_row_group_and_remedy() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f.parquet");
+        // The second group's page packs to a few hundred bytes.
+        let groups = [vec!["short".to_owned(); 5], vec!["x".repeat(50_000); 2]];
+        let page = 2 * (50_000 + 4);
+        for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+            for codec in codecs() {
+                write_pages(&path, &groups, codec, version);
+                assert_eq!(limited(&path, "text", page).unwrap().len(), 7, "{codec:?}");
+                let error = limited(&path, "text", page - 1).unwrap_err().to_string();
+                for part in [
+                    "f.parquet:6 (row group 1)",
+                    "100008 bytes unpacked",
+                    "100007",
+                    "smaller pages",
+                ] {
+                    assert!(error.contains(part), "`{part}` is missing in: {error}");
+                }
+                assert!(!error.contains("restore"), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_whose_header_lies_about_its_size_is_not_unpacked_to_more_than_the_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f.parquet");
+        for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+            for codec in codecs().into_iter().skip(1) {
+                write_pages(&path, &[vec!["x".repeat(3_000_000)]], codec, version);
+                let mut bytes = std::fs::read(&path).unwrap();
+                // Type and size of the first page: the size becomes 1,000, in as many bytes.
+                assert_eq!((&bytes[..4], bytes[4], bytes[6]), (&b"PAR1"[..], 0x15, 0x15));
+                assert!(bytes[7..10].iter().all(|byte| byte & 0x80 != 0) && bytes[10] & 0x80 == 0);
+                bytes[7..11].copy_from_slice(&[0xd0, 0x8f, 0x80, 0x00]);
+                std::fs::write(&path, &bytes).unwrap();
+                let error = limited(&path, "text", 1 << 20).unwrap_err().to_string();
+                assert!(error.contains("f.parquet:1"), "{codec:?}: {error}");
+                // Where unpacking heeds no size, it is not begun.
+                if matches!(codec, Compression::GZIP(_)) {
+                    assert!(error.contains("1048577 bytes unpacked, or more"), "{error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_repeat_those_before_are_read_one_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f.parquet");
+        let schema =
+            Arc::new(parse_message_type("message m { required binary text (UTF8); }").unwrap());
+        let properties = WriterProperties::builder()
+            .set_dictionary_enabled(false)
+            .set_column_encoding("text".into(), Encoding::DELTA_BYTE_ARRAY)
+            .build();
+        let file = std::fs::File::create(&path).unwrap();
+        let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
+        let texts: Vec<String> = (0..300).map(|i| "x".repeat(10_000 + i / 7)).collect();
+        let mut group = writer.next_row_group().unwrap();
+        let values: Vec<ByteArray> = texts.iter().map(|text| text.as_str().into()).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        writer.close().unwrap();
+        let read = limited(&path, "text", 100_000).unwrap();
+        let read = read.into_iter().map(|record| record.raw);
+        assert!(read.eq(texts.into_iter().map(Raw::Text)));
     }
 
     #[test]

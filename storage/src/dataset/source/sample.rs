@@ -170,9 +170,13 @@ impl Source for Sample {
         "the sample".to_owned()
     }
 
+    fn first(&self, from: u64) -> u64 {
+        from.max(1)
+    }
+
     fn read(&self, _: usize, from: u64, sink: &mut Sink<'_>) -> Result<()> {
         let documents = self.collection.documents.iter().enumerate();
-        for (index, document) in documents.skip(from.saturating_sub(1) as usize) {
+        for (index, document) in documents.skip(self.first(from) as usize - 1) {
             let read = self.before[index] + document.bytes;
             sink.take(index as u64 + 1, Raw::Number, document.bytes as usize, read)?;
         }
