@@ -110,8 +110,9 @@ fn text_is_tokenized_into_a_store_and_its_speed_measured() {
     let train = ["data", "prepare", "--input", "lines.jsonl", "--vocabulary", "300", "--output"];
     let made = scratch.run(&[&train[..], &["file://store/datasets/first"]].concat());
     assert_eq!(made.code, Some(0), "{made:?}");
-    let tokenizer = "store/datasets/first/tokenizer.json";
-    let bench = ["bench", "tokenize", "--input", "lines.jsonl", "--tokenizer", tokenizer];
+    let tokenizer = scratch.file_of("first", "tokenizer-").unwrap();
+    let tokenizer = ["--tokenizer", tokenizer.to_str().unwrap()];
+    let bench = [&["bench", "tokenize", "--input", "lines.jsonl"], &tokenizer[..]].concat();
     let figures = figures(
         &scratch.run(&[&bench[..], &["--store", "file://store", "--rounds", "2"]].concat()),
     );

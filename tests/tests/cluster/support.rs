@@ -111,6 +111,20 @@ impl Scratch {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
+    /// The file of a dataset whose name begins so; makers put a tag of their own behind it. `None` while
+    /// there is none.
+    pub(crate) fn file_of(&self, dataset: &str, begin: &str) -> Option<PathBuf> {
+        let begins = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            name.starts_with(begin) && !name.contains('#')
+        };
+        let entries = std::fs::read_dir(self.path(&format!("store/datasets/{dataset}"))).ok()?;
+        let mut files = entries.map(|entry| entry.unwrap().path()).filter(begins);
+        let file = files.next();
+        assert_eq!(files.next(), None, "more than one file {begin}");
+        file
+    }
+
     /// A `looptrain` command in this directory.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         self.command_by(&[], arguments)
