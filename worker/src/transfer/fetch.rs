@@ -143,9 +143,10 @@ pub(crate) async fn fetch(
     while left > 0 {
         // At first, and again when one that fails late has put back what others have run out of.
         if !job.waiting().is_empty() {
-            for source in holding.drain(..) {
-                // Each is asked for a chunk, however quick the others are.
-                let first = job.waiting().pop_front();
+            // Each is asked for a chunk, however quick the others are: they are dealt before any of them
+            // begins.
+            let deal = |source| (source, job.waiting().pop_front());
+            for (source, first) in holding.drain(..).map(deal).collect::<Vec<_>>() {
                 draining.spawn(drain(source, first, Arc::clone(&job), verified.clone()));
             }
         }
