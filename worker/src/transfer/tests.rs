@@ -1,6 +1,8 @@
 //! Fetching from sources that behave, and from some that do not.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use looptrain_model::TrainState;
@@ -54,6 +56,20 @@ impl Cluster {
         let joiners = self.listen().await;
         self.serving.spawn(serve(joiners, shelf.clone(), Moments::default()));
         shelf
+    }
+
+    /// A source of a small state; how many chunks of it have been sent.
+    async fn counting(&mut self, buffer: Vec<f32>) -> Arc<AtomicU32> {
+        let (shelf, sent) = (Shelf::default(), Arc::<AtomicU32>::default());
+        let (weights, first_moment) = (buffer.clone(), buffer.clone());
+        shelf.put(TrainState { step: Step(5), weights, first_moment, second_moment: buffer });
+        let counts = Arc::clone(&sent);
+        let moments = Moments::watched_by(move |_| {
+            counts.fetch_add(1, Ordering::SeqCst);
+        });
+        let joiners = self.listen().await;
+        self.serving.spawn(serve(joiners, shelf, moments));
+        sent
     }
 
     /// A source of the right digests that does as it likes with chunks.
@@ -126,6 +142,26 @@ async fn a_state_and_the_updates_after_it_come_from_all_peers_together() {
     assert_whole(cluster.fetch(Item::State(Step(5))).await.unwrap(), state(5));
     let update = cluster.fetch(Item::Update(Step(6))).await.unwrap().unwrap();
     assert!(update == [vec![0.25; LENGTH]]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn as_many_peers_as_there_are_chunks_send_one_each_however_quick_they_are() {
+    let mut cluster = Cluster::default();
+    let mut sent = Vec::new();
+    for _ in 0..3 {
+        sent.push(cluster.counting(vec![1.0; 7]).await);
+    }
+    let _own = cluster.listen().await;
+    let (own, sources) = (cluster.listening.last().unwrap(), cluster.sources[..3].to_vec());
+    for round in 1..=200 {
+        let mut sources = sources.clone();
+        fetch(own, &mut sources, Item::State(Step(5)), &[7; 3], SOON).await.unwrap().unwrap();
+        // The moment comes just behind the chunk.
+        while sent.iter().map(|sent| sent.load(Ordering::SeqCst)).sum::<u32>() < 3 * round {
+            tokio::task::yield_now().await;
+        }
+        assert!(sent.iter().all(|sent| sent.load(Ordering::SeqCst) == round), "{sent:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
