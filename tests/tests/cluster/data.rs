@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::support::{End, Running, SOON, Scratch, repository};
 
 /// The project's own sources, one text a file.
-fn texts() -> Vec<String> {
+pub(crate) fn texts() -> Vec<String> {
     fn walk(directory: &Path, texts: &mut Vec<(std::path::PathBuf, String)>) {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
@@ -35,7 +35,7 @@ fn texts() -> Vec<String> {
     texts.into_iter().map(|(_, text)| text).collect()
 }
 
-fn write_lines_gz(path: &Path, texts: &[String]) {
+pub(crate) fn write_lines_gz(path: &Path, texts: &[String]) {
     let mut file =
         flate2::write::GzEncoder::new(File::create(path).unwrap(), flate2::Compression::fast());
     for (id, text) in texts.iter().enumerate() {
@@ -44,7 +44,7 @@ fn write_lines_gz(path: &Path, texts: &[String]) {
     file.finish().unwrap();
 }
 
-fn write_parquet(path: &Path, texts: &[String]) {
+pub(crate) fn write_parquet(path: &Path, texts: &[String]) {
     let schema = "message page { optional binary body (UTF8); required int64 id; }";
     let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
     let properties = WriterProperties::builder()
@@ -70,7 +70,7 @@ fn write_parquet(path: &Path, texts: &[String]) {
 }
 
 /// The spec of the other tests, with datasets that are in the store, and a part of it replaced.
-fn spec_for(scratch: &Scratch, dataset: &str, vocabulary: u64) {
+pub(crate) fn spec_for(scratch: &Scratch, dataset: &str, vocabulary: u64) {
     let text = fs::read_to_string(scratch.path("spec.toml")).unwrap();
     let (before, rest) = text.split_once("[[datasets]]").unwrap();
     let (_, behind) = rest.split_once("\n[[stages]]").unwrap();
@@ -79,7 +79,7 @@ fn spec_for(scratch: &Scratch, dataset: &str, vocabulary: u64) {
     fs::write(scratch.path("spec.toml"), text).unwrap();
 }
 
-fn json_of(end: &End) -> Value {
+pub(crate) fn json_of(end: &End) -> Value {
     assert_eq!(end.code, Some(0), "{end:?}");
     serde_json::from_str(&end.stdout).unwrap()
 }

@@ -9,6 +9,7 @@ mod chaos;
 mod checkpoints;
 mod cluster;
 mod data;
+mod data_on_s3;
 mod elastic;
 mod end_to_end;
 mod export;
