@@ -16,7 +16,7 @@ pub(crate) use bench::{
 pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,
 };
-pub(crate) use data::{Data, Inspect, ManoData, Prepare, Verify};
+pub(crate) use data::{Data, Inspect, Making, ManoData, Prepare, Verify};
 
 use crate::fault::Fault;
 use crate::folder::Float;

@@ -56,15 +56,8 @@ pub(crate) struct Prepare {
     /// Share of the records that may be malformed
     #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
     pub(crate) max_malformed: f64,
-    /// Tokens per shard
-    #[arg(long, default_value_t = 1 << 22)]
-    pub(crate) shard_tokens: u64,
-    /// Threads that tokenize; all of the machine's by default
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
-    pub(crate) threads: Option<u32>,
-    /// Print what was made as one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) making: Making,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -130,10 +123,17 @@ pub(crate) struct ManoData {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) making: Making,
+}
+
+/// How a dataset is made, whatever of.
+#[derive(Debug, Args)]
+pub(crate) struct Making {
     /// Tokens per shard
     #[arg(long, default_value_t = 1 << 22)]
     pub(crate) shard_tokens: u64,
-    /// Threads that make them; all of the machine's by default
+    /// Threads that do the work; all of the machine's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,
     /// Print what was made as one JSON object

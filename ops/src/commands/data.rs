@@ -11,7 +11,7 @@ use looptrain_storage::{
 };
 use serde_json::{Value, json};
 
-use crate::cli::{Data, Inspect, ManoData, Prepare, Verify};
+use crate::cli::{Data, Inspect, Making, ManoData, Prepare, Verify};
 use crate::progress::{PrepareProgress, ReadProgress};
 use crate::signals;
 
@@ -19,14 +19,15 @@ pub(crate) async fn run(data: Data) -> Result<()> {
     match data {
         Data::Prepare(args) => {
             let source = source(&args)?;
-            make(&args.output, Origin::Text(source), args.threads, args.json).await
+            make(&args.output, Origin::Text(source), &args.making).await
         }
         Data::Mano(args) => {
-            let ManoData { max_operators, exercises, validation, seed, shard_tokens, .. } = args;
+            let ManoData { max_operators, exercises, validation, seed, .. } = args;
+            let shard_tokens = args.making.shard_tokens;
             let mano = Mano { operators: max_operators, train: exercises, validation, seed };
             let origin = Origin::Mano { mano, shard_tokens };
             mano.options(shard_tokens).check().map_err(usage)?;
-            make(&args.output, origin, args.threads, args.json).await
+            make(&args.output, origin, &args.making).await
         }
         Data::Inspect(args) => look(args).await,
         Data::Verify(args) => check(args).await,
@@ -49,19 +50,19 @@ fn source(args: &Prepare) -> Result<spec::Source> {
         tokenizer_vocabulary: args.vocabulary,
         max_malformed: args.max_malformed,
         validation_fraction: args.validation,
-        shard_tokens: args.shard_tokens,
+        shard_tokens: args.making.shard_tokens,
         ..spec::Source::default()
     };
     source.check().map_err(usage)?;
     Ok(source)
 }
 
-async fn make(url: &str, origin: Origin, threads: Option<u32>, json: bool) -> Result<()> {
+async fn make(url: &str, origin: Origin, args: &Making) -> Result<()> {
     let (store, name) = place(url)?;
     let stop = signals::stop_on_signals("stopping; the same command goes on from here")?;
     let store = Store::open(&store)?;
     store.check_writable().await?;
-    let recipe = Recipe { origin, threads: threads.map(|threads| threads as usize) };
+    let recipe = Recipe { origin, threads: args.threads.map(|threads| threads as usize) };
     let progress = Mutex::new(PrepareProgress::new(&name));
     let show = |event| progress.lock().unwrap_or_else(PoisonError::into_inner).show(&event);
     let dataset = tokio::select! {
@@ -69,7 +70,7 @@ async fn make(url: &str, origin: Origin, threads: Option<u32>, json: bool) -> Re
         () = stop.cancelled() => bail!("stopped before dataset `{name}` was complete"),
     };
     let manifest = dataset.manifest();
-    match json {
+    match args.json {
         true => println!("{}", counts(manifest)),
         false => println!(
             "done dataset={name} train={} validation={} shards={} malformed={} digest={}",

@@ -54,33 +54,28 @@ async fn undisturbed(recipe: &Recipe) -> Vec<(String, Bytes)> {
 
 /// Interrupts the making of a dataset after the first shard, in its middle, twice, and before its
 /// last shard; whatever was written, manifest and all, is what is written without that.
-#[track_caller]
-fn interruptions_change_no_byte(
-    recipe: Recipe,
-) -> impl std::future::Future<Output = DatasetManifest> {
-    async move {
-        let whole = undisturbed(&recipe).await;
-        let shards = whole.iter().filter(|(key, _)| key.ends_with(".arrow")).count() as u64;
-        assert!(shards > 4, "{shards} shards");
-        for deaths in [vec![1], vec![2, shards / 2, shards - 2], vec![shards]] {
-            let store = memory();
-            for &done in &deaths {
-                interrupted(&store, &recipe, done).await;
-            }
-            let resumed = AtomicBool::new(false);
-            let tell = |event| {
-                resumed.fetch_or(matches!(event, PrepareEvent::Resumed { .. }), Ordering::Relaxed);
-            };
-            prepare_from(&store, "text", &recipe, &tell).await.unwrap();
-            assert!(resumed.into_inner());
-            for ((key, bytes), (wanted, expected)) in files(&store).await.iter().zip(&whole) {
-                assert!((key, bytes) == (wanted, expected), "{key} after {deaths:?}: {bytes:?}");
-            }
-            assert_eq!(files(&store).await.len(), whole.len(), "nothing else is left");
+async fn interruptions_change_no_byte(recipe: Recipe) -> DatasetManifest {
+    let whole = undisturbed(&recipe).await;
+    let shards = whole.iter().filter(|(key, _)| key.ends_with(".arrow")).count() as u64;
+    assert!(shards > 4, "{shards} shards");
+    for deaths in [vec![1], vec![2, shards / 2, shards - 2], vec![shards]] {
+        let store = memory();
+        for &done in &deaths {
+            interrupted(&store, &recipe, done).await;
         }
-        let manifest = whole.iter().find(|(key, _)| key.ends_with("manifest.json")).unwrap();
-        serde_json::from_slice(&manifest.1).unwrap()
+        let resumed = AtomicBool::new(false);
+        let tell = |event| {
+            resumed.fetch_or(matches!(event, PrepareEvent::Resumed { .. }), Ordering::Relaxed);
+        };
+        prepare_from(&store, "text", &recipe, &tell).await.unwrap();
+        assert!(resumed.into_inner());
+        for ((key, bytes), (wanted, expected)) in files(&store).await.iter().zip(&whole) {
+            assert!((key, bytes) == (wanted, expected), "{key} after {deaths:?}: {bytes:?}");
+        }
+        assert_eq!(files(&store).await.len(), whole.len(), "nothing else is left");
     }
+    let manifest = whole.iter().find(|(key, _)| key.ends_with("manifest.json")).unwrap();
+    serde_json::from_slice(&manifest.1).unwrap()
 }
 
 #[tokio::test]
