@@ -101,16 +101,20 @@ impl Saves {
         Ok(Save { stall, upload, bytes: saved.iter().map(|(entry, _)| entry.bytes).sum() })
     }
 
-    /// How long the store's client takes to put as many bytes, in as many objects at the same time,
-    /// with nothing else to do.
+    /// How long the store's client takes to put the same bytes, in as many objects at the same time,
+    /// with nothing else to do. The same ones, for a server may compress what it stores.
     ///
     /// # Errors
     /// When the store fails.
     pub async fn bare(&self) -> Result<Duration, Error> {
-        let each = state_len(&self.layout) / self.ranks;
-        let bytes = vec![bytes::Bytes::from(vec![7_u8; each]); self.ranks];
+        let TrainState { weights, first_moment, second_moment, .. } = &self.state;
+        let all =
+            [weights, first_moment, second_moment].map(|it| bytemuck::cast_slice::<_, u8>(it));
+        let all = bytes::Bytes::from(all.concat());
+        let each = all.len() / self.ranks;
+        let bytes = (0..self.ranks).map(|rank| all.slice(rank * each..(rank + 1) * each));
         let start = Instant::now();
-        let puts = bytes.into_iter().enumerate().map(|(rank, bytes)| async move {
+        let puts = bytes.enumerate().map(|(rank, bytes)| async move {
             self.store.put_bare(&format!("{}/bare-{rank}", run_prefix(RUN)), bytes).await
         });
         try_join_all(puts).await?;
@@ -128,10 +132,6 @@ impl Saves {
 
 fn state_bytes(model: &spec::Model) -> u64 {
     model.parameters() * 3 * size_of::<f32>() as u64
-}
-
-fn state_len(layout: &Layout) -> usize {
-    layout.parameters() * 3 * size_of::<f32>()
 }
 
 #[cfg(test)]
