@@ -7,14 +7,14 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
 use looptrain_proto::spec;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::cpu::{Clock, Rotary, Section, Shape, Task, Weights, Workspace};
 use crate::exit::stage_one;
-use crate::loop_lm::floats;
-use crate::{Layout, LoopLm, Rotary, SlotStatistics, TrainState, optimizer};
+use crate::{Layout, SlotStatistics, TrainState, optimizer};
 
 /// The settings of a stage that shape the computation of a slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +37,18 @@ impl From<&spec::Stage> for StageSettings {
     }
 }
 
+/// What backward computes again instead of keeping it. The bits are the same for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing: activations of all layers in all loops are kept.
+    #[default]
+    None,
+    /// A loop at a time: the states between loops are kept, and the activations of one loop.
+    Loop,
+    /// A layer at a time: the inputs of the layers are kept, and the activations of one layer.
+    Layer,
+}
+
 /// The tokens of one slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotBatch {
@@ -47,6 +59,17 @@ pub struct SlotBatch {
     pub sequences: usize,
     /// Input tokens per sequence.
     pub sequence_length: usize,
+}
+
+impl SlotBatch {
+    /// Input ids and target ids, `[sequences * sequence_length]` each.
+    #[must_use]
+    pub fn ids(&self) -> [Vec<u32>; 2] {
+        [0, 1].map(|shift| {
+            let rows = self.tokens.chunks_exact(self.sequence_length + 1);
+            rows.flat_map(|row| &row[shift..shift + self.sequence_length]).copied().collect()
+        })
+    }
 }
 
 /// What the computation of one slot gives.
@@ -62,12 +85,15 @@ pub struct SlotOutput {
 pub struct Engine {
     model: spec::Model,
     layout: Layout,
-    device: Device,
     threads: usize,
+    recompute: Recompute,
     /// Pools by number of lanes, made when first needed.
     lanes: Mutex<HashMap<usize, Arc<Vec<ThreadPool>>>>,
-    /// Plain parameters, without a gradient graph.
-    weights: Option<LoopLm>,
+    weights: Option<Weights>,
+    /// Memory of slots, for the next ones.
+    workspaces: Mutex<Vec<Workspace>>,
+    gradients: Mutex<Vec<Vec<f32>>>,
+    clock: Clock,
 }
 
 impl Engine {
@@ -77,11 +103,32 @@ impl Engine {
         Self {
             model: model.clone(),
             layout: Layout::new(model),
-            device: Device::flex(),
             threads: threads.max(1),
-            lanes: Mutex::new(HashMap::new()),
+            recompute: Recompute::None,
+            lanes: Mutex::default(),
             weights: None,
+            workspaces: Mutex::default(),
+            gradients: Mutex::default(),
+            clock: Clock::default(),
         }
+    }
+
+    /// What backward computes again from now on.
+    pub fn set_recompute(&mut self, recompute: Recompute) {
+        self.recompute = recompute;
+    }
+
+    /// Bytes that a slot takes while it is under way: activations and its gradient.
+    #[must_use]
+    pub fn slot_bytes(
+        model: &spec::Model,
+        settings: &StageSettings,
+        sequences: usize,
+        sequence_length: usize,
+        recompute: Recompute,
+    ) -> u64 {
+        let shape = shape_of(model, settings, sequences, sequence_length);
+        Workspace::bytes(&shape, recompute) + size_of::<f32>() as u64 * model.parameters()
     }
 
     /// The table of the model's tensors.
@@ -95,7 +142,17 @@ impl Engine {
     /// # Panics
     /// If the buffer is shorter than the layout.
     pub fn load(&mut self, weights: &[f32]) {
-        self.weights = Some(LoopLm::new(&self.model, &self.layout, weights, &self.device));
+        let (layout, layers) = (&self.layout, self.model.num_hidden_layers);
+        let pools = self.pools(1);
+        let into = self.weights.get_or_insert_with(|| Weights::new(layout, layers));
+        let clock = &self.clock;
+        pools[0].install(|| clock.time(Section::Pack, || into.fill(layout, weights)));
+    }
+
+    /// The time that went into each section since the last call, added up over threads.
+    #[must_use]
+    pub fn take_sections(&self) -> Vec<(&'static str, Duration)> {
+        self.clock.take()
     }
 
     /// Computes the gradient of each slot and hands it to `on_slot` with the slot's index, from
@@ -130,11 +187,45 @@ impl Engine {
     ) -> Vec<SlotStatistics> {
         let results = Mutex::new(vec![SlotStatistics::default(); batches.len()]);
         self.in_lanes(batches.len(), cancelled, &|index| {
-            let (losses, gates) = self.forward(settings, &batches[index]);
-            let statistics = stage_one(&losses, &gates, settings.entropy_weight).statistics;
+            let (losses, gates) = self.losses(settings, &batches[index]);
+            let beta = settings.entropy_weight;
+            let statistics = stage_one(&losses, &gates, settings.loops, beta).statistics;
             results.lock().unwrap_or_else(PoisonError::into_inner)[index] = statistics;
         });
         results.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cross-entropies in nats and gate logits of each token, loop after loop: `[R * N]` each. Runs in
+    /// the calling thread's pool.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    #[must_use]
+    pub fn losses(&self, settings: &StageSettings, batch: &SlotBatch) -> (Vec<f32>, Vec<f32>) {
+        let SlotBatch { sequences, sequence_length, .. } = *batch;
+        self.with_task(settings, sequences, sequence_length, |task, workspace| {
+            task.losses(batch, workspace)
+        })
+    }
+
+    /// Normed states of each token, loop after loop: `[R * N, d]`, from ids `[N]` of one sequence.
+    ///
+    /// # Panics
+    /// If no weights are loaded, or an id is outside the vocabulary.
+    #[must_use]
+    pub fn states(&self, settings: &StageSettings, ids: &[u32]) -> Vec<f32> {
+        self.with_task(settings, 1, ids.len(), |task, workspace| {
+            self.pools(1)[0].install(|| task.states(ids, workspace).0.to_vec())
+        })
+    }
+
+    /// Logits of rows of states: `[rows, d]` -> `[rows, vocab]`.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    #[must_use]
+    pub fn logits(&self, states: &[f32]) -> Vec<f32> {
+        self.loaded().logits(states)
     }
 
     /// Clips the gradient and applies AdamW in place, advancing the state by one step; returns the
@@ -146,9 +237,11 @@ impl Engine {
         settings: &spec::Optimizer,
         learning_rate: f64,
     ) -> f64 {
-        let pools = self.pools(1);
-        pools[0]
-            .install(|| optimizer::update(&self.layout, state, gradient, settings, learning_rate))
+        self.pools(1)[0].install(|| {
+            self.clock.time(Section::Update, || {
+                optimizer::update(&self.layout, state, gradient, settings, learning_rate)
+            })
+        })
     }
 
     /// Euclidean norm of a flat gradient, as [`Engine::update`] takes it.
@@ -157,84 +250,51 @@ impl Engine {
         self.pools(1)[0].install(|| optimizer::global_norm(gradient))
     }
 
-    /// The loaded model.
-    ///
-    /// # Panics
-    /// If no weights are loaded.
-    #[must_use]
-    pub fn loaded(&self) -> &LoopLm {
+    /// Takes back the gradient of a slot that nobody reads any more, as memory for the next ones.
+    pub fn recycle(&self, gradient: Vec<f32>) {
+        let mut spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
+        if gradient.len() == self.layout.parameters() && spare.len() < self.threads {
+            spare.push(gradient);
+        }
+    }
+
+    fn loaded(&self) -> &Weights {
         self.weights.as_ref().expect("weights are loaded before anything is computed")
     }
 
-    fn rotary(&self, length: usize, base: f64) -> Rotary {
-        Rotary::new(length, self.model.head_dim(), base, &self.device)
-    }
-
-    /// Input ids and target ids, `[B * T]` each.
-    fn ids(&self, batch: &SlotBatch) -> [Tensor<1, Int>; 2] {
-        let row = batch.sequence_length + 1;
-        [0, 1].map(|shift| {
-            let ids: Vec<i64> = batch
-                .tokens
-                .chunks(row)
-                .flat_map(|row| &row[shift..shift + batch.sequence_length])
-                .map(|&id| i64::from(id))
-                .collect();
-            let count = ids.len();
-            Tensor::from_data(TensorData::new(ids, [count]), &self.device)
-        })
-    }
-
-    /// Cross-entropies and gate logits, `[R][B * T]` each, without a gradient graph.
-    fn forward(
+    /// Calls `work` with what a slot of that size needs.
+    fn with_task<R>(
         &self,
         settings: &StageSettings,
-        batch: &SlotBatch,
-    ) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
-        let model = self.loaded();
-        let [inputs, targets] = self.ids(batch);
-        let rotary = self.rotary(batch.sequence_length, settings.rope_base);
-        model
-            .forward(inputs, batch.sequences, settings.loops, &rotary)
-            .into_iter()
-            .map(|output| {
-                let loss = model.cross_entropy(output.hidden, targets.clone());
-                (floats(loss), floats(output.gate))
-            })
-            .unzip()
+        sequences: usize,
+        sequence_length: usize,
+        work: impl FnOnce(&Task<'_>, &mut Workspace) -> R,
+    ) -> R {
+        let rotary = Rotary::new(sequence_length, self.model.head_dim(), settings.rope_base);
+        let task = Task {
+            weights: self.loaded(),
+            shape: shape_of(&self.model, settings, sequences, sequence_length),
+            rotary: &rotary,
+            clock: &self.clock,
+        };
+        let spare = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut workspace = spare().pop().unwrap_or_default();
+        let result = work(&task, &mut workspace);
+        spare().push(workspace);
+        result
     }
 
-    /// Forward with the graph, loss and its gradients in closed form, then backward from those.
     fn slot(&self, settings: &StageSettings, batch: &SlotBatch) -> SlotOutput {
-        let model = self.loaded().with_gradients();
-        let [inputs, targets] = self.ids(batch);
-        let rotary = self.rotary(batch.sequence_length, settings.rope_base);
-        let outputs = model.forward(inputs, batch.sequences, settings.loops, &rotary);
-        let losses: Vec<Tensor<1>> = outputs
-            .iter()
-            .map(|output| model.cross_entropy(output.hidden.clone(), targets.clone()))
-            .collect();
-        let values = |tensor: &Tensor<1>| floats(tensor.clone().inner());
-        let loss_values: Vec<_> = losses.iter().map(values).collect();
-        let gate_values: Vec<_> = outputs.iter().map(|output| values(&output.gate)).collect();
-        let stage = stage_one(&loss_values, &gate_values, settings.entropy_weight);
-
-        // A scalar whose gradients with respect to losses and gates are the closed forms.
-        let seeded = |tensor: Tensor<1>, gradient: &[f32]| {
-            let gradient = TensorData::new(gradient.to_vec(), [gradient.len()]);
-            (tensor * Tensor::from_data(gradient, &self.device)).sum()
-        };
-        let terms = losses
-            .into_iter()
-            .zip(&stage.dloss)
-            .chain(outputs.into_iter().map(|output| output.gate).zip(&stage.dgate))
-            .map(|(tensor, gradient)| seeded(tensor, gradient));
-        let root = terms.reduce(|sum, term| sum + term).expect("a stage has at least one loop");
-        let mut grads = root.backward();
-        SlotOutput {
-            gradient: model.flat_gradients(&self.layout, &mut grads),
-            statistics: stage.statistics,
-        }
+        let SlotBatch { sequences, sequence_length, .. } = *batch;
+        let spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut gradient = spare.unwrap_or_default();
+        gradient.clear();
+        gradient.resize(self.layout.parameters(), 0.0);
+        let statistics = self.with_task(settings, sequences, sequence_length, |task, workspace| {
+            let (recompute, layout) = (self.recompute, &self.layout);
+            task.gradient(settings, batch, recompute, workspace, layout, &mut gradient)
+        });
+        SlotOutput { gradient, statistics }
     }
 
     /// `count` pools that share out the engine's threads.
@@ -279,10 +339,28 @@ impl Engine {
     }
 }
 
+fn shape_of(
+    model: &spec::Model,
+    settings: &StageSettings,
+    sequences: usize,
+    sequence_length: usize,
+) -> Shape {
+    Shape {
+        sequences,
+        length: sequence_length,
+        heads: model.num_attention_heads,
+        hidden: model.hidden_size,
+        inner: model.intermediate_size,
+        vocab: model.vocab_size,
+        layers: model.num_hidden_layers,
+        loops: settings.loops,
+        eps: model.rms_norm_eps as f32,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::is_threaded;
 
     fn model() -> spec::Model {
         spec::Model {
@@ -325,8 +403,8 @@ mod tests {
 
     #[test]
     fn a_slot_has_the_same_bits_for_any_threads_and_neighbours() {
-        // 70 positions: more than one attention tile, and more rows than one norm task. Products
-        // of all kinds are large enough for threads, and longer than one block.
+        // 140 tokens: more than one block and several tiles of attention; products that are longer
+        // than one block of the inner dimension, weights of more than one strip.
         let slots = batches(3, 2, 70);
         let wide = spec::Model {
             hidden_size: 96,
@@ -335,12 +413,6 @@ mod tests {
             num_hidden_layers: 1,
             ..model()
         };
-        let (rows, d) = (2 * 70, wide.hidden_size);
-        for out in [d, wide.intermediate_size, wide.vocab_size] {
-            // A layer's result, and the gradients of its input and of its weight.
-            assert!(is_threaded(rows, out, d) && is_threaded(rows, d, out));
-            assert!(is_threaded(out, d, rows));
-        }
         let alone = gradients_of(&wide, 1, &slots[1..2]);
         for threads in [1, 2, 3, 4, 8] {
             let (among, by_itself) =

@@ -9,15 +9,13 @@
 //! With a_t = L_t + beta ln p(t), the gradients are dL_t = p(t) and
 //! dg_t = (1 - lambda_t) p(t) a_t - lambda_t sum_{s>t} p(s) a_s for t < R, and 0 for t = R.
 
-/// Values and gradients of the Stage I loss over the tokens of a slot.
+/// The Stage I loss over the tokens of a slot, and what it gives the gates.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageOne {
     /// Means over the tokens.
     pub statistics: SlotStatistics,
-    /// Gradient of the mean loss with respect to each loop's cross-entropy, `[R][N]`.
-    pub dloss: Vec<Vec<f32>>,
-    /// Gradient of the mean loss with respect to each gate logit, `[R][N]`.
-    pub dgate: Vec<Vec<f32>>,
+    /// Gradient of the mean loss with respect to each gate logit, `[R * N]`.
+    pub dgates: Vec<f32>,
 }
 
 /// Means over the tokens of a slot.
@@ -52,89 +50,110 @@ pub fn log_exit_pdf(gates: &[f64], out: &mut Vec<f64>) {
     }
 }
 
-/// The Stage I loss of N tokens from cross-entropies and gate logits `[R][N]`; `entropy_weight` is
-/// beta.
+/// Calls `with` for each of N tokens with its number and its gate logits, from `[R * N]`.
+fn for_each_token(gates: &[f32], loops: usize, mut with: impl FnMut(usize, &[f64])) {
+    let tokens = gates.len() / loops.max(1);
+    let mut own = vec![0.0; loops];
+    for token in 0..tokens {
+        for (t, gate) in own.iter_mut().enumerate() {
+            *gate = f64::from(gates[t * tokens + token]);
+        }
+        with(token, &own);
+    }
+}
+
+/// Gradient of the mean loss with respect to each loop's cross-entropy, p(t) / N: from gate logits
+/// `[R * N]`, loop after loop, in the same order. It does not depend on the cross-entropies.
 #[must_use]
-pub fn stage_one(losses: &[Vec<f32>], gates: &[Vec<f32>], entropy_weight: f64) -> StageOne {
-    let (loops, tokens) = (losses.len(), losses.first().map_or(0, Vec::len));
+pub fn exit_shares(gates: &[f32], loops: usize) -> Vec<f32> {
+    let tokens = gates.len() / loops.max(1);
+    let mut shares = vec![0.0; gates.len()];
+    let mut log_pdf = Vec::with_capacity(loops);
+    for_each_token(gates, loops, |token, gates| {
+        log_exit_pdf(gates, &mut log_pdf);
+        for (t, log_p) in log_pdf.iter().enumerate() {
+            shares[t * tokens + token] = (log_p.exp() / tokens as f64) as f32;
+        }
+    });
+    shares
+}
+
+/// The Stage I loss of N tokens from cross-entropies and gate logits, `[R * N]` each, loop after
+/// loop; `entropy_weight` is beta.
+#[must_use]
+pub fn stage_one(losses: &[f32], gates: &[f32], loops: usize, entropy_weight: f64) -> StageOne {
+    let tokens = losses.len() / loops.max(1);
     let mut statistics = SlotStatistics {
         loss_per_loop: vec![0.0; loops],
         exit_pdf: vec![0.0; loops],
         ..SlotStatistics::default()
     };
-    let mut dloss = vec![vec![0.0; tokens]; loops];
-    let mut dgate = vec![vec![0.0; tokens]; loops];
+    let mut dgates = vec![0.0; gates.len()];
     let share = 1.0 / tokens as f64;
-    let (mut gate, mut log_pdf) = (vec![0.0; loops], Vec::with_capacity(loops));
-    for token in 0..tokens {
-        for (gate, logits) in gate.iter_mut().zip(gates) {
-            *gate = f64::from(logits[token]);
-        }
-        log_exit_pdf(&gate, &mut log_pdf);
+    let mut log_pdf = Vec::with_capacity(loops);
+    for_each_token(gates, loops, |token, gate| {
+        log_exit_pdf(gate, &mut log_pdf);
         // From the last loop to the first, so that sum_{s>t} p(s) a_s is at hand.
         let mut later = 0.0;
         for t in (0..loops).rev() {
-            let (log_p, loss) = (log_pdf[t], f64::from(losses[t][token]));
+            let (log_p, loss) = (log_pdf[t], f64::from(losses[t * tokens + token]));
             let p = log_p.exp();
             let a = loss + entropy_weight * log_p;
             statistics.loss += p * a;
             statistics.loss_per_loop[t] += loss;
             statistics.exit_pdf[t] += p;
             statistics.entropy -= p * log_p;
-            dloss[t][token] = (share * p) as f32;
             if t + 1 < loops {
                 let exit = (-softplus(-gate[t])).exp();
                 let stay = (-softplus(gate[t])).exp();
-                dgate[t][token] = (share * (stay * p * a - exit * later)) as f32;
+                let dgate = share * (stay * p * a - exit * later);
+                dgates[t * tokens + token] = dgate as f32;
             }
             later += p * a;
         }
-    }
+    });
     statistics.loss *= share;
     statistics.entropy *= share;
     for sum in statistics.loss_per_loop.iter_mut().chain(&mut statistics.exit_pdf) {
         *sum *= share;
     }
-    StageOne { statistics, dloss, dgate }
+    StageOne { statistics, dgates }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn case() -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+    /// Losses and gates of 4 loops and 6 tokens.
+    fn case() -> (Vec<f32>, Vec<f32>) {
         let value = |t: usize, i: usize| ((t * 5 + i) as f32 * 1.7).sin();
-        let losses = (0..4).map(|t| (0..6).map(|i| 3.0 + value(t, i)).collect()).collect();
-        let gates = (0..4).map(|t| (0..6).map(|i| 2.0 * value(i, t + 3)).collect()).collect();
-        (losses, gates)
+        let all = |f: &dyn Fn(usize, usize) -> f32| (0..24).map(|at| f(at / 6, at % 6)).collect();
+        (all(&|t, i| 3.0 + value(t, i)), all(&|t, i| 2.0 * value(i, t + 3)))
     }
 
     #[test]
     fn gradients_are_the_slopes_of_the_loss() {
         let (losses, gates) = case();
-        let found = stage_one(&losses, &gates, 0.1);
-        let loss =
-            |losses: &[Vec<f32>], gates: &[Vec<f32>]| stage_one(losses, gates, 0.1).statistics.loss;
+        let loss = |losses: &[f32], gates: &[f32]| stage_one(losses, gates, 4, 0.1).statistics.loss;
+        let found = [exit_shares(&gates, 4), stage_one(&losses, &gates, 4, 0.1).dgates];
         let h = 1.0 / 64.0; // a power of two: adding it to an f32 here is exact enough
-        for t in 0..4 {
-            for i in 0..6 {
-                for (which, grad) in [(0, found.dloss[t][i]), (1, found.dgate[t][i])] {
-                    let moved = |by: f32| {
-                        let (mut losses, mut gates) = (losses.clone(), gates.clone());
-                        [&mut losses, &mut gates][which][t][i] += by;
-                        loss(&losses, &gates)
-                    };
-                    let slope = (moved(h) - moved(-h)) / (2.0 * f64::from(h));
-                    let error = (slope - f64::from(grad)).abs();
-                    assert!(error < 2e-5, "{which} {t} {i}: {slope} against {grad}");
-                }
+        for (which, found) in found.iter().enumerate() {
+            for (at, grad) in found.iter().enumerate() {
+                let moved = |by: f32| {
+                    let (mut losses, mut gates) = (losses.clone(), gates.clone());
+                    [&mut losses, &mut gates][which][at] += by;
+                    loss(&losses, &gates)
+                };
+                let slope = (moved(h) - moved(-h)) / (2.0 * f64::from(h));
+                let error = (slope - f64::from(*grad)).abs();
+                assert!(error < 2e-5, "{which} {at}: {slope} against {grad}");
             }
         }
     }
 
     #[test]
     fn an_even_gate_halves_what_is_left() {
-        let found = stage_one(&vec![vec![1.0; 2]; 4], &vec![vec![0.0; 2]; 4], 0.0);
+        let found = stage_one(&[1.0; 8], &[0.0; 8], 4, 0.0);
         for (found, exact) in found.statistics.exit_pdf.iter().zip([0.5, 0.25, 0.125, 0.125]) {
             assert!((found - exact).abs() < 1e-15);
         }
@@ -145,9 +164,9 @@ mod tests {
     #[test]
     fn saturated_gates_stay_finite() {
         for gate in [-1e4f32, -90.0, 90.0, 1e4] {
-            let found = stage_one(&vec![vec![2.0]; 3], &vec![vec![gate]; 3], 0.05);
+            let found = stage_one(&[2.0; 3], &[gate; 3], 3, 0.05);
             assert!(found.statistics.loss.is_finite() && found.statistics.entropy.is_finite());
-            assert!(found.dgate.iter().flatten().all(|grad| grad.is_finite()));
+            assert!(found.dgates.iter().all(|grad| grad.is_finite()));
             assert!((found.statistics.exit_pdf.iter().sum::<f64>() - 1.0).abs() < 1e-12);
         }
     }
@@ -155,6 +174,8 @@ mod tests {
     #[test]
     fn the_last_gate_has_no_gradient() {
         let (losses, gates) = case();
-        assert!(stage_one(&losses, &gates, 0.05).dgate[3].iter().all(|&grad| grad == 0.0));
+        let found = stage_one(&losses, &gates, 4, 0.05).dgates;
+        assert!(found[18..].iter().all(|&grad| grad == 0.0));
+        assert!(found[..18].iter().all(|&grad| grad != 0.0));
     }
 }

@@ -1,12 +1,10 @@
 //! Text generation from the last loop, one token at a time.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
 use looptrain_proto::spec;
 
-use crate::loop_lm::floats;
-use crate::{Layout, LoopLm, Rotary, StageSettings};
+use crate::{Engine, StageSettings};
 
 /// How to draw the next token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,19 +37,15 @@ pub fn generate(
     sampling: &Sampling,
 ) -> Vec<u32> {
     assert!(!prompt.is_empty(), "generation continues at least one token");
-    let device = Device::flex();
-    let lm = LoopLm::new(model, &Layout::new(model), weights, &device);
+    let mut engine =
+        Engine::new(model, std::thread::available_parallelism().map_or(1, usize::from));
+    engine.load(weights);
     let mut stream = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut tokens = prompt.to_vec();
     for _ in 0..sampling.tokens {
         let context = &tokens[tokens.len().saturating_sub(sampling.context)..];
-        let length = context.len();
-        let ids: Vec<i64> = context.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [length]), &device);
-        let rotary = Rotary::new(length, model.head_dim(), settings.rope_base, &device);
-        let mut outputs = lm.forward(ids, 1, settings.loops, &rotary);
-        let hidden = outputs.pop().expect("a stage has at least one loop").hidden;
-        let logits = floats(lm.logits(hidden.narrow(0, length - 1, 1)));
+        let states = engine.states(settings, context);
+        let logits = engine.logits(&states[states.len() - model.hidden_size..]);
         let usable = &logits[..sampling.vocabulary.min(logits.len())];
         let token = draw(usable, sampling.temperature, &mut stream);
         if token == sampling.stop {

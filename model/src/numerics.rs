@@ -9,8 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use looptrain_proto::{Digest, Step, spec};
 
-use crate::ops::KernelLevel;
-use crate::{Engine, SlotBatch, StageSettings, TrainState};
+use crate::{Engine, KernelLevel, SlotBatch, StageSettings, TrainState};
 
 /// Kernel level and probe of this machine, such as `avx512-1f2e3d4c5b6a7980`.
 #[must_use]

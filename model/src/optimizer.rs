@@ -3,6 +3,7 @@
 use looptrain_proto::spec;
 use rayon::prelude::*;
 
+use crate::cpu::simd::{self, AdamW};
 use crate::{Layout, TrainState};
 
 /// Elements per task and per partial sum: fixed, so that the norm's sum keeps its shape.
@@ -11,21 +12,8 @@ const CHUNK: usize = 1 << 14;
 /// Euclidean norm in double precision, summed chunk by chunk.
 #[must_use]
 pub(crate) fn global_norm(gradient: &[f32]) -> f64 {
-    let partial: Vec<f64> = gradient
-        .par_chunks(CHUNK)
-        .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
-        .collect();
+    let partial: Vec<f64> = gradient.par_chunks(CHUNK).map(simd::sum_of_squares).collect();
     partial.iter().sum::<f64>().sqrt()
-}
-
-struct Update {
-    clip: f32,
-    beta1: f32,
-    beta2: f32,
-    epsilon: f32,
-    step_size: f32,
-    inverse_root: f32,
-    keep: f32,
 }
 
 /// One update in place: clip by global norm, then decoupled weight decay and Adam with bias
@@ -46,7 +34,7 @@ pub(crate) fn update(
     state.step = state.step.next();
     let steps = state.step.0 as f64;
     let clip = if norm > settings.clip_norm { settings.clip_norm / norm } else { 1.0 };
-    let base = Update {
+    let base = AdamW {
         clip: clip as f32,
         beta1: settings.beta1 as f32,
         beta2: settings.beta2 as f32,
@@ -57,7 +45,7 @@ pub(crate) fn update(
     };
     for tensor in layout.tensors() {
         let decay = if tensor.decay { learning_rate * settings.weight_decay } else { 0.0 };
-        let update = Update { keep: (1.0 - decay) as f32, ..base };
+        let update = AdamW { keep: (1.0 - decay) as f32, ..base };
         let range = tensor.range();
         state.weights[range.clone()]
             .par_chunks_mut(CHUNK)
@@ -68,20 +56,8 @@ pub(crate) fn update(
                     .zip(state.second_moment[range].par_chunks_mut(CHUNK)),
             )
             .for_each(|((weights, gradient), (first, second))| {
-                update.apply(weights, gradient, first, second);
+                simd::adamw(&update, weights, gradient, first, second);
             });
     }
     norm
-}
-
-impl Update {
-    fn apply(&self, weights: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
-        for (((w, &g), m), v) in weights.iter_mut().zip(gradient).zip(first).zip(second) {
-            let g = g * self.clip;
-            *m = self.beta1 * *m + (1.0 - self.beta1) * g;
-            *v = self.beta2 * *v + (1.0 - self.beta2) * (g * g);
-            let root = v.sqrt() * self.inverse_root + self.epsilon;
-            *w = *w * self.keep - self.step_size * *m / root;
-        }
-    }
 }

@@ -9,8 +9,9 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use looptrain_model::composite::{LoopLm, Rotary};
 use looptrain_model::{
-    Engine, Layout, LoopLm, Rotary, SlotBatch, SlotOutput, StageSettings, TrainState, stage_one,
+    Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState, exit_shares, stage_one,
 };
 use looptrain_proto::{Step, spec};
 use safetensors::{Dtype, SafeTensors};
@@ -128,8 +129,46 @@ fn near(what: &str, found: f64, exact: f64) {
     assert!((found - exact).abs() < TOLERANCE * exact.abs(), "{what}: {found} against {exact}");
 }
 
+/// Losses and gate logits, `[R * N]` each, against the case's.
+fn losses_and_exits(name: &str, case: &Case, losses: &[f32], gates: &[f32], expected: &Vectors) {
+    close(&format!("{name} per-token losses"), losses, &expected["ce"]);
+    close(&format!("{name} gate logits"), gates, &expected["gate_logits"]);
+    let (loops, beta) = (case.settings.loops, case.settings.entropy_weight);
+    let stage = stage_one(losses, gates, loops, beta);
+    near(&format!("{name} loss"), stage.statistics.loss, expected["loss"][0]);
+    // The gradient with respect to a token's loss is p(t) / N.
+    let tokens = (case.batch * case.length) as f32;
+    let pdf: Vec<f32> = exit_shares(gates, loops).iter().map(|p| p * tokens).collect();
+    close(&format!("{name} exit distribution"), &pdf, &expected["exit_pdf"]);
+}
+
 #[test]
 fn logits_losses_and_exits_of_every_loop() {
+    for name in CASES {
+        let (case, weights, expected) = Case::read(name);
+        let mut engine = Engine::new(&case.model, 2);
+        engine.load(&flat(engine.layout(), &weights));
+        let batch = case.slot(&expected["tokens"], &expected["targets"]);
+        let (losses, gates) = engine.losses(&case.settings, &batch);
+        losses_and_exits(name, &case, &losses, &gates, &expected);
+        // Logits of the sequences one by one, as generation takes them.
+        let (loops, vocab) = (case.settings.loops, case.model.vocab_size);
+        let mut logits = vec![Vec::new(); loops];
+        for ids in batch.ids()[0].chunks(case.length) {
+            let found = engine.logits(&engine.states(&case.settings, ids));
+            for (logits, found) in logits.iter_mut().zip(found.chunks(case.length * vocab)) {
+                logits.extend_from_slice(found);
+            }
+        }
+        for (t, logits) in logits.iter().enumerate() {
+            let key = format!("logits.{t}");
+            close(&format!("{name} {key}"), logits, &expected[&key]);
+        }
+    }
+}
+
+#[test]
+fn the_composite_has_the_logits_losses_and_exits_of_every_loop() {
     for name in CASES {
         let (case, weights, expected) = Case::read(name);
         let device = Device::flex();
@@ -148,18 +187,12 @@ fn logits_losses_and_exits_of_every_loop() {
         for (t, output) in outputs.into_iter().enumerate() {
             let logits = lm.logits(output.hidden.clone()).flatten::<1>(0, 1);
             let key = format!("logits.{t}");
-            close(&format!("{name} {key}"), &floats(logits), &expected[&key]);
-            losses.push(floats(lm.cross_entropy(output.hidden, ids("targets"))));
-            gates.push(floats(output.gate));
+            close(&format!("composite {name} {key}"), &floats(logits), &expected[&key]);
+            losses.extend(floats(lm.cross_entropy(output.hidden, ids("targets"))));
+            gates.extend(floats(output.gate));
         }
-        close(&format!("{name} per-token losses"), &losses.concat(), &expected["ce"]);
-        close(&format!("{name} gate logits"), &gates.concat(), &expected["gate_logits"]);
-        let stage = stage_one(&losses, &gates, case.settings.entropy_weight);
-        near(&format!("{name} loss"), stage.statistics.loss, expected["loss"][0]);
-        // The gradient with respect to a token's loss is p(t) / N.
-        let tokens = (case.batch * case.length) as f32;
-        let pdf: Vec<f32> = stage.dloss.concat().iter().map(|p| p * tokens).collect();
-        close(&format!("{name} exit distribution"), &pdf, &expected["exit_pdf"]);
+        let name = format!("composite {name}");
+        losses_and_exits(&name, &case, &losses, &gates, &expected);
     }
 }
 

@@ -1,7 +1,5 @@
 //! The promise: the same weights, bit for bit, whatever the machines do.
 
-use looptrain_model::ops::is_threaded;
-
 use crate::checkpoints::newest;
 use crate::support::{End, Running, Scratch, is_gone, signal, state, wait_until, workers_of};
 
@@ -23,13 +21,9 @@ fn any_number_of_workers_gives_the_same_weights() {
 #[test]
 fn any_number_of_threads_gives_the_same_weights() {
     let scratch = Scratch::new();
-    // Products so large that threads share them, and fewer slots than threads, so that they do.
+    // Fewer slots than threads, so that threads share the blocks of one slot's tokens.
     let (hidden, inner, sequences, lengths) = (64, 512, 4, [24, 40]);
-    for length in lengths {
-        let rows = sequences * length;
-        assert!(is_threaded(rows, inner, hidden) && is_threaded(rows, hidden, inner));
-        assert!(is_threaded(inner, hidden, rows));
-    }
+    assert!(lengths.iter().all(|length| sequences * length > 72), "more than one block");
     let mut wide = vec![
         format!("model.hidden_size={hidden}"),
         format!("model.intermediate_size={inner}"),

@@ -247,6 +247,8 @@ impl Bench {
                     }
                     if kept.len() < room {
                         kept.insert(slots[index], output);
+                    } else {
+                        self.engine.recycle(output.gradient);
                     }
                     *done += 1;
                     self.moments.at(Moment::Compute(step));
@@ -322,7 +324,9 @@ impl Bench {
             self.engine.update(state, &gradient, &self.spec.optimizer, rate);
             self.engine.load(&state.weights);
         }
-        self.kept = Kept::default();
+        for output in std::mem::take(&mut self.kept).outputs.into_values() {
+            self.engine.recycle(output.gradient);
+        }
         self.shelf.add(step, gradient);
         self.optimizer_seconds = start.elapsed().as_secs_f64();
         Ok(())

@@ -1,4 +1,8 @@
-//! LoopLM: one stack of Transformer layers, applied R times with shared weights.
+//! LoopLM in plain Burn operations, for any Burn device, with gradients by Burn's autodiff: the model
+//! as it reads in a paper. It is what the kernels of [`cpu`](crate::cpu) are compared with, in tests
+//! and in `bench step --kernels composite`.
+//!
+//! One stack of Transformer layers, applied R times with shared weights:
 //!
 //! ```text
 //! h = E[token]
@@ -18,7 +22,10 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use looptrain_proto::spec;
 
-use crate::{Layout, ops};
+use crate::exit::{exit_shares, stage_one};
+use crate::{Layout, SlotBatch, SlotOutput, StageSettings};
+
+pub(crate) mod ops;
 
 /// One layer of the shared stack; fields are in the order of [`Layout`].
 #[derive(Module, Debug)]
@@ -63,8 +70,8 @@ pub struct LoopOutput {
 /// Cosines and sines of the rotary angles, `[T, head_dim / 2]`.
 #[derive(Clone, Debug)]
 pub struct Rotary {
-    cos: Tensor<2>,
-    sin: Tensor<2>,
+    pub(crate) cos: Tensor<2>,
+    pub(crate) sin: Tensor<2>,
 }
 
 impl Rotary {
@@ -194,14 +201,20 @@ impl LoopLm {
         let mut h = ops::embedding(self.embedding.val(), ids);
         let mut outputs = Vec::with_capacity(loops);
         for _ in 0..loops {
-            for layer in &self.layers {
-                h = layer.forward(h, batch, self.heads, rotary, self.eps);
+            for layer in 0..self.layers.len() {
+                h = self.layer(layer, h, batch, rotary);
             }
             h = ops::rms_norm(h, self.norm.val(), self.eps);
             let gate = ops::linear(h.clone(), self.exit_weight.val()).squeeze_dim::<1>(1);
             outputs.push(LoopOutput { hidden: h.clone(), gate: gate + self.exit_bias.val() });
         }
         outputs
+    }
+
+    /// One layer of the stack: `h [B * T, d]` -> the same shape.
+    #[must_use]
+    pub fn layer(&self, layer: usize, h: Tensor<2>, batch: usize, rotary: &Rotary) -> Tensor<2> {
+        self.layers[layer].forward(h, batch, self.heads, rotary, self.eps)
     }
 
     /// Next-token cross-entropy of each row of a loop's state: `[B * T]`, in nats.
@@ -242,7 +255,51 @@ impl LoopLm {
     }
 }
 
+/// Gradient and statistics of one slot, as [`Engine::gradients`](crate::Engine::gradients) gives them,
+/// for the weights of a flat buffer in [`Layout`] order: forward with the graph, loss and its
+/// gradients in closed form, then backward from those.
+///
+/// # Panics
+/// If the buffer is shorter than the layout says.
+#[must_use]
+pub fn gradient(
+    model: &spec::Model,
+    weights: &[f32],
+    settings: &StageSettings,
+    batch: &SlotBatch,
+    device: &Device,
+) -> SlotOutput {
+    let (layout, loops) = (Layout::new(model), settings.loops);
+    let lm = LoopLm::new(model, &layout, weights, device).with_gradients();
+    let (length, base) = (batch.sequence_length, settings.rope_base);
+    let rotary = Rotary::new(length, model.head_dim(), base, device);
+    let [inputs, targets] = batch.ids().map(|ids| {
+        let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        let count = ids.len();
+        Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), device)
+    });
+    let outputs = lm.forward(inputs, batch.sequences, loops, &rotary);
+    let cross_entropy =
+        |output: &LoopOutput| lm.cross_entropy(output.hidden.clone(), targets.clone());
+    let losses = Tensor::cat(outputs.iter().map(cross_entropy).collect(), 0);
+    let gates = Tensor::cat(outputs.into_iter().map(|output| output.gate).collect(), 0);
+    let gate_values = floats(gates.clone().inner());
+    let shares = exit_shares(&gate_values, loops);
+    let loss_values = floats(losses.clone().inner());
+    let stage = stage_one(&loss_values, &gate_values, loops, settings.entropy_weight);
+
+    // A scalar whose gradients with respect to losses and gates are the closed forms.
+    let seeded = |tensor: Tensor<1>, gradient: Vec<f32>| {
+        let count = gradient.len();
+        (tensor * Tensor::from_data(TensorData::new(gradient, [count]), device)).sum()
+    };
+    let root = seeded(losses, shares) + seeded(gates, stage.dgates);
+    let mut grads = root.backward();
+    let gradient = lm.flat_gradients(&layout, &mut grads);
+    SlotOutput { gradient, statistics: stage.statistics }
+}
+
 /// The values of a float tensor, in row-major order.
-pub(crate) fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_into_vec::<f32>().expect("the model computes in f32")
 }

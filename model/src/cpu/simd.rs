@@ -5,53 +5,7 @@
 //! neighbouring rows or on the place of the row in memory. The levels differ in the last bits
 //! (fused multiply-add or not), which is why a run pins its level.
 
-use std::sync::OnceLock;
-
-/// The instruction sets that the kernels are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KernelLevel {
-    /// AVX-512 F, BW, DQ and VL.
-    Avx512,
-    /// AVX2 with fused multiply-add.
-    Avx2,
-    /// Whatever the compilation target guarantees.
-    Portable,
-}
-
-impl KernelLevel {
-    /// The best level of this machine.
-    #[must_use]
-    pub fn detect() -> Self {
-        static LEVEL: OnceLock<KernelLevel> = OnceLock::new();
-        *LEVEL.get_or_init(|| {
-            #[cfg(target_arch = "x86_64")]
-            {
-                let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-                let avx512 = is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl");
-                if avx2 && avx512 {
-                    return Self::Avx512;
-                }
-                if avx2 {
-                    return Self::Avx2;
-                }
-            }
-            Self::Portable
-        })
-    }
-
-    /// The level's name in logs, errors and the run record.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Avx512 => "avx512",
-            Self::Avx2 => "avx2",
-            Self::Portable => "portable",
-        }
-    }
-}
+use super::level::KernelLevel;
 
 /// Defines functions whose bodies are compiled for each level. Inside, `FMA` says whether fused
 /// multiply-add is an instruction.
@@ -59,7 +13,7 @@ macro_rules! kernels {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {$(
         $(#[$doc])*
         #[allow(clippy::too_many_arguments)]
-        pub(super) fn $name($($arg: $type),*) $(-> $result)? {
+        pub(crate) fn $name($($arg: $type),*) $(-> $result)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
             fn body<const FMA: bool>($($arg: $type),*) $(-> $result)? $body
@@ -81,6 +35,7 @@ macro_rules! kernels {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 KernelLevel::Avx2 => unsafe { avx2($($arg),*) },
+                KernelLevel::Neon => body::<true>($($arg),*),
                 _ => body::<false>($($arg),*),
             }
         }
@@ -160,13 +115,6 @@ kernels! {
         max + sum_of(row.len(), |i| exp::<FMA>(row[i] - max)).ln()
     }
 
-    /// In place: `row = scale * exp(row - shift)`.
-    fn scaled_exp(row: &mut [f32], shift: f32, scale: f32) {
-        for x in row {
-            *x = scale * exp::<FMA>(*x - shift);
-        }
-    }
-
     /// In place: `row = exp(row - max row)`; returns the maximum and the sum of the new row.
     fn exp_and_sum(row: &mut [f32]) -> (f32, f32) {
         let max = max_of(row);
@@ -189,10 +137,12 @@ kernels! {
         }
     }
 
-    /// In place: `grad = probability * (grad - delta)`, the softmax backward of one row.
-    fn softmax_backward(probability: &[f32], grad: &mut [f32], delta: f32) {
-        for (g, &p) in grad.iter_mut().zip(probability) {
-            *g = p * (*g - delta);
+    /// Softmax backward of one row of scores, in place: they become probabilities
+    /// `p = exp(score - log_sum)`, and `grad` becomes `p * (grad - delta)`.
+    fn softmax_backward(scores: &mut [f32], grad: &mut [f32], log_sum: f32, delta: f32) {
+        for (g, s) in grad.iter_mut().zip(scores) {
+            *s = exp::<FMA>(*s - log_sum);
+            *g = *s * (*g - delta);
         }
     }
 
@@ -200,6 +150,13 @@ kernels! {
     fn add(sum: &mut [f32], x: &[f32]) {
         for (s, &x) in sum.iter_mut().zip(x) {
             *s += x;
+        }
+    }
+
+    /// In place: `sum += factor * x`.
+    fn add_scaled(sum: &mut [f32], x: &[f32], factor: f32) {
+        for (s, &x) in sum.iter_mut().zip(x) {
+            *s = fma::<FMA>(factor, x, *s);
         }
     }
 
@@ -224,15 +181,30 @@ kernels! {
         inverse
     }
 
-    /// RMSNorm backward of one row: writes `dx`, adds to `dweight`.
-    fn rms_norm_backward(x: &[f32], weight: &[f32], inverse: f32, dy: &[f32], dx: &mut [f32], dweight: &mut [f32]) {
+    /// RMSNorm backward of one row: puts the row's gradient in its place, adds to `dweight`.
+    fn rms_norm_backward(x: &mut [f32], weight: &[f32], inverse: f32, dy: &[f32], dweight: &mut [f32]) {
         let d = weight.len();
-        let (x, dy, dx, dweight) = (&x[..d], &dy[..d], &mut dx[..d], &mut dweight[..d]);
+        let (x, dy, dweight) = (&mut x[..d], &dy[..d], &mut dweight[..d]);
         let along = sum_of(d, |i| x[i] * dy[i] * weight[i]);
         let pull = -along * inverse * inverse * inverse / d as f32;
         for i in 0..d {
-            dx[i] = fma::<FMA>(dy[i] * weight[i], inverse, pull * x[i]);
             dweight[i] = fma::<FMA>(dy[i], x[i] * inverse, dweight[i]);
+            x[i] = fma::<FMA>(dy[i] * weight[i], inverse, pull * x[i]);
+        }
+    }
+
+    /// RMSNorm backward of one row: puts the normed row again in the row's place, adds the row's
+    /// gradient to `sum` and the weight's to `dweight`.
+    fn rms_norm_backward_add(x: &mut [f32], weight: &[f32], inverse: f32, dy: &[f32], sum: &mut [f32], dweight: &mut [f32]) {
+        let d = weight.len();
+        let (x, dy, sum, dweight) = (&mut x[..d], &dy[..d], &mut sum[..d], &mut dweight[..d]);
+        let along = sum_of(d, |i| x[i] * dy[i] * weight[i]);
+        let pull = -along * inverse * inverse * inverse / d as f32;
+        for i in 0..d {
+            let scaled = x[i] * inverse;
+            dweight[i] = fma::<FMA>(dy[i], scaled, dweight[i]);
+            sum[i] += fma::<FMA>(dy[i] * weight[i], inverse, pull * x[i]);
+            x[i] = scaled * weight[i];
         }
     }
 
@@ -245,30 +217,74 @@ kernels! {
         }
     }
 
-    /// Backward of [`swiglu`].
-    fn swiglu_backward(gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-        let n = dout.len();
-        let (gate, up, dgate, dup) = (&gate[..n], &up[..n], &mut dgate[..n], &mut dup[..n]);
+    /// Backward of [`swiglu`]: gradients take the places of `gate` and `up`, and the product that of
+    /// its gradient.
+    fn swiglu_backward(gate: &mut [f32], up: &mut [f32], out: &mut [f32]) {
+        let n = out.len();
+        let (gate, up) = (&mut gate[..n], &mut up[..n]);
         for i in 0..n {
-            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-gate[i]));
-            let silu = gate[i] * sigmoid;
-            dup[i] = dout[i] * silu;
-            dgate[i] = dout[i] * up[i] * fma::<FMA>(silu, 1.0 - sigmoid, sigmoid);
+            let (dout, g) = (out[i], gate[i]);
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-g));
+            let silu = g * sigmoid;
+            out[i] = silu * up[i];
+            gate[i] = dout * up[i] * fma::<FMA>(silu, 1.0 - sigmoid, sigmoid);
+            up[i] = dout * silu;
         }
     }
 
-    /// Rotary embedding of one head's row, halves split: `out = scale * (a cos - b sin, b cos + a sin)`.
+    /// Rotary embedding of one head's row in place, halves split: `scale * (a cos - b sin, b cos + a sin)`.
     /// `sin_sign` -1 turns back.
-    fn rotate(x: &[f32], cos: &[f32], sin: &[f32], sin_sign: f32, scale: f32, out: &mut [f32]) {
+    fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32], sin_sign: f32, scale: f32) {
         let half = cos.len();
-        let ((a, b), sin) = (x[..2 * half].split_at(half), &sin[..half]);
-        let (out_a, out_b) = out[..2 * half].split_at_mut(half);
+        let (a, b) = x[..2 * half].split_at_mut(half);
+        let sin = &sin[..half];
         for i in 0..half {
             let (c, s) = (cos[i] * scale, sin[i] * scale * sin_sign);
-            out_a[i] = a[i] * c - b[i] * s;
-            out_b[i] = b[i] * c + a[i] * s;
+            (a[i], b[i]) = (a[i] * c - b[i] * s, b[i] * c + a[i] * s);
         }
     }
+
+    /// One update of AdamW on a run of elements.
+    fn adamw(update: &AdamW, weights: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
+        let n = weights.len();
+        let (gradient, first, second) = (&gradient[..n], &mut first[..n], &mut second[..n]);
+        for i in 0..n {
+            let g = gradient[i] * update.clip;
+            first[i] = update.beta1 * first[i] + (1.0 - update.beta1) * g;
+            second[i] = update.beta2 * second[i] + (1.0 - update.beta2) * (g * g);
+            let root = second[i].sqrt() * update.inverse_root + update.epsilon;
+            weights[i] = weights[i] * update.keep - update.step_size * first[i] / root;
+        }
+    }
+
+    /// Sum of squares in double precision.
+    fn sum_of_squares(values: &[f32]) -> f64 {
+        let mut lanes = [0f64; LANES];
+        let mut chunks = values.chunks_exact(LANES);
+        for chunk in &mut chunks {
+            for (sum, &x) in lanes.iter_mut().zip(chunk) {
+                *sum += f64::from(x) * f64::from(x);
+            }
+        }
+        let rest: f64 = chunks.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        lanes.iter().sum::<f64>() + rest
+    }
+}
+
+/// The numbers of one update of AdamW.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdamW {
+    /// What the gradient is multiplied by, at most 1.
+    pub(crate) clip: f32,
+    pub(crate) beta1: f32,
+    pub(crate) beta2: f32,
+    pub(crate) epsilon: f32,
+    /// Learning rate with the first moment's bias correction.
+    pub(crate) step_size: f32,
+    /// The second moment's bias correction, for its root.
+    pub(crate) inverse_root: f32,
+    /// What decay leaves of a weight.
+    pub(crate) keep: f32,
 }
 
 #[cfg(test)]
@@ -278,13 +294,14 @@ mod tests {
     #[test]
     fn exp_stays_within_its_stated_error() {
         let mut worst = 0f64;
-        for i in -870..=880 {
+        for i in 0..=870 {
             for offset in 0..7 {
                 let x = i as f32 * 0.1 + offset as f32 * 0.013;
-                let mut row = [x.clamp(-87.0, 88.0)];
-                let exact = f64::from(row[0]).exp();
-                scaled_exp(&mut row, 0.0, 1.0);
-                worst = worst.max((f64::from(row[0]) - exact).abs() / exact);
+                // The row's maximum is subtracted: two values, so that one of them is negative.
+                let mut row = [0.0, -x.abs().min(87.0)];
+                let exact = f64::from(row[1]).exp();
+                exp_and_sum(&mut row);
+                worst = worst.max((f64::from(row[1]) - exact).abs() / exact);
             }
         }
         assert!(worst < 2e-7, "relative error {worst:e}");
@@ -305,9 +322,10 @@ mod tests {
         let angles: Vec<f32> = (0..4).map(|i| 0.3 + i as f32).collect();
         let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
         let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
-        let (mut there, mut back) = (vec![0.0; 8], vec![0.0; 8]);
-        rotate(&x, &cos, &sin, 1.0, 1.0, &mut there);
-        rotate(&there, &cos, &sin, -1.0, 1.0, &mut back);
+        let mut there = x.clone();
+        rotate(&mut there, &cos, &sin, 1.0, 1.0);
+        let mut back = there.clone();
+        rotate(&mut back, &cos, &sin, -1.0, 1.0);
         assert!(x.iter().zip(&back).all(|(a, b)| (a - b).abs() < 1e-5), "{back:?}");
         assert!(x.iter().zip(&there).any(|(a, b)| (a - b).abs() > 0.1));
     }

@@ -1,22 +1,26 @@
-//! The fused operators' formulas in plain Burn operations: the oracle of their tests.
+//! The parts of the model in plain Burn operations.
 
 use burn::tensor::activation::{log_softmax, silu, softmax};
 use burn::tensor::{Bool, Int, Tensor, TensorData};
 
-pub(super) fn embedding(weight: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
+/// Rows of `weight [V, d]` at `ids [N]` -> `[N, d]`.
+pub(crate) fn embedding(weight: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
     weight.select(0, ids)
 }
 
-pub(super) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+/// `x [N, in]` times the transpose of `weight [out, in]` -> `[N, out]`.
+pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     x.matmul(weight.transpose())
 }
 
-pub(super) fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
+/// `x / sqrt(mean(x^2) + eps) * weight` over rows: `x [N, d]`, `weight [d]` -> `[N, d]`.
+pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     let rms = (x.clone().square().mean_dim(1) + eps).sqrt();
     x / rms * weight.unsqueeze()
 }
 
-pub(super) fn rms_norm_add(
+/// `residual + rms_norm(x, weight)`: all `[N, d]`.
+pub(crate) fn rms_norm_add(
     x: Tensor<2>,
     weight: Tensor<1>,
     residual: Tensor<2>,
@@ -25,7 +29,8 @@ pub(super) fn rms_norm_add(
     residual + rms_norm(x, weight, eps)
 }
 
-pub(super) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+/// `silu(gate) * up`, elementwise on `[N, f]`.
+pub(crate) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     silu(gate) * up
 }
 
@@ -36,7 +41,10 @@ fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
     Tensor::cat(vec![turned, b * cos + a * sin], 3)
 }
 
-pub(super) fn attention(
+/// Causal attention of rotated queries and keys, scaled by `head_dim^-0.5`: `q`, `k`, `v` and the
+/// result `[B, T, heads * head_dim]`; `cos`, `sin` `[T, head_dim / 2]`, halves rotated (the
+/// convention of the Llama family): `(a, b) -> (a cos - b sin, b cos + a sin)`.
+pub(crate) fn attention(
     q: Tensor<3>,
     k: Tensor<3>,
     v: Tensor<3>,
@@ -60,7 +68,9 @@ pub(super) fn attention(
     weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, width])
 }
 
-pub(super) fn cross_entropy(x: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+/// Cross-entropy of each token under the softmax of `x weight^T`: `x [N, d]`, `weight [V, d]`,
+/// `targets [N]` below V -> `[N]`, in nats.
+pub(crate) fn cross_entropy(x: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let log_probabilities = log_softmax(linear(x, weight), 1);
     log_probabilities.gather(1, targets.unsqueeze_dim(1)).squeeze_dim::<1>(1).neg()
 }

@@ -1,0 +1,660 @@
+//! Matrix products on slices, with bits that depend on the shape and on fused multiply-add alone.
+//!
+//! An element of the result is one chain of multiply-adds along the inner dimension, from its first
+//! index to its last, cut into blocks of [`DEPTH`] that are added up in their order. Neither the
+//! width of a register nor the tile that an element falls into changes that chain, so levels, row
+//! and column cuts and threads cannot change a bit.
+//!
+//! The right operand is read in panels of [`PANEL`] columns. Weights are brought into that form
+//! once per step ([`Panels`]); everything else is read where it stands. The left operand is read
+//! element by element and needs no form at all.
+
+use std::cell::RefCell;
+use std::hint::black_box;
+use std::sync::OnceLock;
+
+use super::level::KernelLevel;
+
+/// Columns of a panel of the right operand: two registers of the widest level.
+const PANEL: usize = 32;
+
+/// Length of a block of the inner dimension: a panel of that length stays in the first-level cache.
+const DEPTH: usize = 256;
+
+/// Rows of the largest tile.
+const MAX_ROWS: usize = 12;
+
+/// Columns of a result from which on it pays to bring columns of the left operand into tiles.
+const TURN: usize = 128;
+
+/// Rows that are taken through all panels before the next ones.
+const ROWS: usize = 288;
+
+/// A left operand: element (row, column) stands at `row * strides.0 + column * strides.1`.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    data: &'a [f32],
+    strides: (usize, usize),
+}
+
+impl<'a> Left<'a> {
+    /// Rows of `stride` elements.
+    pub(super) fn rows(data: &'a [f32], stride: usize) -> Self {
+        Self { data, strides: (stride, 1) }
+    }
+
+    /// The transpose of rows of `stride` elements.
+    pub(super) fn columns(data: &'a [f32], stride: usize) -> Self {
+        Self { data, strides: (1, stride) }
+    }
+}
+
+/// A right operand.
+#[derive(Clone, Copy)]
+pub(super) enum Right<'a> {
+    /// In panels.
+    Panels(&'a [f32]),
+    /// Rows of so many elements.
+    Rows(&'a [f32], usize),
+}
+
+/// Shape of a product `[m, k] x [k, n]`.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+/// Elements of a `[k, n]` matrix in panels: columns are filled up with zeros.
+pub(super) fn panels_len(k: usize, n: usize) -> usize {
+    n.next_multiple_of(PANEL) * k
+}
+
+/// Brings rows `[k, n]`, each `stride` elements after the other, into panels.
+pub(super) fn pack_rows(rows: &[f32], stride: usize, k: usize, n: usize, panels: &mut [f32]) {
+    for (panel, out) in panels[..panels_len(k, n)].chunks_exact_mut(PANEL * k).enumerate() {
+        let first = panel * PANEL;
+        let width = PANEL.min(n - first);
+        for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
+            let at = row * stride + first;
+            if width == PANEL {
+                out.copy_from_slice(&rows[at..at + PANEL]);
+            } else {
+                out[..width].copy_from_slice(&rows[at..at + width]);
+                out[width..].fill(0.0);
+            }
+        }
+    }
+}
+
+/// Copies rows `[k, n]`, each `stride` elements after the other, to where they have no gaps.
+pub(super) fn gather_rows(rows: &[f32], stride: usize, k: usize, n: usize, out: &mut [f32]) {
+    for (row, out) in out[..k * n].chunks_exact_mut(n).enumerate() {
+        out.copy_from_slice(&rows[row * stride..row * stride + n]);
+    }
+}
+
+/// Brings the transpose of rows `[n, k]`, each `stride` elements after the other, into the panels
+/// of a `[k, n]` matrix.
+pub(super) fn pack_transposed(rows: &[f32], stride: usize, k: usize, n: usize, panels: &mut [f32]) {
+    /// Columns that are turned at a time, so that both sides stay in the cache.
+    const SQUARE: usize = 16;
+    for (panel, out) in panels[..panels_len(k, n)].chunks_exact_mut(PANEL * k).enumerate() {
+        let first = panel * PANEL;
+        let width = PANEL.min(n - first);
+        for (square, out) in out.chunks_mut(PANEL * SQUARE).enumerate() {
+            let depth = out.len() / PANEL;
+            for column in 0..PANEL {
+                if column < width {
+                    let at = (first + column) * stride + square * SQUARE;
+                    for (row, &value) in rows[at..at + depth].iter().enumerate() {
+                        out[row * PANEL + column] = value;
+                    }
+                } else {
+                    for row in 0..depth {
+                        out[row * PANEL + column] = 0.0;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Brings columns `[m, k]`, each `stride` elements after the other, into tiles of `rows` rows.
+fn pack_tiles(columns: &[f32], stride: usize, k: usize, m: usize, rows: usize, tiles: &mut [f32]) {
+    for column in 0..k {
+        let from = &columns[column * stride..column * stride + m];
+        for (tile, from) in from.chunks(rows).enumerate() {
+            let to = &mut tiles[tile * rows * DEPTH + column * rows..];
+            match from.first_chunk::<MAX_ROWS>() {
+                Some(from) if rows == MAX_ROWS => {
+                    *to.first_chunk_mut().expect("a whole tile") = *from
+                }
+                _ => to[..from.len()].copy_from_slice(from),
+            }
+        }
+    }
+}
+
+/// `out = a b`, or `out += a b` with `add`; `out` has rows of `stride` elements.
+///
+/// # Panics
+/// When an operand or the result is too short for the shape.
+pub(super) fn product(
+    shape: Shape,
+    out: &mut [f32],
+    stride: usize,
+    add: bool,
+    a: Left<'_>,
+    b: Right<'_>,
+) {
+    product_at(Tile::detect(), shape, out, stride, add, a, b);
+}
+
+fn product_at(
+    tile: &Tile,
+    shape: Shape,
+    out: &mut [f32],
+    stride: usize,
+    add: bool,
+    a: Left<'_>,
+    b: Right<'_>,
+) {
+    let Shape { m, n, k } = shape;
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(n <= stride && (m - 1) * stride + n <= out.len(), "a product writes past its result");
+    if k == 0 {
+        if !add {
+            out.chunks_mut(stride).take(m).for_each(|row| row[..n].fill(0.0));
+        }
+        return;
+    }
+    let last = (m - 1) * a.strides.0 + (k - 1) * a.strides.1;
+    assert!(last < a.data.len(), "a product reads past its left operand");
+    match b {
+        Right::Panels(panels) => {
+            assert!(panels_len(k, n) <= panels.len(), "a product reads past its right operand");
+        }
+        Right::Rows(rows, stride) => {
+            let last = (k - 1) * stride + n - 1;
+            assert!(n <= stride && last < rows.len(), "a product reads past its right operand");
+        }
+    }
+
+    PACKED.with_borrow_mut(|Packed { edge, tiles }| {
+        for start in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - start);
+            let add = add || start > 0;
+            if let (Right::Rows(rows, stride), true) = (b, !n.is_multiple_of(PANEL)) {
+                let first = n / PANEL * PANEL;
+                let rows = &rows[start * stride + first..];
+                edge.resize(PANEL * DEPTH, 0.0);
+                pack_rows(rows, stride, depth, n - first, edge);
+            }
+            for top in (0..m).step_by(ROWS) {
+                let bottom = m.min(top + ROWS);
+                let turned = a.strides.1 > 1 && n >= TURN;
+                if turned {
+                    let left = &a.data[start * a.strides.1 + top * a.strides.0..];
+                    tiles.resize(ROWS * DEPTH, 0.0);
+                    pack_tiles(left, a.strides.1, depth, bottom - top, tile.rows, tiles);
+                }
+                for first in (0..n).step_by(PANEL) {
+                    let width = PANEL.min(n - first);
+                    let (panel, row_stride) = match b {
+                        Right::Panels(panels) => (&panels[first * k + start * PANEL..], PANEL),
+                        Right::Rows(..) if width < PANEL => (&edge[..], PANEL),
+                        Right::Rows(rows, stride) => (&rows[start * stride + first..], stride),
+                    };
+                    let next = match b {
+                        Right::Panels(_) => PANEL * k,
+                        Right::Rows(..) => PANEL,
+                    };
+                    let block = Block { depth, add, width, panel, row_stride, next };
+                    let left = &a.data[start * a.strides.1..];
+                    for row in (top..bottom).step_by(tile.rows) {
+                        let rows = tile.rows.min(bottom - row);
+                        let a = if turned {
+                            Left { data: &tiles[(row - top) * DEPTH..], strides: (1, tile.rows) }
+                        } else {
+                            Left { data: &left[row * a.strides.0..], strides: a.strides }
+                        };
+                        // SAFETY: the assertions above bound all that is read and written: `rows` rows
+                        // from `row` < m, `width` columns from `first` < n, `depth` from `start` < k.
+                        unsafe {
+                            tile.apply(rows, &block, a, &mut out[row * stride + first..], stride)
+                        };
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Parts of operands in the form that kernels read, for one block.
+#[derive(Default)]
+struct Packed {
+    /// The last panel of rows that stand as they are, which may reach past them.
+    edge: Vec<f32>,
+    /// Rows of a left operand in columns.
+    tiles: Vec<f32>,
+}
+
+thread_local! {
+    static PACKED: RefCell<Packed> = RefCell::default();
+}
+
+/// One panel's block, and what becomes of the product with it.
+struct Block<'a> {
+    depth: usize,
+    add: bool,
+    width: usize,
+    panel: &'a [f32],
+    row_stride: usize,
+    /// From here to the next panel.
+    next: usize,
+}
+
+/// What a kernel reads and writes: `c = a b`, or `c += a b` with `add`.
+struct Operands {
+    depth: usize,
+    a: *const f32,
+    /// From row to row and from column to column.
+    a_strides: (usize, usize),
+    b: *const f32,
+    /// From row to row.
+    b_stride: usize,
+    /// From `b` to where the next products will read.
+    next: usize,
+    c: *mut f32,
+    c_stride: usize,
+    add: bool,
+}
+
+type Kernel = unsafe fn(&Operands);
+
+/// The kernels of a level.
+struct Tile {
+    rows: usize,
+    columns: usize,
+    /// For 1, 2, ... rows.
+    kernels: &'static [Kernel],
+}
+
+impl Tile {
+    fn detect() -> &'static Self {
+        static TILE: OnceLock<&'static Tile> = OnceLock::new();
+        TILE.get_or_init(|| Self::of(KernelLevel::detect()))
+    }
+
+    fn of(level: KernelLevel) -> &'static Self {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            KernelLevel::Avx512 => &x86::AVX512,
+            #[cfg(target_arch = "x86_64")]
+            KernelLevel::Avx2 => &x86::AVX2,
+            _ => &portable::TILE,
+        }
+    }
+
+    /// # Safety
+    /// `a`, `out` and the block's panel must reach as far as the tile does.
+    unsafe fn apply(
+        &self,
+        rows: usize,
+        block: &Block<'_>,
+        a: Left<'_>,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        let kernel = self.kernels[rows - 1];
+        let Block { depth, add, width, panel, row_stride, next } = *block;
+        for column in (0..width).step_by(self.columns) {
+            let operands = Operands {
+                depth,
+                a: a.data.as_ptr(),
+                a_strides: a.strides,
+                b: panel[column..].as_ptr(),
+                b_stride: row_stride,
+                next,
+                c: out[column..].as_mut_ptr(),
+                c_stride: stride,
+                add,
+            };
+            if column + self.columns <= width {
+                // SAFETY: the caller's; the kernel's level is this machine's.
+                unsafe { kernel(&operands) };
+                continue;
+            }
+            let mut whole = [0.0; MAX_ROWS * PANEL];
+            let c = whole.as_mut_ptr();
+            // SAFETY: a panel has all its columns, and `whole` has room for any tile.
+            unsafe { kernel(&Operands { c, c_stride: PANEL, add: false, ..operands }) };
+            for (row, whole) in whole.chunks_exact(PANEL).take(rows).enumerate() {
+                let out = &mut out[row * stride + column..row * stride + width];
+                for (out, &value) in out.iter_mut().zip(whole) {
+                    *out = if add { *out + value } else { value };
+                }
+            }
+        }
+    }
+}
+
+/// A register of floats.
+trait Register: Copy {
+    const LANES: usize;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(at: *const f32) -> Self;
+    unsafe fn store(self, at: *mut f32);
+    /// `a * b + self`.
+    unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    unsafe fn add(self, other: Self) -> Self;
+}
+
+/// The kernel for `R` rows and `C` registers of columns.
+///
+/// # Safety
+/// All pointers reach as far as the strides and the depth say, and the machine has the register's
+/// instructions.
+#[inline(always)]
+unsafe fn tile<V: Register, const R: usize, const C: usize>(operands: &Operands) {
+    let Operands { depth, a, a_strides, mut b, b_stride, next, c, c_stride, add } = *operands;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut sums = [[V::splat(0.0); C]; R];
+        // A pointer for every third row, hidden from an optimizer that would make one chain of
+        // additions of all rows' addresses, longer than the multiply-adds take.
+        let third = |number: usize| black_box(a.wrapping_add(3 * number * a_strides.0));
+        let (mut a0, mut a1, mut a2, mut a3) = (third(0), third(1), third(2), third(3));
+        for row in 0..R {
+            for register in 0..C {
+                prefetch::<true>(c.wrapping_add(row * c_stride + register * V::LANES));
+            }
+        }
+        for _ in 0..depth {
+            let mut right = [V::splat(0.0); C];
+            for (register, right) in right.iter_mut().enumerate() {
+                *right = V::load(b.add(register * V::LANES));
+            }
+            // Written out: a loop over the rows would not be unrolled.
+            macro_rules! rows {
+                ($($row:literal: $third:ident $step:literal),*) => {$(
+                    if R > $row {
+                        let left = V::splat(*$third.add($step * a_strides.0));
+                        for (sum, right) in sums[$row % R].iter_mut().zip(right) {
+                            *sum = sum.add_product(left, right);
+                        }
+                    }
+                )*};
+            }
+            rows!(0: a0 0, 1: a0 1, 2: a0 2, 3: a1 0, 4: a1 1, 5: a1 2);
+            rows!(6: a2 0, 7: a2 1, 8: a2 2, 9: a3 0, 10: a3 1, 11: a3 2);
+            prefetch::<false>(b.wrapping_add(next));
+            for third in [&mut a0, &mut a1, &mut a2, &mut a3] {
+                *third = third.wrapping_add(a_strides.1);
+            }
+            b = b.wrapping_add(b_stride);
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (register, sum) in sums.iter().enumerate() {
+                let at = c.add(row * c_stride + register * V::LANES);
+                if add { V::load(at).add(*sum).store(at) } else { sum.store(at) }
+            }
+        }
+    }
+}
+
+/// Asks for a cache line: into the first level for what is written soon, else into the second.
+#[inline(always)]
+fn prefetch<const SOON: bool>(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if SOON {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// A table of kernels for 1, 2, ... rows, each with the given attribute.
+macro_rules! table {
+    (#[$attribute:meta] $name:ident, $register:ty, $columns:literal, [$($rows:literal),*]) => {
+        static $name: &[Kernel] = &[$({
+            #[$attribute]
+            unsafe fn kernel(operands: &Operands) {
+                // SAFETY: the caller's.
+                unsafe { tile::<$register, $rows, $columns>(operands) }
+            }
+            kernel
+        }),*];
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::{
+        __m256, __m512, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+        _mm256_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+        _mm512_storeu_ps,
+    };
+
+    use super::{Kernel, Operands, Register, Tile, tile};
+
+    macro_rules! register {
+        ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $fma:ident, $add:ident) => {
+            // SAFETY (of all bodies): kernels that use them are called on machines with them alone.
+            impl Register for $type {
+                const LANES: usize = $lanes;
+                #[inline(always)]
+                unsafe fn splat(value: f32) -> Self {
+                    unsafe { $splat(value) }
+                }
+                #[inline(always)]
+                unsafe fn load(at: *const f32) -> Self {
+                    unsafe { $load(at) }
+                }
+                #[inline(always)]
+                unsafe fn store(self, at: *mut f32) {
+                    unsafe { $store(at, self) }
+                }
+                #[inline(always)]
+                unsafe fn add_product(self, a: Self, b: Self) -> Self {
+                    unsafe { $fma(a, b, self) }
+                }
+                #[inline(always)]
+                unsafe fn add(self, other: Self) -> Self {
+                    unsafe { $add(self, other) }
+                }
+            }
+        };
+    }
+    register!(
+        __m512,
+        16,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_fmadd_ps,
+        _mm512_add_ps
+    );
+    register!(
+        __m256,
+        8,
+        _mm256_set1_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_fmadd_ps,
+        _mm256_add_ps
+    );
+
+    // 24 of 32 registers hold sums, or 12 of 16: the others are for the operands.
+    table!(
+        #[target_feature(enable = "avx512f,avx2,fma")]
+        WIDE,
+        __m512,
+        2,
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    );
+    table!(
+        #[target_feature(enable = "avx2,fma")]
+        HALF,
+        __m256,
+        2,
+        [1, 2, 3, 4, 5, 6]
+    );
+    pub(super) static AVX512: Tile = Tile { rows: 12, columns: 32, kernels: WIDE };
+    pub(super) static AVX2: Tile = Tile { rows: 6, columns: 16, kernels: HALF };
+}
+
+mod portable {
+    use super::{Kernel, Operands, Register, Tile, tile};
+
+    /// Four floats, which compilers keep in one register of most machines.
+    #[derive(Clone, Copy)]
+    pub(super) struct Four([f32; 4]);
+
+    impl Register for Four {
+        const LANES: usize = 4;
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            Self([value; 4])
+        }
+        #[inline(always)]
+        unsafe fn load(at: *const f32) -> Self {
+            // SAFETY: the caller's.
+            Self(unsafe { at.cast::<[f32; 4]>().read_unaligned() })
+        }
+        #[inline(always)]
+        unsafe fn store(self, at: *mut f32) {
+            // SAFETY: the caller's.
+            unsafe { at.cast::<[f32; 4]>().write_unaligned(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            Self(std::array::from_fn(|lane| {
+                if cfg!(target_arch = "aarch64") {
+                    a.0[lane].mul_add(b.0[lane], self.0[lane])
+                } else {
+                    a.0[lane] * b.0[lane] + self.0[lane]
+                }
+            }))
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            Self(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+        }
+    }
+
+    table!(
+        #[inline(never)]
+        FOURS,
+        Four,
+        2,
+        [1, 2, 3, 4]
+    );
+    pub(super) static TILE: Tile = Tile { rows: 4, columns: 8, kernels: FOURS };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(n: usize, salt: u32) -> Vec<f32> {
+        (0..n as u32).map(|i| ((i * 2_654_435_761 + salt) >> 8) as f32 / 8e6 - 1.0).collect()
+    }
+
+    /// All ways to hand over the operands of the product of `a [m, k]` and `b [k, n]`.
+    fn ways(tile: &Tile, shape: Shape, a: &[f32], b: &[f32], add: bool) -> Vec<Vec<f32>> {
+        let Shape { m, n, k } = shape;
+        let turned = |rows: usize, columns: usize, data: &[f32]| -> Vec<f32> {
+            (0..rows * columns).map(|i| data[i % rows * columns + i / rows]).collect()
+        };
+        let (a_turned, b_turned) = (turned(m, k, a), turned(k, n, b));
+        if k == 0 {
+            let mut out = if add { filled(m * n, 9) } else { vec![f32::NAN; m * n] };
+            let (a, b) = (Left::rows(a, k), Right::Rows(b, n));
+            product_at(tile, shape, &mut out, n, add, a, b);
+            return vec![out];
+        }
+        let mut packed = vec![f32::NAN; panels_len(k, n)];
+        pack_rows(b, n, k, n, &mut packed);
+        let mut packed_again = vec![f32::NAN; panels_len(k, n)];
+        pack_transposed(&b_turned, k, k, n, &mut packed_again);
+        assert!(packed == packed_again, "{m} {n} {k}");
+        let mut results = Vec::new();
+        for left in [Left::rows(a, k), Left::columns(&a_turned, m)] {
+            for right in [Right::Panels(&packed), Right::Rows(b, n)] {
+                let mut out = if add { filled(m * n, 9) } else { vec![f32::NAN; m * n] };
+                product_at(tile, shape, &mut out, n, add, left, right);
+                results.push(out);
+            }
+        }
+        results
+    }
+
+    #[test]
+    fn products_equal_the_sum_in_double_precision_at_every_level() {
+        let shapes =
+            [(1, 1, 1), (3, 5, 7), (13, 96, 700), (17, 2, 1030), (2, 33, 0), (100, 70, 257)];
+        for level in KernelLevel::available() {
+            for (m, n, k) in shapes {
+                for add in [false, true] {
+                    let (a, b, c) = (filled(m * k, 1), filled(n * k, 2), filled(m * n, 9));
+                    let shape = Shape { m, n, k };
+                    for out in ways(Tile::of(level), shape, &a, &b, add) {
+                        for (at, &found) in out.iter().enumerate() {
+                            let terms = || {
+                                let term = |l: usize| {
+                                    f64::from(a[at / n * k + l]) * f64::from(b[l * n + at % n])
+                                };
+                                (0..k).map(term).chain(add.then(|| f64::from(c[at])))
+                            };
+                            let (exact, size): (f64, f64) =
+                                (terms().sum(), terms().map(f64::abs).sum());
+                            let error = (f64::from(found) - exact).abs();
+                            assert!(error <= 4e-6 * size, "{level:?} {m} {n} {k}: {found} {exact}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn neither_level_nor_form_nor_cut_changes_a_bit() {
+        let shape = Shape { m: 110, n: 75, k: 600 };
+        let (a, b) = (filled(shape.m * shape.k, 3), filled(shape.n * shape.k, 4));
+        let all: Vec<_> = KernelLevel::available()
+            .into_iter()
+            .filter(|level| *level != KernelLevel::Portable)
+            .flat_map(|level| ways(Tile::of(level), shape, &a, &b, false))
+            .collect();
+        let expected = ways(Tile::detect(), shape, &a, &b, false).remove(0);
+        assert!(all.iter().all(|out| *out == expected));
+        for rows in [1, 7, 12, 50] {
+            let mut cut = vec![0.0; shape.m * shape.n];
+            for (number, out) in cut.chunks_mut(rows * shape.n).enumerate() {
+                let piece = Shape { m: out.len() / shape.n, ..shape };
+                let a = Left::rows(&a[number * rows * shape.k..], shape.k);
+                product(piece, out, shape.n, false, a, Right::Rows(&b, shape.n));
+            }
+            assert!(cut == expected, "{rows} rows at a time");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "past its right operand")]
+    fn a_short_operand_is_refused() {
+        let (a, b) = (vec![0.0; 8], vec![0.0; 7]);
+        let shape = Shape { m: 4, n: 4, k: 2 };
+        product(shape, &mut [0.0; 16], 4, false, Left::rows(&a, 2), Right::Rows(&b, 4));
+    }
+}

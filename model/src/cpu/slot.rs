@@ -1,0 +1,411 @@
+//! One slot: all loops forward, the loss and its gradients in closed form, all loops backward.
+//!
+//! What backward needs of forward is kept, or computed again one segment at a time, a loop or a
+//! layer: then memory grows with one segment and not with loops times layers. Computed again, every
+//! float is the same, so the choice never changes a bit.
+
+use rayon::prelude::*;
+
+use super::clock::{Clock, Section};
+use super::gradients::Gradients;
+use super::layer::{self, Dims, Saved, Work};
+use super::rotary::Rotary;
+use super::weights::Weights;
+use super::{attention, head, simd};
+use crate::exit::{self, SlotStatistics};
+use crate::{Layout, Recompute, SlotBatch, StageSettings};
+
+/// What stays of the forward pass.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// All that backward needs.
+    All,
+    /// Of the current loop, all that backward needs; of the others their states.
+    Loop,
+    /// The input of each layer.
+    Inputs,
+    /// Nothing but the states: there is no backward.
+    States,
+}
+
+impl From<Recompute> for Keep {
+    fn from(recompute: Recompute) -> Self {
+        match recompute {
+            Recompute::None => Self::All,
+            Recompute::Loop => Self::Loop,
+            Recompute::Layer => Self::Inputs,
+        }
+    }
+}
+
+/// Places of activations: the output of layer `l` of loop `r`, and what its forward saved.
+#[derive(Clone, Copy)]
+struct Places {
+    keep: Keep,
+    loops: usize,
+    layers: usize,
+}
+
+impl Places {
+    fn streams(&self) -> usize {
+        match self.keep {
+            Keep::All | Keep::Inputs => self.loops * self.layers,
+            Keep::Loop => self.layers,
+            Keep::States => 2.min(self.layers),
+        }
+    }
+
+    fn stream(&self, r: usize, l: usize) -> usize {
+        match self.keep {
+            Keep::All | Keep::Inputs => r * self.layers + l,
+            Keep::Loop => l,
+            Keep::States => l % 2,
+        }
+    }
+
+    fn saves(&self) -> usize {
+        match self.keep {
+            Keep::All => self.loops * self.layers,
+            Keep::Loop => self.layers,
+            Keep::Inputs | Keep::States => 1,
+        }
+    }
+
+    fn save(&self, r: usize, l: usize) -> usize {
+        match self.keep {
+            Keep::All => r * self.layers + l,
+            Keep::Loop => l,
+            Keep::Inputs | Keep::States => 0,
+        }
+    }
+}
+
+/// The memory of a slot under way, kept from slot to slot.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    /// Embedded tokens, `[N, d]`.
+    embedded: Vec<f32>,
+    /// Outputs of layers, `[N, d]` each.
+    streams: Vec<Vec<f32>>,
+    saved: Vec<Saved>,
+    work: Work,
+    /// Normed states of all loops, `[R * N, d]`.
+    states: Vec<f32>,
+    /// Inverse rms of the final norm, `[R * N]`.
+    inverses: Vec<f32>,
+    /// Gate logits, `[R * N]`.
+    gates: Vec<f32>,
+    /// Cross-entropies, `[R * N]`.
+    losses: Vec<f32>,
+    /// Gradient of the states, `[R * N, d]`.
+    dstates: Vec<f32>,
+    /// Gradient of the residual stream, `[N, d]`.
+    stream_gradient: Vec<f32>,
+    /// An output that nobody reads, `[N, d]`.
+    unread: Vec<f32>,
+    /// Logits of one chunk.
+    logits: Vec<f32>,
+}
+
+impl Workspace {
+    /// Bytes of the workspace of a slot of `dims`, with a backward pass.
+    pub(crate) fn bytes(slot: &Shape, recompute: Recompute) -> u64 {
+        let dims = slot.dims();
+        let places = Places { keep: recompute.into(), loops: slot.loops, layers: slot.layers };
+        let (n, d) = (dims.tokens(), dims.hidden);
+        let states = slot.loops * n * (2 * d + 3);
+        let streams = (places.streams() + 3) * n * d;
+        let saved = places.saves() * n * Saved::width(&dims);
+        let logits = head::logits_len(slot.vocab, slot.loops * n);
+        let floats = states + streams + saved + n * Work::width(&dims) + logits;
+        (floats * size_of::<f32>()) as u64
+    }
+
+    fn resize(&mut self, slot: &Shape, places: &Places, backward: bool) {
+        let dims = slot.dims();
+        let (n, d, loops) = (dims.tokens(), dims.hidden, slot.loops);
+        self.embedded.resize(n * d, 0.0);
+        self.streams.resize_with(places.streams(), Vec::new);
+        self.streams.iter_mut().for_each(|stream| stream.resize(n * d, 0.0));
+        self.saved.resize_with(places.saves(), Saved::default);
+        self.saved.iter_mut().for_each(|saved| saved.resize(&dims));
+        self.states.resize(loops * n * d, 0.0);
+        self.inverses.resize(loops * n, 0.0);
+        self.gates.resize(loops * n, 0.0);
+        self.losses.resize(loops * n, 0.0);
+        self.logits.resize(head::logits_len(slot.vocab, loops * n), 0.0);
+        if backward {
+            self.work.resize(&dims);
+            self.dstates.resize(loops * n * d, 0.0);
+            self.stream_gradient.resize(n * d, 0.0);
+            self.unread.resize(n * d, 0.0);
+        }
+    }
+}
+
+/// Sizes of a slot's work.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) sequences: usize,
+    pub(crate) length: usize,
+    pub(crate) heads: usize,
+    pub(crate) hidden: usize,
+    pub(crate) inner: usize,
+    pub(crate) vocab: usize,
+    pub(crate) layers: usize,
+    pub(crate) loops: usize,
+    pub(crate) eps: f32,
+}
+
+impl Shape {
+    fn dims(&self) -> Dims {
+        Dims {
+            attention: attention::Dims {
+                sequences: self.sequences,
+                length: self.length,
+                heads: self.heads,
+                head_dim: self.hidden / self.heads,
+            },
+            hidden: self.hidden,
+            inner: self.inner,
+            eps: self.eps,
+        }
+    }
+}
+
+/// What all parts of a slot's work need.
+#[derive(Clone, Copy)]
+pub(crate) struct Task<'a> {
+    pub(crate) weights: &'a Weights,
+    pub(crate) shape: Shape,
+    pub(crate) rotary: &'a Rotary,
+    pub(crate) clock: &'a Clock,
+}
+
+impl Task<'_> {
+    /// The gradient of the slot's mean Stage I loss, added to `gradient` (flat, in layout order), and
+    /// means over the slot's tokens.
+    pub(crate) fn gradient(
+        &self,
+        settings: &StageSettings,
+        batch: &SlotBatch,
+        recompute: Recompute,
+        workspace: &mut Workspace,
+        layout: &Layout,
+        gradient: &mut [f32],
+    ) -> SlotStatistics {
+        let Shape { hidden: d, vocab, layers, loops, .. } = self.shape;
+        let dims = self.shape.dims();
+        let places = Places { keep: recompute.into(), loops, layers };
+        workspace.resize(&self.shape, &places, true);
+        let mut gradients = Gradients::new(layout, layers, gradient);
+        let [inputs, targets] = batch.ids();
+        self.forward(&places, &inputs, workspace);
+
+        let statistics = self.clock.time(Section::Head, || {
+            let shares = exit::exit_shares(&workspace.gates, loops);
+            let rows =
+                head::Rows { states: &workspace.states, targets: &targets, hidden: d, vocab };
+            let into = head::Into {
+                shares: &shares,
+                dstates: &mut workspace.dstates,
+                dhead: gradients.head,
+            };
+            let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
+            head::cross_entropy(&self.weights.head, &rows, logits, losses, Some(into));
+            let stage = exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight);
+            self.exit_gate_backward(&stage.dgates, workspace, &mut gradients);
+            stage.statistics
+        });
+
+        workspace.stream_gradient.fill(0.0);
+        for r in (0..loops).rev() {
+            let is_last = r + 1 == loops;
+            if places.keep == Keep::Loop && !is_last {
+                self.loop_forward(&places, r, workspace, Section::Recompute);
+            }
+            self.final_norm_backward(&places, r, workspace, gradients.norm);
+            for l in (0..layers).rev() {
+                let Workspace {
+                    embedded,
+                    streams,
+                    saved,
+                    work,
+                    states,
+                    unread,
+                    stream_gradient: dy,
+                    ..
+                } = &mut *workspace;
+                let x = input_of(&places, self.stage_len(), r, l, embedded, states, streams);
+                let layer = &self.weights.layers[l];
+                let saved = &mut saved[places.save(r, l)];
+                if places.keep == Keep::Inputs && !(is_last && l + 1 == layers) {
+                    let call = self.call(&dims, Section::Recompute);
+                    layer::forward(layer, &call, x, unread, saved);
+                }
+                let call = self.call(&dims, Section::Backward);
+                layer::backward(layer, &call, x, dy, saved, work, &mut gradients.layers[l]);
+            }
+        }
+        // In token order: a row that occurs twice must always be summed in the same order.
+        for (&id, dx) in inputs.iter().zip(workspace.stream_gradient.chunks_exact(d)) {
+            let at = id as usize * d;
+            simd::add(&mut gradients.embedding[at..at + d], dx);
+        }
+        statistics
+    }
+
+    /// Cross-entropies and gate logits of all loops, `[R * N]` each.
+    pub(crate) fn losses(
+        &self,
+        batch: &SlotBatch,
+        workspace: &mut Workspace,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let [inputs, targets] = batch.ids();
+        self.states(&inputs, workspace);
+        let Workspace { states, gates, losses, logits, .. } = workspace;
+        let Shape { hidden, vocab, .. } = self.shape;
+        let rows = head::Rows { states, targets: &targets, hidden, vocab };
+        self.clock.time(Section::Head, || {
+            head::cross_entropy(&self.weights.head, &rows, logits, losses, None);
+        });
+        (losses.clone(), gates.clone())
+    }
+
+    /// Normed states `[R * N, d]` and gate logits `[R * N]` of all loops, without what backward
+    /// needs.
+    pub(crate) fn states<'w>(
+        &self,
+        inputs: &[u32],
+        workspace: &'w mut Workspace,
+    ) -> (&'w [f32], &'w [f32]) {
+        let Shape { layers, loops, .. } = self.shape;
+        let places = Places { keep: Keep::States, loops, layers };
+        workspace.resize(&self.shape, &places, false);
+        self.forward(&places, inputs, workspace);
+        (&workspace.states, &workspace.gates)
+    }
+
+    /// Floats of one loop's states.
+    fn stage_len(&self) -> usize {
+        self.shape.dims().tokens() * self.shape.hidden
+    }
+
+    fn call<'b>(&'b self, dims: &'b Dims, section: Section) -> layer::Call<'b> {
+        layer::Call { dims, rotary: self.rotary, clock: self.clock, section }
+    }
+
+    /// States and gate logits of all loops.
+    fn forward(&self, places: &Places, inputs: &[u32], workspace: &mut Workspace) {
+        let d = self.shape.hidden;
+        let rows = inputs.iter().zip(workspace.embedded.chunks_exact_mut(d));
+        rows.for_each(|(&id, row)| {
+            let at = id as usize * d;
+            row.copy_from_slice(&self.weights.embedding[at..at + d]);
+        });
+        for r in 0..self.shape.loops {
+            self.loop_forward(places, r, workspace, Section::Forward);
+        }
+    }
+
+    /// One loop, with its final norm and gate.
+    fn loop_forward(&self, places: &Places, r: usize, workspace: &mut Workspace, section: Section) {
+        let (d, dims, len) = (self.shape.hidden, self.shape.dims(), self.stage_len());
+        let size = dims.block();
+        let Workspace { embedded, streams, saved, states, inverses, gates, .. } = workspace;
+        let call = self.call(&dims, section);
+        for (l, layer) in self.weights.layers.iter().enumerate() {
+            let (saved, to) = (&mut saved[places.save(r, l)], places.stream(r, l));
+            let mut y = std::mem::take(&mut streams[to]);
+            let x = input_of(places, len, r, l, embedded, states, streams);
+            layer::forward(layer, &call, x, &mut y, saved);
+            streams[to] = y;
+        }
+        let last = &streams[places.stream(r, self.shape.layers - 1)];
+        let tokens = dims.tokens();
+        let of_loop = r * tokens..(r + 1) * tokens;
+        (
+            last.par_chunks(size * d),
+            states[r * len..(r + 1) * len].par_chunks_mut(size * d),
+            inverses[of_loop.clone()].par_chunks_mut(size),
+            gates[of_loop].par_chunks_mut(size),
+        )
+            .into_par_iter()
+            .for_each(|(x, states, inverses, gates)| {
+                let rows = x.chunks_exact(d).zip(states.chunks_exact_mut(d));
+                for ((x, state), (inverse, gate)) in rows.zip(inverses.iter_mut().zip(gates)) {
+                    *inverse = simd::rms_norm(x, &self.weights.norm, None, state, dims.eps);
+                    *gate = simd::dot(state, &self.weights.exit_weight) + self.weights.exit_bias;
+                }
+            });
+    }
+
+    /// Adds the gate's part to the gradient of the states; gradients of its weight and bias.
+    fn exit_gate_backward(
+        &self,
+        dgates: &[f32],
+        workspace: &mut Workspace,
+        gradients: &mut Gradients<'_>,
+    ) {
+        let d = self.shape.hidden;
+        let states = workspace.states.chunks_exact(d);
+        let rows = states.zip(workspace.dstates.chunks_exact_mut(d)).zip(dgates);
+        for ((state, dstate), &dgate) in rows {
+            simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
+            simd::add_scaled(gradients.exit_weight, state, dgate);
+            gradients.exit_bias[0] += dgate;
+        }
+    }
+
+    /// Takes the gradient of the stream from loop `r`'s state to before its final norm.
+    fn final_norm_backward(
+        &self,
+        places: &Places,
+        r: usize,
+        workspace: &mut Workspace,
+        dnorm: &mut [f32],
+    ) {
+        let (d, len) = (self.shape.hidden, self.stage_len());
+        let size = self.shape.dims().block();
+        let Workspace { streams, dstates, stream_gradient, inverses, .. } = workspace;
+        let tokens = len / d;
+        let x = &mut streams[places.stream(r, self.shape.layers - 1)];
+        let partial: Vec<Vec<f32>> = (
+            x.par_chunks_mut(size * d),
+            stream_gradient.par_chunks_mut(size * d),
+            dstates[r * len..(r + 1) * len].par_chunks(size * d),
+            inverses[r * tokens..(r + 1) * tokens].par_chunks(size),
+        )
+            .into_par_iter()
+            .map(|(x, gradient, dstate, inverses)| {
+                let mut dnorm = vec![0.0; d];
+                simd::add(gradient, dstate);
+                let rows = x.chunks_exact_mut(d).zip(gradient.chunks_exact_mut(d));
+                for ((x, gradient), &inverse) in rows.zip(inverses) {
+                    let weight = &self.weights.norm;
+                    simd::rms_norm_backward(x, weight, inverse, gradient, &mut dnorm);
+                    gradient.copy_from_slice(x);
+                }
+                dnorm
+            })
+            .collect();
+        partial.iter().for_each(|part| simd::add(dnorm, part));
+    }
+}
+
+/// The input of layer `l` of loop `r`.
+fn input_of<'a>(
+    places: &Places,
+    len: usize,
+    r: usize,
+    l: usize,
+    embedded: &'a [f32],
+    states: &'a [f32],
+    streams: &'a [Vec<f32>],
+) -> &'a [f32] {
+    match (r, l) {
+        (0, 0) => embedded,
+        (_, 0) => &states[(r - 1) * len..r * len],
+        _ => &streams[places.stream(r, l - 1)],
+    }
+}

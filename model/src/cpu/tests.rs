@@ -1,0 +1,238 @@
+//! The kernels against the same formulas in plain Burn operations, values and gradients, on shapes
+//! that fit neither blocks nor panels.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use looptrain_proto::spec;
+
+use super::gradients::Gradients;
+use super::layer::{self, Call, Dims, Saved, Work};
+use super::{Clock, Rotary, Section, Weights, attention, head};
+use crate::composite::{self, ops};
+use crate::{Engine, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState};
+
+const TOLERANCE: f64 = 4e-6;
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+/// Numbers that look random, within [-1, 1], the same for a salt.
+fn filled(n: usize, salt: u32) -> Vec<f32> {
+    let mixed = |i: u32| (i ^ salt.wrapping_mul(0x9e37_79b9)).wrapping_mul(2_654_435_761);
+    (0..n as u32).map(|i| (mixed(mixed(i)) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
+}
+
+fn leaf<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), &device()).require_grad()
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().try_to_vec::<f32>().unwrap()
+}
+
+#[track_caller]
+fn close(what: &str, found: &[f32], expected: &[f32]) {
+    close_within(TOLERANCE, what, found, expected);
+}
+
+#[track_caller]
+fn close_within(tolerance: f64, what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let off = norm(&mut found.iter().zip(expected).map(|(a, b)| f64::from(a - b)));
+    let distance = off / norm(&mut expected.iter().map(|&b| f64::from(b)));
+    assert!(distance < tolerance, "{what}: ||a - b|| / ||b|| = {distance:e}");
+}
+
+/// `[B, H, T, head_dim]` -> `[B * T, H * head_dim]`.
+fn joined(heads: &[f32], dims: &attention::Dims) -> Vec<f32> {
+    let (width, head_dim) = (dims.heads * dims.head_dim, dims.head_dim);
+    let mut rows = vec![0.0; heads.len()];
+    for (at, &value) in heads.iter().enumerate() {
+        let (task, position) = (at / dims.head_len(), at % dims.head_len() / head_dim);
+        let row = task / dims.heads * dims.length + position;
+        rows[row * width + task % dims.heads * head_dim + at % head_dim] = value;
+    }
+    rows
+}
+
+#[test]
+fn attention_sees_the_past_alone() {
+    let dims = attention::Dims { sequences: 2, length: 150, heads: 3, head_dim: 10 };
+    let (n, d) = (300, 30);
+    let [q, k, v, upstream] = [1, 2, 3, 4].map(|salt| filled(n * d, salt));
+    let rotary = Rotary::new(dims.length, dims.head_dim, 100.0);
+    let mut qkv: Vec<f32> = (0..n)
+        .flat_map(|row| [&q, &k, &v].map(|x| x[row * d..(row + 1) * d].to_vec()))
+        .flatten()
+        .collect();
+    for (token, row) in qkv.chunks_mut(3 * d).enumerate() {
+        rotary.turn(token, &mut row[..d], rotary.scale());
+        rotary.turn(token, &mut row[d..2 * d], 1.0);
+    }
+    let (mut mixed, mut log_sums) = (vec![f32::NAN; n * d], vec![f32::NAN; n * dims.heads]);
+    attention::forward(&qkv, &dims, &mut mixed, &mut log_sums);
+    let saved = attention::Saved { qkv: &qkv, mixed: &mixed, log_sums: &log_sums };
+    let mut dheads = vec![f32::NAN; 3 * n * d];
+    attention::backward(saved, &dims, &upstream, &mut dheads);
+
+    let shape = [dims.sequences, dims.length, d];
+    let leaves = [&q, &k, &v].map(|x| leaf(x, shape));
+    let [q, k, v] = leaves.clone();
+    let table = composite::Rotary::new(dims.length, dims.head_dim, 100.0, &device());
+    let out = ops::attention(q, k, v, table.cos, table.sin, dims.heads);
+    close("output", &joined(&mixed, &dims), &values(out.clone().inner()));
+    let grads = (out * leaf(&upstream, shape).detach()).sum().backward();
+    for (which, (leaf, name)) in leaves.iter().zip(["queries", "keys", "values"]).enumerate() {
+        let parts = dheads
+            .chunks(3 * dims.head_len())
+            .flat_map(|head| head[which * dims.head_len()..(which + 1) * dims.head_len()].to_vec());
+        let mut found = joined(&parts.collect::<Vec<_>>(), &dims);
+        for (token, row) in found.chunks_mut(d).enumerate() {
+            match which {
+                0 => rotary.turn_back(token, row, rotary.scale()),
+                1 => rotary.turn_back(token, row, 1.0),
+                _ => {}
+            }
+        }
+        close(name, &found, &values(leaf.grad(&grads).unwrap()));
+    }
+}
+
+fn model() -> spec::Model {
+    spec::Model {
+        hidden_size: 36,
+        num_hidden_layers: 2,
+        num_attention_heads: 3,
+        intermediate_size: 70,
+        vocab_size: 131,
+        rms_norm_eps: 1e-6,
+        initializer_range: 0.3,
+    }
+}
+
+/// Weights without the ones and zeros that hide mistakes.
+fn weights(model: &spec::Model) -> Vec<f32> {
+    let mut weights = TrainState::initial(model, 3).weights;
+    for (weight, change) in weights.iter_mut().zip(filled(Layout::new(model).parameters(), 7)) {
+        *weight += 0.3 * change;
+    }
+    weights
+}
+
+#[test]
+fn a_layer_and_the_gradients_of_all_its_weights() {
+    let (model, layout) = (model(), Layout::new(&model()));
+    let (d, sequences, length) = (model.hidden_size, 2, 101);
+    let flat = weights(&model);
+    let mut packed = Weights::new(&layout, 2);
+    packed.fill(&layout, &flat);
+    let heads = attention::Dims { sequences, length, heads: 3, head_dim: 12 };
+    let dims = Dims { attention: heads, hidden: d, inner: 70, eps: 1e-6 };
+    let (x, upstream) = (filled(dims.tokens() * d, 1), filled(dims.tokens() * d, 2));
+    let (rotary, clock) = (Rotary::new(length, 12, 1e4), Clock::default());
+    let call = Call { dims: &dims, rotary: &rotary, clock: &clock, section: Section::Forward };
+    let (mut saved, mut work) = (Saved::default(), Work::default());
+    saved.resize(&dims);
+    work.resize(&dims);
+    let mut y = vec![f32::NAN; x.len()];
+    layer::forward(&packed.layers[1], &call, &x, &mut y, &mut saved);
+    let (mut dx, mut gradient) = (upstream.clone(), vec![0.0; flat.len()]);
+    let mut places = Gradients::new(&layout, 2, &mut gradient);
+    let into = &mut places.layers[1];
+    layer::backward(&packed.layers[1], &call, &x, &mut dx, &mut saved, &mut work, into);
+
+    let lm = composite::LoopLm::new(&model, &layout, &flat, &device()).with_gradients();
+    let input = leaf(&x, [dims.tokens(), d]);
+    let table = composite::Rotary::new(length, 12, 1e4, &device());
+    let out = lm.layer(1, input.clone(), sequences, &table);
+    close("output", &y, &values(out.clone().inner()));
+    let mut grads = (out * leaf(&upstream, [dims.tokens(), d]).detach()).sum().backward();
+    close("input", &dx, &values(input.grad(&grads).unwrap()));
+    let expected = lm.flat_gradients(&layout, &mut grads);
+    for tensor in layout.tensors().iter().filter(|tensor| tensor.name.contains("layers.1.")) {
+        close(&tensor.name, &gradient[tensor.range()], &expected[tensor.range()]);
+    }
+}
+
+#[test]
+fn cross_entropy_of_all_loops_over_several_chunks() {
+    let (tokens, loops, d, vocab) = (301, 2, 24, 20_011);
+    let layout = Layout::new(&spec::Model {
+        hidden_size: d,
+        num_hidden_layers: 0,
+        num_attention_heads: 1,
+        vocab_size: vocab,
+        ..model()
+    });
+    let mut packed = Weights::new(&layout, 0);
+    let flat = filled(layout.parameters(), 5);
+    packed.fill(&layout, &flat);
+    let weight = &flat[layout.parameters() - vocab * d..];
+    let states = filled(loops * tokens * d, 1);
+    let targets: Vec<u32> = (0..tokens).map(|i| ((i * 7919 + 13) % vocab) as u32).collect();
+    let shares = filled(loops * tokens, 2);
+    let rows = head::Rows { states: &states, targets: &targets, hidden: d, vocab };
+    let mut logits = vec![f32::NAN; head::logits_len(vocab, loops * tokens)];
+    let mut alone = vec![f32::NAN; loops * tokens];
+    head::cross_entropy(&packed.head, &rows, &mut logits, &mut alone, None);
+    let (mut losses, mut dstates) = (alone.clone(), vec![f32::NAN; states.len()]);
+    let mut dhead = vec![0.0; vocab * d];
+    let into = head::Into { shares: &shares, dstates: &mut dstates, dhead: &mut dhead };
+    head::cross_entropy(&packed.head, &rows, &mut logits, &mut losses, Some(into));
+
+    let (x, w) = (leaf(&states, [loops * tokens, d]), leaf(weight, [vocab, d]));
+    let ids: Vec<i64> = targets.iter().chain(&targets).map(|&id| i64::from(id)).collect();
+    let ids = Tensor::from_data(TensorData::new(ids, [loops * tokens]), &device());
+    let expected = ops::cross_entropy(x.clone(), w.clone(), ids);
+    close("losses", &losses, &values(expected.clone().inner()));
+    close("losses without gradients", &alone, &losses);
+    let grads = (expected * leaf(&shares, [loops * tokens]).detach()).sum().backward();
+    close("states", &dstates, &values(x.grad(&grads).unwrap()));
+    close("head", &dhead, &values(w.grad(&grads).unwrap()));
+}
+
+fn slot_of(engine: &mut Engine, settings: &StageSettings, batch: &SlotBatch) -> SlotOutput {
+    let found = std::sync::Mutex::new(None);
+    let batches = std::slice::from_ref(batch);
+    engine.gradients(settings, batches, &false.into(), &|_, output| {
+        *found.lock().unwrap() = Some(output);
+    });
+    found.into_inner().unwrap().unwrap()
+}
+
+#[test]
+fn a_slot_gives_the_gradients_of_the_composite_whatever_is_computed_again() {
+    let model = model();
+    let flat = weights(&model);
+    for (loops, layers, sequences, sequence_length) in [(1, 1, 1, 1), (3, 2, 3, 37), (4, 1, 1, 130)]
+    {
+        let model = spec::Model { num_hidden_layers: layers, ..model.clone() };
+        let flat = &flat[flat.len() - Layout::new(&model).parameters()..];
+        let settings = StageSettings { loops, entropy_weight: 0.07, rope_base: 1e3 };
+        let count = sequences * (sequence_length + 1);
+        let tokens = (0..count).map(|i| ((i * 7919 + i * i) % 131) as u32).collect();
+        let batch = SlotBatch { tokens, sequences, sequence_length };
+        let expected = composite::gradient(&model, flat, &settings, &batch, &device());
+        let mut engine = Engine::new(&model, 2);
+        engine.load(flat);
+        let found = slot_of(&mut engine, &settings, &batch);
+        let off = (found.statistics.loss - expected.statistics.loss).abs();
+        assert!(off < 1e-5 * expected.statistics.loss, "{off:e}");
+        for tensor in engine.layout().tensors() {
+            let (found, expected) =
+                (&found.gradient[tensor.range()], &expected.gradient[tensor.range()]);
+            if expected.iter().any(|&x| x != 0.0) {
+                // Large weights, loop after loop: both sides are off by more than one operator is.
+                close_within(2e-4, &tensor.name, found, expected);
+            } else {
+                // The scores of one token: their gradient is the difference of two equal sums.
+                assert!(found.iter().all(|x| x.abs() < 1e-6), "{}", tensor.name);
+            }
+        }
+        for recompute in [Recompute::Loop, Recompute::Layer] {
+            engine.set_recompute(recompute);
+            assert!(slot_of(&mut engine, &settings, &batch) == found, "{recompute:?}");
+        }
+    }
+}
