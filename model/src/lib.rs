@@ -4,6 +4,7 @@
 //! Everything here is a pure function of weights, tokens and settings; nothing knows of networks,
 //! stores or clocks.
 
+pub mod composite;
 mod engine;
 mod exit;
 mod generate;
@@ -14,7 +15,7 @@ pub mod ops;
 mod optimizer;
 mod state;
 
-pub use engine::{Engine, SlotBatch, SlotOutput, StageSettings};
+pub use engine::{Engine, Recompute, SlotBatch, SlotOutput, StageSettings};
 pub use exit::{SlotStatistics, StageOne, log_exit_pdf, stage_one};
 pub use generate::{Sampling, generate};
 pub use layout::{Layout, TensorEntry};
