@@ -9,6 +9,7 @@ use looptrain_storage::{Reading, Store};
 
 use crate::compute::{Compute, ComputeError};
 use crate::data::Data;
+use crate::machine::memory_of;
 use crate::{Moments, WorkerError};
 
 /// What a step took.
@@ -74,7 +75,8 @@ pub async fn bare_steps(
         }
         work.push((step, batches));
     }
-    let compute = Compute::start(spec, threads, Moments::default())?;
+    let memory = memory_of(None, &spec);
+    let compute = Compute::start(spec, threads, memory, Moments::default())?;
     let times = compute.submit(move |bench| {
         bench.initialise();
         let never = AtomicBool::new(false);
