@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use bench::{
-    Bench, CheckpointBench, CommitBench, DataBench, OrchestrationBench, ReduceBench, TokenizeBench,
-    TransferBench,
+    Bench, CheckpointBench, CommitBench, DataBench, Kernels, OrchestrationBench, Recomputed,
+    ReduceBench, Reduced, StepBench, TokenizeBench, TransferBench,
 };
 pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use looptrain_model::{
     Engine, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState,
@@ -124,6 +124,11 @@ impl Bench {
             moments,
             spec,
         }
+    }
+
+    /// The time that went into each section of the engine since the last call, added up over threads.
+    pub(crate) fn take_sections(&self) -> Vec<(&'static str, Duration)> {
+        self.engine.take_sections()
     }
 
     pub(crate) fn layout(&self) -> &Layout {
