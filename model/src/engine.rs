@@ -16,6 +16,9 @@ use crate::cpu::{Clock, Rotary, Section, Shape, Task, Weights, Workspace};
 use crate::exit::stage_one;
 use crate::{Layout, SlotStatistics, TrainState, optimizer};
 
+/// Gradients of slots that are kept as memory for the next ones, beyond one for each thread.
+const SPARE_BYTES: usize = 512 << 20;
+
 /// The settings of a stage that shape the computation of a slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StageSettings {
@@ -253,7 +256,8 @@ impl Engine {
     /// Takes back the gradient of a slot that nobody reads any more, as memory for the next ones.
     pub fn recycle(&self, gradient: Vec<f32>) {
         let mut spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
-        if gradient.len() == self.layout.parameters() && spare.len() < self.threads {
+        let bytes = (spare.len() + 1) * size_of_val(gradient.as_slice());
+        if spare.len() < self.threads || bytes <= SPARE_BYTES {
             spare.push(gradient);
         }
     }

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use bench::{
-    Bench, CheckpointBench, CommitBench, DataBench, OrchestrationBench, ReduceBench, TokenizeBench,
-    TransferBench,
+    Bench, CheckpointBench, CommitBench, DataBench, Kernels, OrchestrationBench, Recomputed,
+    ReduceBench, Reduced, StepBench, TokenizeBench, TransferBench,
 };
 pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,
@@ -158,6 +158,9 @@ pub(crate) struct Train {
     /// CPU threads that the workers share; all of the machine's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,
+    /// Memory that the workers share; without it, compute.memory_gib for each, or what the machine has
+    #[arg(long, value_name = "GIB", value_parser = gibibytes)]
+    pub(crate) memory: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -189,6 +192,10 @@ pub(crate) struct Worker {
     /// Compute threads; all of the machine's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,
+    /// Memory that this worker may use, which decides what backward computes again unless the spec
+    /// does; without it, compute.memory_gib, or what the machine has
+    #[arg(long, value_name = "GIB", value_parser = gibibytes)]
+    pub(crate) memory: Option<u64>,
     /// Give up when the coordinator has not let this worker in after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) connect_timeout: u32,
@@ -364,6 +371,13 @@ fn minutes(text: &str) -> Result<f64, String> {
     given.ok_or_else(|| "it must be a number of minutes, 0.05 or more".to_owned())
 }
 
+/// In bytes.
+fn gibibytes(text: &str) -> Result<u64, String> {
+    let given = text.parse().ok().filter(|given: &f64| *given > 0.0 && *given <= 1e6);
+    let bytes = given.map(|given| (given * (1u64 << 30) as f64) as u64);
+    bytes.ok_or_else(|| "it must be a number of GiB above 0, such as 1.5".to_owned())
+}
+
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "write IP:PORT, such as 127.0.0.1:7400".to_owned())
 }
@@ -396,6 +410,14 @@ mod tests {
         assert_eq!(address("[::1]:80").unwrap().port(), 80);
         for wrong in ["localhost:80", "127.0.0.1", "http://127.0.0.1:80", ""] {
             assert!(address(wrong).unwrap_err().contains("IP:PORT"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn memory_is_counted_in_gibibytes() {
+        assert_eq!(gibibytes("1.5"), Ok(3 << 29));
+        for wrong in ["0", "-1", "1e9", "nan", "8G", ""] {
+            assert!(gibibytes(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -13,6 +13,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use looptrain_proto::Spec;
+use looptrain_worker::available_memory;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
@@ -34,13 +36,29 @@ pub(crate) struct Fleet {
     pub(crate) coordinator: SocketAddr,
     /// Compute threads of each worker; one worker per entry.
     pub(crate) threads: Vec<u32>,
+    /// Bytes of memory that each of them may use; the spec says it otherwise.
+    pub(crate) memory: Option<u64>,
 }
 
 impl Fleet {
-    /// `workers` workers that share `threads` threads as evenly as possible, at least one each.
-    pub(crate) fn new(coordinator: SocketAddr, workers: u32, threads: u32) -> Self {
+    /// The workers of the spec, which share `threads` threads as evenly as possible, at least one
+    /// each, and `memory` bytes of memory; when it is not given and the spec does not say what each
+    /// of them may use, what this machine has.
+    pub(crate) fn new(
+        coordinator: SocketAddr,
+        spec: &Spec,
+        threads: u32,
+        memory: Option<u64>,
+    ) -> Self {
+        let workers = spec.cluster.workers;
         let share = |worker| threads / workers + u32::from(worker < threads % workers);
-        Self { coordinator, threads: (0..workers).map(|worker| share(worker).max(1)).collect() }
+        let unsaid = spec.compute.memory_gib == 0.0;
+        let memory = memory.or_else(|| unsaid.then(available_memory).flatten());
+        Self {
+            coordinator,
+            threads: (0..workers).map(|worker| share(worker).max(1)).collect(),
+            memory: memory.map(|memory| memory / u64::from(workers)),
+        }
     }
 
     /// Starts all workers and waits until the last one has ended for good; returns how each ended.
@@ -53,7 +71,13 @@ impl Fleet {
         let mut workers = JoinSet::new();
         for (index, &threads) in self.threads.iter().enumerate() {
             let (program, kill) = (program.clone(), kill.clone());
-            workers.spawn(keep_alive(program, self.coordinator, index, threads, kill));
+            workers.spawn(keep_alive(
+                program,
+                self.coordinator,
+                index,
+                (threads, self.memory),
+                kill,
+            ));
         }
         let mut ends = Vec::new();
         while let Some(end) = workers.join_next().await {
@@ -68,13 +92,13 @@ async fn keep_alive(
     program: PathBuf,
     coordinator: SocketAddr,
     index: usize,
-    threads: u32,
+    share: (u32, Option<u64>),
     kill: CancellationToken,
 ) -> Result<String> {
     for start in 0.. {
         let name =
             if start == 0 { format!("worker-{index}") } else { format!("worker-{index}.{start}") };
-        let mut child = spawn(&program, coordinator, &name, threads)?;
+        let mut child = spawn(&program, coordinator, &name, share)?;
         relay(&mut child, name.clone());
         let status = tokio::select! {
             status = child.wait() => status.with_context(|| format!("cannot wait for {name}"))?,
@@ -101,12 +125,19 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-fn spawn(program: &PathBuf, coordinator: SocketAddr, name: &str, threads: u32) -> Result<Child> {
+fn spawn(
+    program: &PathBuf,
+    coordinator: SocketAddr,
+    name: &str,
+    (threads, memory): (u32, Option<u64>),
+) -> Result<Child> {
+    let gibibytes = |memory| format!("--memory={}", memory as f64 / (1u64 << 30) as f64);
     Command::new(program)
         .arg("worker")
         .args(["--coordinator", &format!("http://{coordinator}")])
         .args(["--name", name])
         .args(["--threads", &threads.to_string()])
+        .args(memory.map(gibibytes))
         .arg("--quiet")
         .args(["--connect-timeout", &CONNECT_TIMEOUT.to_string()])
         // The coordinator is in this process: after it there is no other one at its address.
@@ -135,10 +166,27 @@ fn relay(child: &mut Child, name: String) {
 mod tests {
     use super::*;
 
+    fn fleet(overrides: &[&str], threads: u32, memory: Option<u64>) -> Fleet {
+        let text = include_str!("../../examples/tiny.toml");
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let spec = Spec::parse("tiny.toml", text, &overrides).unwrap();
+        Fleet::new("127.0.0.1:1".parse().unwrap(), &spec, threads, memory)
+    }
+
     #[test]
     fn threads_are_shared_evenly_and_nobody_has_none() {
-        let address = "127.0.0.1:1".parse().unwrap();
-        assert_eq!(Fleet::new(address, 3, 8).threads, [3, 3, 2]);
-        assert_eq!(Fleet::new(address, 3, 2).threads, [1, 1, 1]);
+        assert_eq!(fleet(&["cluster.workers=3"], 8, None).threads, [3, 3, 2]);
+        assert_eq!(fleet(&["cluster.workers=3"], 2, None).threads, [1, 1, 1]);
+    }
+
+    #[test]
+    fn memory_is_shared_unless_the_spec_says_what_each_worker_may_use() {
+        let own = ["cluster.workers=3", "compute.memory_gib=2"];
+        assert_eq!(fleet(&own, 2, None).memory, None);
+        assert_eq!(fleet(&own, 2, Some(900)).memory, Some(300));
+        assert_eq!(fleet(&own[..1], 2, Some(900)).memory, Some(300));
+        let machine = available_memory().unwrap();
+        let share = fleet(&own[..1], 2, None).memory.unwrap();
+        assert!((machine / 6..machine).contains(&share), "{share} of {machine}");
     }
 }

@@ -18,6 +18,7 @@ mod compute;
 mod data;
 mod error;
 mod feed;
+mod machine;
 pub mod metrics;
 mod moment;
 pub mod reduce;
@@ -39,6 +40,7 @@ use tokio::time::Instant;
 
 pub use data::DataError;
 pub use error::WorkerError;
+pub use machine::available_memory;
 pub use moment::{Moment, Moments};
 pub use settings::{BlockCache, Stop, WorkerSettings, host_name};
 
@@ -228,7 +230,8 @@ async fn furnish(
     let data = Data::open(Arc::clone(&spec), &store, &reading).await?;
     metrics::observe(&reading);
     let moments = settings.moments.clone();
-    let compute = Compute::start(Arc::clone(&spec), settings.threads, moments.clone())?;
+    let memory = machine::memory_of(settings.memory, &spec);
+    let compute = Compute::start(Arc::clone(&spec), settings.threads, memory, moments.clone())?;
     // Ends with the listener, which hands the joiners on.
     tokio::spawn(transfer::serve(joiners, compute.shelf().clone(), moments.clone()));
     Ok(Work {

@@ -40,6 +40,8 @@ pub struct WorkerSettings {
     pub name: String,
     /// Threads that compute.
     pub threads: usize,
+    /// Bytes of memory that this worker may use; without it, what the spec says, or the machine.
+    pub memory: Option<u64>,
     /// Where peers are accepted; port 0 takes a free one. With an unspecified address (`0.0.0.0`,
     /// `[::]`) peers are told the address that this machine has towards the coordinator.
     pub peer_listen: SocketAddr,
@@ -76,6 +78,7 @@ impl WorkerSettings {
             coordinator: coordinator.into(),
             name: name.into(),
             threads: 1,
+            memory: None,
             peer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             stop: Stop::default(),
             connect_timeout: Duration::from_secs(30),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::MAX_THREADS;
 
@@ -30,6 +30,12 @@ pub(crate) enum Bench {
     #[command(after_help = "Example: looptrain bench checkpoint --store s3://bucket --mib 512\n\
         What it writes below the store's prefix is removed again.")]
     Checkpoint(CheckpointBench),
+    /// A training step on one fixed batch: forward, backward, clipping and AdamW, as a worker takes it
+    #[command(
+        after_help = "Example: looptrain bench step --batch 2 --sequence 1024 --recompute loop\n\
+        The default shape is a model of 5.5 million parameters and a batch of 2,048 tokens."
+    )]
+    Step(StepBench),
     /// Text into token shards in a store, end to end: what `data prepare` does
     #[command(after_help = "Example: looptrain bench tokenize --input corpus.jsonl --tokenizer \
         tokenizer.json\nThe dataset that it makes below the store's prefix is removed again.")]
@@ -109,6 +115,95 @@ pub(crate) struct CheckpointBench {
     /// Saves; the figures are of the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StepBench {
+    /// Width of the residual stream
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub(crate) hidden: u32,
+    /// Layers of the stack
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) layers: u32,
+    /// Times that the stack is applied
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) loops: u32,
+    /// Attention heads
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) heads: u32,
+    /// Inner width of the SwiGLU
+    #[arg(long, default_value_t = 768, value_parser = clap::value_parser!(u32).range(1..=1 << 18))]
+    pub(crate) ffn: u32,
+    /// Entries of the vocabulary
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) vocab: u32,
+    /// Sequences of a step
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub(crate) batch: u32,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) sequence: u32,
+    /// Slots that the batch is cut into; as many as threads where that divides it, else one
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub(crate) slots: Option<u32>,
+    /// Threads that compute; all of the machine's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
+    pub(crate) threads: Option<u32>,
+    /// Steps that are measured, after two that are not
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) steps: u32,
+    /// What backward computes again instead of keeping it
+    #[arg(long, value_enum, default_value = "none")]
+    pub(crate) recompute: Recomputed,
+    /// The worker's own kernels, or the same model in plain Burn operations, slot for slot
+    #[arg(long, value_enum, default_value = "fused")]
+    pub(crate) kernels: Kernels,
+    /// How slots are added: as workers do, or in plain floating point; without fixed point by default
+    /// with composite kernels, which know no other way
+    #[arg(long, value_enum)]
+    pub(crate) reduction: Option<Reduced>,
+    /// Where it is computed
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    pub(crate) device: String,
+}
+
+/// What backward computes again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Recomputed {
+    /// Nothing
+    None,
+    /// A loop at a time
+    Loop,
+    /// A layer at a time
+    Layer,
+}
+
+/// Whose arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kernels {
+    /// The worker's
+    Fused,
+    /// Burn's
+    Composite,
+}
+
+/// How the slots of a step become one gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Reduced {
+    /// In fixed point, with the digest that a vote carries
+    Exact,
+    /// In floating point, and nothing else
+    None,
+}
+
+fn device(text: &str) -> Result<String, String> {
+    match text.split_once(':') {
+        None if text == "cpu" => Ok(text.to_owned()),
+        Some(("cuda", number)) if number.parse::<u32>().is_ok() => {
+            Err("this build has no GPU support; leave --device out, or write cpu".to_owned())
+        }
+        _ => Err("write cpu, or cuda:N for the GPU of that number".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -38,7 +38,7 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         Started::Finished(outcome) => outcome,
         Started::Running(running) => {
             let threads = args.threads.unwrap_or_else(all_threads);
-            let fleet = Fleet::new(running.address, run.spec.cluster.workers, threads);
+            let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
             with_workers(running, fleet, &run).await?
         }
     };

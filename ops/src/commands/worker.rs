@@ -39,6 +39,7 @@ pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
     }
     let mut settings = WorkerSettings::new(args.coordinator, name);
     settings.threads = threads as usize;
+    settings.memory = args.memory;
     settings.peer_listen = args.peer_listen;
     settings.connect_timeout = Duration::from_secs(args.connect_timeout.into());
     settings.reconnect_timeout = Duration::from_secs(args.reconnect_timeout.into());

@@ -4,8 +4,8 @@
 //! that whoever holds a `Spec` holds a consistent one; options such as `--workers` are overrides,
 //! too. Afterwards only `evaluation.sequences` is changed, which is lowered to what the validation
 //! text holds. Unknown keys are errors. What decides the weights (model, data, stages, optimizer,
-//! seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, intervals, places) may
-//! change between two starts of the same run.
+//! seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, memory, intervals, places)
+//! may change between two starts of the same run.
 
 mod load;
 mod schedule;
@@ -30,6 +30,9 @@ pub struct Spec {
     /// Who trains, and how gradients are summed.
     #[serde(default)]
     pub cluster: Cluster,
+    /// How workers use their memory.
+    #[serde(default)]
+    pub compute: Compute,
     /// Shape of the LoopLM.
     pub model: Model,
     /// AdamW and gradient clipping.
@@ -112,6 +115,36 @@ impl Default for Cluster {
             fraction_bits: 40,
         }
     }
+}
+
+/// How workers use their memory; nothing here changes a bit of what they compute.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Compute {
+    /// What the backward pass computes again instead of keeping it.
+    pub recompute: Recompute,
+    /// Memory that a worker may use, in GiB; 0 for what its machine has to give.
+    pub memory_gib: f64,
+}
+
+impl Default for Compute {
+    fn default() -> Self {
+        Self { recompute: Recompute::Auto, memory_gib: 0.0 }
+    }
+}
+
+/// What the backward pass computes again, which takes time, instead of keeping it, which takes memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// As little as the worker's memory allows.
+    Auto,
+    /// Nothing: the activations of all layers in all loops are kept.
+    None,
+    /// A loop at a time: the states between loops are kept, and the activations of one loop.
+    Loop,
+    /// A layer at a time: the inputs of layers are kept, and the activations of one layer.
+    Layer,
 }
 
 /// Shape of the LoopLM; names follow the published Ouro configuration.

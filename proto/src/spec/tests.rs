@@ -67,6 +67,8 @@ fn contradictions_name_the_key_and_the_remedy() {
             "stages.0.sequence_length=1099511627776",
             "stages.0.slot_sequences: slots x slot_sequences",
         ),
+        ("compute.memory_gib=-1", "compute.memory_gib: must be between 0"),
+        ("compute.recompute=all", "unknown variant `all`"),
         ("run.name=\"../up\"", "run.name: `../up` is no name"),
         ("optimizer.beta2=1.0", "optimizer.beta2: must be at least 0 and below 1"),
         ("datasets.0.source.max_malformed=1.5", "datasets.0.source.max_malformed: must be a share"),
@@ -82,8 +84,14 @@ fn contradictions_name_the_key_and_the_remedy() {
 #[test]
 fn what_decides_the_weights_changes_the_trajectory_and_nothing_else_does() {
     let digest = |given: &[&str]| parse(example(), given).unwrap().trajectory_digest();
-    let same =
-        ["cluster.workers=5", "run.name=other", "checkpoint.every_steps=7", "sample.tokens=1"];
+    let same = [
+        "cluster.workers=5",
+        "run.name=other",
+        "checkpoint.every_steps=7",
+        "sample.tokens=1",
+        "compute.recompute=layer",
+        "compute.memory_gib=0.5",
+    ];
     for given in same {
         assert_eq!(digest(&[given]), digest(&[]), "{given}");
     }

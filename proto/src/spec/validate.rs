@@ -18,6 +18,8 @@ const MAX_STEP_TOKENS: u64 = 1 << 40;
 const MAX_WORKERS: u32 = 4096;
 /// A longer silence than a day is no time-out.
 const MAX_TIMEOUT: f64 = 86_400.0;
+/// No machine has as much, and in bytes it fits 64 bits.
+const MAX_MEMORY_GIB: f64 = 1e6;
 /// Sum of a mixture's weights up to which its shares are exact.
 const MAX_WEIGHTS: u64 = 1 << 20;
 
@@ -108,6 +110,12 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
         (16..=52).contains(&bits),
         "cluster.fraction_bits",
         "must be between 16 and 52, not {bits}: fewer lose small gradients, more overflow large ones"
+    );
+    let memory = spec.compute.memory_gib;
+    require!(
+        (0.0..=MAX_MEMORY_GIB).contains(&memory),
+        "compute.memory_gib",
+        "must be between 0 (what the machine has) and {MAX_MEMORY_GIB}, not {memory}"
     );
     Ok(())
 }

@@ -103,8 +103,8 @@ impl Checkpoints {
         let header = self.store.get_range(&key, 8..8 + length).await?;
         let header: Metadata =
             serde_json::from_slice(&header).map_err(|error| malformed(error.to_string()))?;
-        if 8 + length + header.data_len() as u64 != part.bytes {
-            let (ends, says) = (8 + length + header.data_len() as u64, part.bytes);
+        let (ends, says) = ((8 + length).saturating_add(header.data_len() as u64), part.bytes);
+        if ends != says {
             return Err(malformed(format!("it ends at {ends}, the manifest says {says}")));
         }
         let begin = 8 + length;

@@ -6,7 +6,7 @@
 //! machine; a plain write in between is not noticed.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{DirEntry, File};
 use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
 
@@ -118,12 +118,8 @@ pub(super) fn sweep_some(
     age: Duration,
     wanted: impl Fn(&str) -> bool,
 ) -> std::io::Result<usize> {
-    let entries = match std::fs::read_dir(directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        entries => entries?,
-    };
     let mut swept = 0;
-    for entry in entries {
+    for entry in entries(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() && entry.file_name().to_str().is_some_and(&wanted) {
             swept += sweep(&entry.path(), age)?;
@@ -134,12 +130,8 @@ pub(super) fn sweep_some(
 
 /// Removes files that were being written, `NAME#NUMBER`, and are older than `age`.
 pub(super) fn sweep(directory: &FilePath, age: Duration) -> std::io::Result<usize> {
-    let entries = match std::fs::read_dir(directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        entries => entries?,
-    };
     let mut swept = 0;
-    for entry in entries {
+    for entry in entries(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             swept += sweep(&entry.path(), age)?;
@@ -157,4 +149,15 @@ pub(super) fn sweep(directory: &FilePath, age: Duration) -> std::io::Result<usiz
         }
     }
     Ok(swept)
+}
+
+/// What is in a directory; nothing when it is not there.
+fn entries(
+    directory: &FilePath,
+) -> std::io::Result<impl Iterator<Item = std::io::Result<DirEntry>>> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        entries => Some(entries?),
+    };
+    Ok(entries.into_iter().flatten())
 }

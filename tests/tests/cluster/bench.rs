@@ -100,6 +100,81 @@ fn an_all_reduce_is_measured_beside_its_fixed_point() {
     }
 }
 
+/// A model that takes a few milliseconds a step.
+const SMALL_STEP: [&str; 18] = [
+    "bench",
+    "step",
+    "--hidden",
+    "32",
+    "--layers",
+    "2",
+    "--loops",
+    "3",
+    "--heads",
+    "2",
+    "--ffn",
+    "48",
+    "--vocab",
+    "100",
+    "--batch",
+    "4",
+    "--sequence",
+    "16",
+];
+
+#[test]
+fn a_training_step_is_measured_beside_the_rate_of_matrix_products() {
+    let step = |more: &[&str]| {
+        let given = [&SMALL_STEP[..], &["--threads", "2", "--steps", "3"], more].concat();
+        figures(&Scratch::new().run(&given))
+    };
+    let exact = step(&[]);
+    assert_eq!(
+        (&exact["bench"], &exact["slots"], &exact["steps"]),
+        (&"step".into(), &2.into(), &3.into())
+    );
+    let median = positive(&exact, "/median_seconds");
+    assert!(positive(&exact, "/min_seconds") <= median, "{exact}");
+    let speed = positive(&exact, "/tokens_per_second") * median;
+    assert!((speed / 64.0 - 1.0).abs() < 0.1, "{exact}");
+    let share =
+        positive(&exact, "/gflop_per_second") / positive(&exact, "/matrix_gflop_per_second");
+    assert!((share - positive(&exact, "/share_of_matrix_rate")).abs() < 0.01, "{exact}");
+    for field in ["/peak_bytes", "/gflop", "/parts/compute", "/parts/prepare", "/parts/update"] {
+        positive(&exact, field);
+    }
+    // The batch stays the same, so it is learnt.
+    assert!(positive(&exact, "/loss") < positive(&exact, "/first_loss"), "{exact}");
+    // However it is computed, and however slots are added, it is the same model.
+    let whole = step(&["--slots", "1", "--recompute", "loop"]);
+    let plain = step(&["--reduction", "none", "--recompute", "layer"]);
+    let composite = step(&["--kernels", "composite", "--slots", "4"]);
+    assert_eq!(composite["reduction"], "none");
+    for other in [whole, plain, composite] {
+        for of in ["/first_loss", "/loss"] {
+            let ratio = positive(&other, of) / positive(&exact, of);
+            assert!((ratio - 1.0).abs() < 1e-4, "{of}: {other} beside {exact}");
+        }
+    }
+}
+
+#[test]
+fn a_step_that_cannot_be_measured_is_refused_with_the_remedy() {
+    let scratch = Scratch::new();
+    for (more, code, words) in [
+        (["--device", "cuda:0"], 2, "this build has no GPU support"),
+        (["--device", "tpu"], 2, "write cpu"),
+        (["--steps", "0"], 2, "--steps"),
+        (["--slots", "3"], 1, "--slots 3 does not divide --batch 4"),
+        (["--heads", "5"], 1, "5 heads do not divide"),
+    ] {
+        let end =
+            scratch.run(&[&SMALL_STEP[..8], &["--ffn", "48", "--batch", "4"], &more].concat());
+        assert_eq!(end.code, Some(code), "{more:?}: {end:?}");
+        assert!(end.stderr.contains(words) && end.stdout.is_empty(), "{more:?}: {end:?}");
+    }
+}
+
 #[test]
 fn text_is_tokenized_into_a_store_and_its_speed_measured() {
     let scratch = Scratch::new();

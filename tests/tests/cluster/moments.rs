@@ -94,6 +94,7 @@ fn a_joiner_dies_with_the_state_in_its_hand_and_the_members_do_not_notice() {
 /// steps or three; then one of them holds the run, so that the first can wake up and come back in time.
 fn freezes_at(moment: &str) {
     // Longer than a busy machine leaves a worker that is well without a turn.
+    const TIMEOUT: Duration = Duration::from_secs(12);
     let timeout = ["--set", "cluster.worker_timeout=12.0"];
     let mut cluster = Cluster::start(3, &timeout);
     let mut victim = cluster.worker(&["--fault", &fault("stop", moment)]);
@@ -102,7 +103,10 @@ fn freezes_at(moment: &str) {
     let mut other = cluster.worker(&["--fault", &later]);
     let _third = cluster.worker(&[]);
     assert_eq!(frozen_at(&mut victim, moment), STEP);
+    let frozen = Instant::now();
     cluster.coordinator.wait_for(|line| line.contains("lost: silent for 12.0 s"));
+    let silent = frozen.elapsed();
+    assert!(silent < 3 * TIMEOUT, "it was missed only after {silent:?}");
     assert!(cluster.formed(2).contains(": 2 workers"));
     assert_eq!(cluster.pause_at(&mut other, "compute"), STEP + 2);
     victim.signal("CONT");

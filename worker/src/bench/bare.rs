@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use looptrain_model::SlotBatch;
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{Reading, Store};
 
-use crate::compute::{Compute, ComputeError};
-use crate::data::Data;
+use crate::compute::{Bench, Compute, ComputeError};
+use crate::data::{Data, Slot};
+use crate::machine::memory_of;
 use crate::{Moments, WorkerError};
 
 /// What a step took.
@@ -20,6 +22,8 @@ pub struct BareStep {
     pub prepare: Duration,
     /// Clip, optimizer, and the new weights in the model.
     pub update: Duration,
+    /// Mean loss over the step's tokens, before its update.
+    pub loss: f64,
 }
 
 impl BareStep {
@@ -74,34 +78,88 @@ pub async fn bare_steps(
         }
         work.push((step, batches));
     }
-    let compute = Compute::start(spec, threads, Moments::default())?;
-    let times = compute.submit(move |bench| {
+    let memory = memory_of(None, &spec);
+    let compute = Compute::start(spec, threads, memory, Moments::default())?;
+    let steps = compute.submit(move |bench| {
         bench.initialise();
-        let never = AtomicBool::new(false);
-        let mut times = Vec::new();
-        for (step, batches) in work {
-            let start = Instant::now();
-            let sums = bench.contribute(step, 0, batches, &never)?.sums;
-            let computed = Instant::now();
-            bench.prepare(step, sums)?;
-            let prepared = Instant::now();
-            bench.commit(step)?;
-            times.push(BareStep {
-                compute: computed - start,
-                prepare: prepared - computed,
-                update: prepared.elapsed(),
-            });
-        }
-        Ok::<_, ComputeError>(times)
+        take(bench, work)
     });
-    Ok(times.await??)
+    Ok(steps.await??)
+}
+
+/// Steps on one and the same batch.
+#[derive(Clone, Debug)]
+pub struct FixedSteps {
+    /// One after the other, with those of the warm-up in front.
+    pub steps: Vec<BareStep>,
+    /// The time that went into each section of the engine after the warm-up, added up over threads.
+    pub sections: Vec<(&'static str, Duration)>,
+}
+
+/// Runs all steps of the spec from its initial weights on `threads` threads, each on the slots given,
+/// of which the first `warm_up` steps do not count for the sections. Neither store nor datasets of
+/// the spec are used.
+///
+/// # Errors
+/// When a value leaves the fixed-point range.
+///
+/// # Panics
+/// When there are not as many slots as the spec says, or they are not of the size that it says.
+pub async fn fixed_steps(
+    spec: Spec,
+    threads: usize,
+    slots: &[SlotBatch],
+    warm_up: u64,
+) -> Result<FixedSteps, BareError> {
+    let fits = |batch: &SlotBatch| {
+        (batch.sequences, batch.sequence_length)
+            == (spec.stages[0].slot_sequences, spec.stages[0].sequence_length)
+    };
+    assert!(slots.len() == spec.stages[0].slots as usize && slots.iter().all(fits));
+    let slot = |batch: &SlotBatch| Slot { batch: batch.clone(), sequences: Vec::new() };
+    let slots: Vec<Slot> = slots.iter().map(slot).collect();
+    let last = spec.total_steps().0;
+    let memory = memory_of(None, &spec);
+    let compute = Compute::start(Arc::new(spec), threads, memory, Moments::default())?;
+    let steps = compute.submit(move |bench| {
+        bench.initialise();
+        let work = |steps: std::ops::RangeInclusive<u64>| {
+            steps.map(|step| (Step(step), slots.clone())).collect()
+        };
+        let mut steps = take(bench, work(1..=warm_up))?;
+        bench.take_sections();
+        steps.extend(take(bench, work(warm_up + 1..=last))?);
+        Ok::<_, ComputeError>(FixedSteps { steps, sections: bench.take_sections() })
+    });
+    Ok(steps.await??)
+}
+
+/// Takes step after step as the only rank.
+fn take(bench: &mut Bench, work: Vec<(Step, Vec<Slot>)>) -> Result<Vec<BareStep>, ComputeError> {
+    let never = AtomicBool::new(false);
+    let mut steps = Vec::new();
+    for (step, slots) in work {
+        let start = Instant::now();
+        let sums = bench.contribute(step, 0, slots, &never)?.sums;
+        let computed = Instant::now();
+        let loss = bench.prepare(step, sums)?.statistics.loss;
+        let prepared = Instant::now();
+        bench.commit(step)?;
+        steps.push(BareStep {
+            compute: computed - start,
+            prepare: prepared - computed,
+            update: prepared.elapsed(),
+            loss,
+        });
+    }
+    Ok(steps)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::testing::tiny_store;
+    use crate::testing::{tiny_spec, tiny_store};
 
     #[tokio::test]
     async fn every_step_of_the_spec_is_taken_and_no_more() {
@@ -110,5 +168,21 @@ mod tests {
         assert!(times.len() == 4 && times.iter().all(|step| step.compute < step.whole()));
         let error = bare_steps(Spec::clone(&spec), 1, 5).await.unwrap_err();
         assert_eq!(error.to_string(), "the spec has no step 5");
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_stays_the_same_is_learnt() {
+        let spec = tiny_spec("memory://not-there");
+        let stage = &spec.stages[0];
+        let (sequences, length) = (stage.slot_sequences, stage.sequence_length);
+        let slots: Vec<SlotBatch> = (0..stage.slots)
+            .map(|slot| {
+                let tokens = (0..(sequences * (length + 1)) as u32).map(|i| (i * 7 + slot) % 300);
+                SlotBatch { tokens: tokens.collect(), sequences, sequence_length: length }
+            })
+            .collect();
+        let steps = fixed_steps(spec, 2, &slots, 1).await.unwrap().steps;
+        assert_eq!(steps.len(), 4);
+        assert!(steps.windows(2).all(|pair| pair[1].loss < pair[0].loss), "{steps:?}");
     }
 }

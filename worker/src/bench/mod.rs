@@ -7,7 +7,7 @@ mod feeding;
 mod saves;
 mod transfer;
 
-pub use bare::{BareError, BareStep, bare_steps};
+pub use bare::{BareError, BareStep, FixedSteps, bare_steps, fixed_steps};
 pub use feeding::{Fed, Feeding};
 pub use saves::{Save, Saves};
 pub use transfer::{TransferError, Transfers};

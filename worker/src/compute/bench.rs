@@ -7,15 +7,17 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use looptrain_model::{Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState};
+use looptrain_model::{
+    Engine, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState,
+};
 use looptrain_proto::spec::NonFinite;
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::SlotUse;
 
-use super::sums;
+use super::{recompute, sums};
 use crate::audit;
 use crate::data::Slot;
 use crate::reduce::exact::{FixedPoint, OutOfRange};
@@ -24,7 +26,7 @@ use crate::transfer::Shelf;
 use crate::{Moment, Moments};
 
 /// Bytes of slot gradients that are kept for a retry of their step.
-const KEPT_BYTES: usize = 512 << 20;
+pub(super) const KEPT_BYTES: usize = 512 << 20;
 
 /// Why a job has no result.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +90,8 @@ pub(crate) struct Bench {
     spec: Arc<Spec>,
     layout: Layout,
     engine: Engine,
+    /// What backward computes again, of each stage.
+    recompute: Vec<Recompute>,
     state: Option<TrainState>,
     prepared: Option<Prepared>,
     kept: Kept,
@@ -100,10 +104,17 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    pub(super) fn new(spec: Arc<Spec>, threads: usize, shelf: Shelf, moments: Moments) -> Self {
+    pub(super) fn new(
+        spec: Arc<Spec>,
+        threads: usize,
+        memory: Option<u64>,
+        shelf: Shelf,
+        moments: Moments,
+    ) -> Self {
         Self {
             layout: Layout::new(&spec.model),
             engine: Engine::new(&spec.model, threads),
+            recompute: recompute::of_stages(&spec, threads, memory),
             state: None,
             prepared: None,
             kept: Kept::default(),
@@ -113,6 +124,11 @@ impl Bench {
             moments,
             spec,
         }
+    }
+
+    /// The time that went into each section of the engine since the last call, added up over threads.
+    pub(crate) fn take_sections(&self) -> Vec<(&'static str, Duration)> {
+        self.engine.take_sections()
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -197,7 +213,9 @@ impl Bench {
     ) -> Result<Contribution, ComputeError> {
         let start = Instant::now();
         self.state_of(step.0.checked_sub(1).map(Step), "compute", step)?;
-        let stage = &self.spec.stages[self.spec.stage_of(step)];
+        let number = self.spec.stage_of(step);
+        let stage = &self.spec.stages[number];
+        self.engine.set_recompute(self.recompute[number]);
         let parameters = self.layout.parameters();
         if self.kept.step != step {
             self.kept = Kept { step, ..Kept::default() };

@@ -4,8 +4,13 @@ use super::*;
 use crate::testing::tiny_spec;
 
 fn bench(threads: usize) -> Bench {
-    let mut bench =
-        Bench::new(Arc::new(tiny_spec("memory://")), threads, Shelf::default(), Moments::default());
+    let mut bench = Bench::new(
+        Arc::new(tiny_spec("memory://")),
+        threads,
+        None,
+        Shelf::default(),
+        Moments::default(),
+    );
     bench.initialise();
     bench
 }
@@ -55,7 +60,7 @@ fn a_retry_with_other_slots_reuses_what_is_there_and_gives_the_same_bits() {
 fn what_a_slot_was_computed_from_is_told_also_when_its_gradient_is_of_an_earlier_try() {
     let mut spec = tiny_spec("memory://");
     spec.run.audit = true;
-    let mut bench = Bench::new(Arc::new(spec), 1, Shelf::default(), Moments::default());
+    let mut bench = Bench::new(Arc::new(spec), 1, None, Shelf::default(), Moments::default());
     bench.initialise();
     let on = AtomicBool::new(false);
     let first = bench.contribute(Step(1), 1, batches(1..3), &on).unwrap();
@@ -82,7 +87,7 @@ fn what_is_kept_of_an_abandoned_step_tells_what_it_was_computed_from() {
     let cancelled = Arc::new(AtomicBool::new(false));
     let after_the_first = Arc::clone(&cancelled);
     let moments = Moments::watched_by(move |_| after_the_first.store(true, Ordering::Relaxed));
-    let mut bench = Bench::new(Arc::new(spec), 1, Shelf::default(), moments);
+    let mut bench = Bench::new(Arc::new(spec), 1, None, Shelf::default(), moments);
     bench.initialise();
     let abandoned = bench.contribute(Step(1), 0, batches(0..4), &cancelled);
     assert!(matches!(abandoned, Err(ComputeError::Cancelled)));
@@ -191,7 +196,7 @@ fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
 fn skipping(threads: usize) -> (Bench, Vec<Slot>) {
     let mut spec = tiny_spec("memory://");
     spec.optimizer.non_finite = NonFinite::Skip;
-    let mut bench = Bench::new(Arc::new(spec), threads, Shelf::default(), Moments::default());
+    let mut bench = Bench::new(Arc::new(spec), threads, None, Shelf::default(), Moments::default());
     let mut state = TrainState::initial(&bench.spec.model, 7);
     let tensors = bench.layout.tensors().iter();
     let embedding = tensors.clone().find(|tensor| tensor.name.contains("embed_tokens")).unwrap();

@@ -6,6 +6,7 @@
 //! cancel flag; its answer is dropped with the future that awaited it.
 
 mod bench;
+mod recompute;
 mod sums;
 
 use std::future::Future;
@@ -31,9 +32,11 @@ pub(crate) struct Compute {
 }
 
 impl Compute {
+    /// A thread that computes on `threads` threads, in so many bytes of memory if it is known.
     pub(crate) fn start(
         spec: Arc<Spec>,
         threads: usize,
+        memory: Option<u64>,
         moments: Moments,
     ) -> Result<Self, WorkerError> {
         let (jobs, queue) = mpsc::channel::<Job>();
@@ -42,7 +45,7 @@ impl Compute {
         thread::Builder::new()
             .name("looptrain-compute".into())
             .spawn(move || {
-                let mut bench = Bench::new(spec, threads, filled, moments);
+                let mut bench = Bench::new(spec, threads, memory, filled, moments);
                 for job in queue {
                     job(&mut bench);
                 }
@@ -84,7 +87,7 @@ mod tests {
     use crate::testing::tiny_spec;
 
     fn start() -> Result<Compute, WorkerError> {
-        Compute::start(Arc::new(tiny_spec("memory://")), 1, Moments::default())
+        Compute::start(Arc::new(tiny_spec("memory://")), 1, None, Moments::default())
     }
 
     #[tokio::test]

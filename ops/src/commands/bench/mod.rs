@@ -9,6 +9,7 @@ mod data;
 mod figures;
 mod orchestration;
 mod reduce;
+mod step;
 mod tokenize;
 mod transfer;
 
@@ -24,6 +25,7 @@ pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
         Bench::Data(args) => data::run(args).await?,
         Bench::Transfer(args) => transfer::run(args).await?,
         Bench::Reduce(args) => reduce::run(args).await?,
+        Bench::Step(args) => step::run(args).await?,
         Bench::Tokenize(args) => tokenize::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,
     };

@@ -148,7 +148,7 @@ async fn local_steps(
     };
     let last = Step(u64::from(steps));
     let commits = tokio::spawn(commits(running.events.resubscribe(), last, stop));
-    let fleet = Fleet::new(running.address, run.spec.cluster.workers, threads);
+    let fleet = Fleet::new(running.address, &run.spec, threads, None);
     with_workers(running, fleet, run).await?;
     let commits = commits.await.context("the task that watches the commits failed")??;
     let intervals = commits.windows(2).skip(WARM_UP as usize - 1);
