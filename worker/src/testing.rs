@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use looptrain_proto::Spec;
 use looptrain_proto::spec::Source;
+use looptrain_proto::{Digest, Generation, Incarnation, Rank, Spec};
 use looptrain_storage::Store;
+
+use crate::reduce::Collective;
+use crate::reduce::tcp::{Peer, PeerListener, Ring, RingId};
 
 /// A spec that trains in milliseconds; its dataset is to be made with [`tiny_dataset`].
 pub(crate) fn tiny_spec(store: &str) -> Spec {
@@ -65,4 +69,22 @@ pub(crate) async fn tiny_store() -> (Arc<Spec>, Store) {
     let store = Store::open(&url).expect("a store in memory");
     tiny_dataset(&store).await;
     (Arc::new(tiny_spec(&url)), store)
+}
+
+/// A ring whose ranks are all here.
+pub(crate) async fn ring(world: u32) -> Vec<Collective> {
+    let id = RingId { incarnation: Incarnation(1), generation: Generation(1) };
+    let (mut peers, mut members) = (Vec::new(), Vec::new());
+    for rank in (0..world).map(Rank) {
+        let address = ([127, 0, 0, 1], 0).into();
+        let listener = PeerListener::bind(address).await.expect("a port is free");
+        let address = listener.address().to_string();
+        members.push(Peer { rank, name: format!("w{rank}"), address });
+        peers.push((rank, listener.serve(Digest::of(b"run")).0));
+    }
+    let formed = peers.iter().map(|(rank, peers)| {
+        // Nothing here takes nearly this long, however busy the machine is.
+        Ring::form(peers, id, *rank, &members, Duration::from_secs(45))
+    });
+    futures::future::try_join_all(formed).await.expect("the loopback connects")
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use looptrain_proto::spec::Reduction;
 
 use super::MAX_THREADS;
 
@@ -22,8 +23,9 @@ pub(crate) enum Bench {
     /// Training state from peer to peer over the loopback: served, fetched, hashed, verified
     #[command(after_help = "Example: looptrain bench transfer --mib 1024 --sources 2")]
     Transfer(TransferBench),
-    /// The ring all-reduce of a gradient over the loopback, and its way into fixed point and back
-    #[command(after_help = "Example: looptrain bench reduce --mib 256 --ranks 2")]
+    /// The ring all-reduce of a gradient over the loopback, exact and fast, and the gradient's way
+    /// into the sums and back
+    #[command(after_help = "Example: looptrain bench reduce --workers 2 --bytes 268435456")]
     Reduce(ReduceBench),
     /// What a save takes of a step, and how fast it is uploaded beside what the store's client reaches
     /// alone
@@ -90,15 +92,36 @@ pub(crate) struct TransferBench {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReduceBench {
-    /// Size of the sums on each rank, 64 bits a parameter
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) mib: u32,
     /// Ranks in the ring
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
-    pub(crate) ranks: u32,
+    pub(crate) workers: u32,
+    /// Bytes of the gradient, 4 a parameter; exact sums of it take twice as many
+    #[arg(long, default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(4..=1 << 36))]
+    pub(crate) bytes: u64,
+    /// How it is summed; both ways in turns by default
+    #[arg(long, value_enum)]
+    pub(crate) reduction: Option<ReductionName>,
     /// Times that they are reduced; the figures are of the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
+}
+
+/// As in a spec.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ReductionName {
+    /// 64-bit fixed point
+    Exact,
+    /// Single precision
+    Fast,
+}
+
+impl From<ReductionName> for Reduction {
+    fn from(name: ReductionName) -> Self {
+        match name {
+            ReductionName::Exact => Self::Exact,
+            ReductionName::Fast => Self::Fast,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

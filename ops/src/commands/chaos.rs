@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use looptrain_proto::Spec;
+use looptrain_proto::spec::Reduction;
 use looptrain_storage::Store;
 
 use super::all_threads;
@@ -14,6 +15,11 @@ use crate::{datasets, signals};
 pub(crate) async fn run(args: Chaos) -> Result<()> {
     let stop = signals::stop_on_signals("ending all processes")?;
     let spec = Spec::load(&args.spec, &args.overrides)?;
+    ensure!(
+        spec.cluster.reduction == Reduction::Exact,
+        "cluster.reduction: a fast reduction gives other weights for other workers, and chaos compares \
+         them; add --set cluster.reduction=exact"
+    );
     let store = Store::open(&spec.run.store)?;
     store.check_writable().await?;
     tokio::select! {

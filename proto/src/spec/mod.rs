@@ -77,6 +77,10 @@ pub struct Run {
 pub enum Reduction {
     /// 64-bit fixed point: the same bits for any number of workers and any topology.
     Exact,
+    /// Single precision, in half the bytes: the weights then depend on the number of workers and their
+    /// ranks, on who computes which slots and on how many threads, and on when a worker dies. All
+    /// workers still hold the same bits, and compare them. Losses and the exit distribution stay exact.
+    Fast,
 }
 
 /// Membership and its time-outs.
@@ -99,7 +103,7 @@ pub struct Cluster {
     /// How gradients are summed over ranks.
     pub reduction: Reduction,
     /// Fraction bits of the fixed-point gradient: a slot's gradient is rounded to multiples of
-    /// 2^-fraction_bits.
+    /// 2^-fraction_bits. A fast reduction has no use for them.
     pub fraction_bits: u32,
 }
 

@@ -58,6 +58,7 @@ fn contradictions_name_the_key_and_the_remedy() {
         ("model.num_attention_heads=3", "model.num_attention_heads: 3 heads do not divide"),
         ("stages.0.slots=70000", "stages.0.slots: 70000 slots are more than"),
         ("stages.0.loops=0", "stages.0.loops: must be between 1"),
+        ("cluster.reduction=\"best\"", "unknown variant `best`"),
         ("cluster.fraction_bits=60", "cluster.fraction_bits: must be between 16 and 52"),
         ("cluster.workers=0", "cluster.workers: must be between 1 and 4096, not 0"),
         ("cluster.workers=1000000000", "cluster.workers: must be between 1 and 4096"),
@@ -95,8 +96,13 @@ fn what_decides_the_weights_changes_the_trajectory_and_nothing_else_does() {
     for given in same {
         assert_eq!(digest(&[given]), digest(&[]), "{given}");
     }
-    let other =
-        ["run.seed=8", "stages.0.slots=5", "optimizer.beta1=0.8", "cluster.fraction_bits=41"];
+    let other = [
+        "run.seed=8",
+        "stages.0.slots=5",
+        "optimizer.beta1=0.8",
+        "cluster.fraction_bits=41",
+        "cluster.reduction=\"fast\"",
+    ];
     for given in other {
         assert_ne!(digest(&[given]), digest(&[]), "{given}");
     }

@@ -87,17 +87,26 @@ fn a_save_is_measured_beside_a_plain_copy_and_the_client_alone_and_leaves_nothin
 }
 
 #[test]
-fn an_all_reduce_is_measured_beside_its_fixed_point() {
-    let arguments = ["bench", "reduce", "--mib", "8", "--ranks", "3", "--rounds", "3"];
-    let figures = figures(&Scratch::new().run(&arguments));
-    assert_eq!((&figures["bench"], &figures["ranks"]), (&"reduce".into(), &3.into()));
-    let bus = positive(&figures, "/bus_gigabytes_per_second") * 1e9;
-    let formula =
-        4.0 / 3.0 * positive(&figures, "/bytes") / (positive(&figures, "/reduce_ms") / 1e3);
-    assert!((bus / formula - 1.0).abs() < 0.1, "{figures}");
-    for field in ["/encode_ms", "/decode_ms"] {
-        positive(&figures, field);
+fn all_reduces_are_measured_beside_the_way_into_the_sums_and_back() {
+    let bench = ["bench", "reduce", "--workers", "3", "--bytes", "4000004", "--rounds", "3"];
+    let all = figures(&Scratch::new().run(&bench));
+    assert_eq!((&all["bench"], &all["workers"]), (&"reduce".into(), &3.into()));
+    for (name, bytes) in [("exact", 8_000_008), ("fast", 4_000_008)] {
+        let figures = &all[name];
+        assert_eq!(figures["sum_bytes"], bytes, "{all}");
+        let bus = positive(figures, "/bus_gigabytes_per_second") * 1e9;
+        let formula = 4.0 / 3.0 * bytes as f64 / (positive(figures, "/reduce_ms") / 1e3);
+        assert!((bus / formula - 1.0).abs() < 0.1, "{all}");
+        for field in ["/add_ms", "/mean_ms", "/reduce_min_ms"] {
+            positive(figures, field);
+        }
     }
+    let times = ["/exact/reduce_ms", "/fast/reduce_ms"].map(|field| positive(&all, field));
+    let ratio = positive(&all, "/exact_over_fast");
+    assert!((times[0] / times[1] / ratio - 1.0).abs() < 0.1, "{all}");
+    let one = figures(&Scratch::new().run(&[&bench[..], &["--reduction", "fast"]].concat()));
+    assert!(one["exact"].is_null() && one["exact_over_fast"].is_null(), "{one}");
+    positive(&one, "/fast/reduce_ms");
 }
 
 /// A model that takes a few milliseconds a step.

@@ -13,6 +13,7 @@ mod data_on_s3;
 mod elastic;
 mod end_to_end;
 mod export;
+mod fast;
 mod kills;
 mod left_behind;
 mod moments;

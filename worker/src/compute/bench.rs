@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use looptrain_model::{
     Engine, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState,
 };
-use looptrain_proto::spec::NonFinite;
+use looptrain_proto::spec::{NonFinite, Reduction};
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::SlotUse;
@@ -20,7 +20,7 @@ use looptrain_storage::SlotUse;
 use super::{recompute, sums};
 use crate::audit;
 use crate::data::Slot;
-use crate::reduce::exact::{FixedPoint, OutOfRange};
+use crate::reduce::{Arithmetic, OutOfRange, Sums};
 use crate::state::{self, Part};
 use crate::transfer::Shelf;
 use crate::{Moment, Moments};
@@ -37,8 +37,8 @@ pub(crate) enum ComputeError {
     NotFinite { place: String, what: String, value: f64, remedy: String },
     #[error("this worker holds {}, so it cannot {action} step {step}", describe(*held))]
     WrongStep { held: Option<Step>, action: &'static str, step: Step },
-    #[error("the reduced buffer of step {step} has {found} elements instead of {expected}")]
-    Length { step: Step, found: usize, expected: usize },
+    #[error("the reduced buffer of step {step} has the shape {found:?} instead of {expected:?}")]
+    Shape { step: Step, found: (usize, usize), expected: (usize, usize) },
 }
 
 fn describe(held: Option<Step>) -> String {
@@ -49,7 +49,7 @@ fn describe(held: Option<Step>) -> String {
 #[derive(Debug)]
 pub(crate) struct Contribution {
     /// To be all-reduced.
-    pub(crate) sums: Vec<i64>,
+    pub(crate) sums: Sums,
     /// Time it took.
     pub(crate) seconds: f64,
     /// Slots that were computed; the others were kept from an earlier try.
@@ -69,7 +69,7 @@ pub(crate) struct Report {
     pub(crate) optimizer_seconds: f64,
 }
 
-/// A reduced gradient that waits for its commit; filled with NaN, which no sum of integers gives, it
+/// A reduced gradient that waits for its commit; filled with NaN, which no reduced sum has, it
 /// stands for a step that is skipped, here and wherever updates go.
 struct Prepared {
     step: Step,
@@ -96,7 +96,7 @@ pub(crate) struct Bench {
     prepared: Option<Prepared>,
     kept: Kept,
     /// The buffer of the last step, to be used again.
-    spare: Vec<i64>,
+    spare: Option<Sums>,
     optimizer_seconds: f64,
     /// What joiners may fetch.
     shelf: Shelf,
@@ -118,7 +118,7 @@ impl Bench {
             state: None,
             prepared: None,
             kept: Kept::default(),
-            spare: Vec::new(),
+            spare: None,
             optimizer_seconds: 0.0,
             shelf,
             moments,
@@ -194,11 +194,16 @@ impl Bench {
     }
 
     /// Whether the committed state of `step` is here; a prepared update that leads to it is
-    /// applied, for a new generation at that step means that it was committed.
+    /// applied, for a new generation at that step means that it was committed. One that leads further
+    /// was not, and its step is done again: exact sums come out the same, fast ones may not, so
+    /// that nobody must take this update for theirs.
     pub(crate) fn reach(&mut self, step: Step) -> bool {
         if self.prepared.as_ref().is_some_and(|prepared| prepared.step == step) {
             tracing::info!(%step, "committing the prepared step that the new generation starts from");
             return self.commit(step).is_ok();
+        }
+        if self.spec.cluster.reduction == Reduction::Fast {
+            self.prepared = None;
         }
         self.held() == Some(step)
     }
@@ -222,16 +227,9 @@ impl Bench {
         }
         let room = KEPT_BYTES / (parameters * size_of::<f32>()).max(1);
 
-        let mut sum = std::mem::take(&mut self.spare);
-        sum.clear();
-        sum.resize(parameters + sums::tail_len(stage.loops), 0);
-        let adding = Adding {
-            spec: &self.spec,
-            layout: &self.layout,
-            step,
-            stage,
-            fixed: FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots),
-        };
+        let (arithmetic, beside) = (arithmetic(&self.spec, stage), sums::tail_len(stage.loops));
+        let mut sum = Sums::zeroed(arithmetic, parameters, beside, self.spare.take());
+        let adding = Adding { spec: &self.spec, layout: &self.layout, step, stage };
         let (mut slots, mut missing, mut bad) = (Vec::new(), Vec::new(), Vec::new());
         let all = first_slot..first_slot + given.len() as u32;
         let mut used = Vec::new();
@@ -290,34 +288,33 @@ impl Bench {
     pub(crate) fn prepare(
         &mut self,
         step: Step,
-        mut reduced: Vec<i64>,
+        mut reduced: Sums,
     ) -> Result<Report, ComputeError> {
         self.state_of(step.0.checked_sub(1).map(Step), "prepare", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
         let parameters = self.layout.parameters();
-        let (found, expected) = (reduced.len(), parameters + sums::tail_len(stage.loops));
+        let (found, expected) = (reduced.shape(), (parameters, sums::tail_len(stage.loops)));
         if found != expected {
-            return Err(ComputeError::Length { step, found, expected });
+            return Err(ComputeError::Shape { step, found, expected });
         }
-        let skip = reduced.last().is_some_and(|bad_slots| *bad_slots != 0);
+        let skip = reduced.integers().last().is_some_and(|bad_slots| *bad_slots != 0);
         if skip {
             // How far the bad slots were added depends on who computed them.
-            reduced[..parameters].fill(0);
+            reduced.clear_gradient();
         }
-        let digest = Digest::of(bytemuck::cast_slice(&reduced));
+        let digest = Digest::of(reduced.as_bytes());
         let mut gradient = match self.prepared.take() {
             Some(old) => old.gradient,
             None => vec![0.0; parameters],
         };
-        let fixed = FixedPoint::new(self.spec.cluster.fraction_bits, stage.slots);
-        fixed.decode(&reduced[..parameters], f64::from(stage.slots), &mut gradient);
+        reduced.mean(f64::from(stage.slots), &mut gradient);
         let norm = self.engine.norm(&gradient);
         if skip {
             gradient.fill(f32::NAN);
         }
-        let statistics = sums::step_statistics(&reduced[parameters..], stage, norm);
+        let statistics = sums::step_statistics(reduced.integers(), stage, norm);
         self.prepared = Some(Prepared { step, gradient });
-        self.spare = reduced;
+        self.spare = Some(reduced);
         Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
     }
 
@@ -402,7 +399,11 @@ struct Adding<'a> {
     layout: &'a Layout,
     step: Step,
     stage: &'a spec::Stage,
-    fixed: FixedPoint,
+}
+
+/// How the gradients of a stage are summed.
+fn arithmetic(spec: &Spec, stage: &spec::Stage) -> Arithmetic {
+    Arithmetic::new(spec.cluster.reduction, spec.cluster.fraction_bits, stage.slots)
 }
 
 impl Adding<'_> {
@@ -410,7 +411,7 @@ impl Adding<'_> {
     /// skips the step then.
     fn take(
         &self,
-        sum: &mut [i64],
+        sum: &mut Sums,
         slot: u32,
         output: &SlotOutput,
         bad: &mut Vec<(u32, String)>,
@@ -418,7 +419,7 @@ impl Adding<'_> {
         match (self.add(sum, slot, output), self.spec.optimizer.non_finite) {
             (Err(error), NonFinite::Skip) => {
                 bad.push((slot, error.to_string()));
-                if let Some(count) = sum.last_mut() {
+                if let Some(count) = sum.integers_mut().last_mut() {
                     *count += 1;
                 }
                 Ok(())
@@ -427,22 +428,19 @@ impl Adding<'_> {
         }
     }
 
-    fn add(&self, sum: &mut [i64], slot: u32, output: &SlotOutput) -> Result<(), ComputeError> {
-        let (gradient, tail) = sum.split_at_mut(self.layout.parameters());
+    fn add(&self, sum: &mut Sums, slot: u32, output: &SlotOutput) -> Result<(), ComputeError> {
         let statistics = sums::encoded(&output.statistics)
             .map_err(|(what, value)| self.not_finite(slot, what, value))?;
-        self.fixed.encode_add(gradient, &output.gradient).map_err(
-            |OutOfRange { index, value }| {
-                let what = match self.layout.owner(index) {
-                    Some((tensor, element)) => {
-                        format!("the gradient of {}, element {element}", tensor.name)
-                    }
-                    None => format!("the gradient's element {index}"),
-                };
-                self.not_finite(slot, what, f64::from(value))
-            },
-        )?;
-        tail.iter_mut().zip(statistics).for_each(|(sum, value)| *sum += value);
+        sum.add(&output.gradient).map_err(|OutOfRange { index, value }| {
+            let what = match self.layout.owner(index) {
+                Some((tensor, element)) => {
+                    format!("the gradient of {}, element {element}", tensor.name)
+                }
+                None => format!("the gradient's element {index}"),
+            };
+            self.not_finite(slot, what, f64::from(value))
+        })?;
+        sum.integers_mut().iter_mut().zip(statistics).for_each(|(sum, value)| *sum += value);
         Ok(())
     }
 
@@ -456,7 +454,8 @@ impl Adding<'_> {
             begin + per_slot - 1,
             self.stage.name
         );
-        let remedy = if value.is_finite() {
+        let exact = self.spec.cluster.reduction == Reduction::Exact;
+        let remedy = if value.is_finite() && exact {
             format!(
                 "more than cluster.fraction_bits = {} leaves room for; lower that or the learning rate",
                 self.spec.cluster.fraction_bits

@@ -28,7 +28,7 @@ fn batches(slots: std::ops::Range<u32>) -> Vec<Slot> {
     slots.map(slot).collect()
 }
 
-fn share(bench: &mut Bench, step: u64, slots: std::ops::Range<u32>) -> Vec<i64> {
+fn share(bench: &mut Bench, step: u64, slots: std::ops::Range<u32>) -> Sums {
     let on = AtomicBool::new(false);
     let first = slots.start;
     bench.contribute(Step(step), first, batches(slots), &on).unwrap().sums
@@ -38,12 +38,27 @@ fn added(a: &[i64], b: &[i64]) -> Vec<i64> {
     a.iter().zip(b).map(|(a, b)| a + b).collect()
 }
 
+/// What a ring of two ranks makes of their sums.
+fn reduced(a: Sums, b: Sums) -> Sums {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut ranks = crate::testing::ring(2).await;
+        let (mut a, mut b) = (a, b);
+        let [first, second] = ranks.as_mut_slice() else { panic!() };
+        let done = tokio::join!(first.all_reduce(1, &mut a), second.all_reduce(1, &mut b));
+        done.0.unwrap();
+        done.1.unwrap();
+        assert!(a.as_bytes() == b.as_bytes());
+        a
+    })
+}
+
 #[test]
 fn the_shares_of_any_split_add_up_to_the_same_bits() {
     let whole = share(&mut bench(2), 1, 0..4);
     for cut in 0..=4 {
         let (left, right) = (share(&mut bench(1), 1, 0..cut), share(&mut bench(2), 1, cut..4));
-        assert!(added(&left, &right) == whole, "cut at {cut}");
+        assert!(reduced(left, right) == whole, "cut at {cut}");
     }
 }
 
@@ -107,7 +122,7 @@ fn an_update_waits_for_its_commit_and_leads_to_the_next_step() {
     let mut bench = bench(1);
     let before = bench.weights_digest(Step(0)).unwrap();
     let sums = share(&mut bench, 1, 0..4);
-    let expected = Digest::of(bytemuck::cast_slice(&sums));
+    let expected = Digest::of(sums.as_bytes());
     let report = bench.prepare(Step(1), sums).unwrap();
     assert_eq!(report.digest, expected);
     assert!(report.statistics.loss > 1.0 && report.statistics.grad_norm > 0.0);
@@ -154,7 +169,8 @@ fn what_does_not_follow_the_held_step_is_refused() {
     assert!(bench.commit(Step(1)).is_err());
     assert!(bench.snapshot(Step(2), 0, 1).is_err());
     assert!(bench.contribute(Step(0), 0, batches(0..1), &on).is_err());
-    assert!(matches!(bench.prepare(Step(1), vec![0; 3]), Err(ComputeError::Length { .. })));
+    let short = Sums::zeroed(Arithmetic::new(Reduction::Exact, 40, 4), 3, 7, None);
+    assert!(matches!(bench.prepare(Step(1), short), Err(ComputeError::Shape { .. })));
 }
 
 #[test]
@@ -193,9 +209,10 @@ fn an_evaluation_does_not_depend_on_how_it_is_shared_out() {
 
 /// A bench of a run that skips steps, and batches of which slot 2 has a token that the model's
 /// weights turn into NaN.
-fn skipping(threads: usize) -> (Bench, Vec<Slot>) {
+fn skipping(threads: usize, reduction: Reduction) -> (Bench, Vec<Slot>) {
     let mut spec = tiny_spec("memory://");
     spec.optimizer.non_finite = NonFinite::Skip;
+    spec.cluster.reduction = reduction;
     let mut bench = Bench::new(Arc::new(spec), threads, None, Shelf::default(), Moments::default());
     let mut state = TrainState::initial(&bench.spec.model, 7);
     let tensors = bench.layout.tensors().iter();
@@ -212,19 +229,26 @@ fn skipping(threads: usize) -> (Bench, Vec<Slot>) {
 
 #[test]
 fn a_step_with_a_bad_slot_is_the_same_for_every_split_and_changes_nothing_but_the_step() {
+    // Fast ones, too: what is left of a skipped step is statistics.
+    for reduction in [Reduction::Exact, Reduction::Fast] {
+        a_bad_slot_changes_nothing_but_the_step(reduction);
+    }
+}
+
+fn a_bad_slot_changes_nothing_but_the_step(reduction: Reduction) {
     let on = AtomicBool::new(false);
-    let (mut whole, batches) = skipping(2);
+    let (mut whole, batches) = skipping(2, reduction);
     let all = whole.contribute(Step(1), 0, batches.clone(), &on).unwrap();
     assert!(all.detail.contains("step 1, slot 2"), "{}", all.detail);
     let report = whole.prepare(Step(1), all.sums).unwrap();
     assert_eq!((report.statistics.bad_slots, report.statistics.grad_norm), (1, 0.0));
     assert!(report.statistics.loss.is_finite(), "the mean over the other slots");
     for cut in 0..=4 {
-        let (mut left, mut right) = (skipping(1).0, skipping(1).0);
+        let (mut left, mut right) = (skipping(1, reduction).0, skipping(1, reduction).0);
         let a = left.contribute(Step(1), 0, batches[..cut].to_vec(), &on).unwrap();
         let b = right.contribute(Step(1), cut as u32, batches[cut..].to_vec(), &on).unwrap();
         assert_eq!(a.detail.is_empty(), cut <= 2);
-        let split = left.prepare(Step(1), added(&a.sums, &b.sums)).unwrap();
+        let split = left.prepare(Step(1), reduced(a.sums, b.sums)).unwrap();
         assert_eq!(split.digest, report.digest, "cut at {cut}");
         // A retry, all of it kept from the first try.
         let again = left.contribute(Step(1), 0, batches[..cut].to_vec(), &on).unwrap();
@@ -239,4 +263,64 @@ fn a_step_with_a_bad_slot_is_the_same_for_every_split_and_changes_nothing_but_th
         buffers.into_iter().flatten().map(|value| value.to_bits()).collect()
     };
     assert!(bits(&after) == bits(&before));
+}
+
+fn fast(threads: usize) -> Bench {
+    let mut spec = tiny_spec("memory://");
+    spec.cluster.reduction = Reduction::Fast;
+    let mut bench = Bench::new(Arc::new(spec), threads, None, Shelf::default(), Moments::default());
+    bench.initialise();
+    bench
+}
+
+#[test]
+fn a_fast_step_is_the_exact_one_but_for_rounding_and_its_statistics_are_exact() {
+    let mut exact = bench(1);
+    let sums = share(&mut exact, 1, 0..4);
+    let expected = exact.prepare(Step(1), sums).unwrap().statistics;
+    let gradient = exact.prepared.unwrap().gradient;
+    let scale = gradient.iter().fold(0f32, |most, value| most.max(value.abs()));
+    for cut in 0..=4 {
+        let (mut left, mut right) = (fast(1), fast(2));
+        let (a, b) = (share(&mut left, 1, 0..cut), share(&mut right, 1, cut..4));
+        let sums = reduced(a, b);
+        let one = left.prepare(Step(1), sums.clone()).unwrap();
+        let other = right.prepare(Step(1), sums).unwrap();
+        assert_eq!((one.digest, &one.statistics), (other.digest, &other.statistics));
+        let norm = one.statistics.grad_norm;
+        assert!((norm / expected.grad_norm - 1.0).abs() < 1e-5, "{norm}");
+        let others = StepStatistics { grad_norm: expected.grad_norm, ..one.statistics };
+        assert_eq!(others, expected, "cut at {cut}");
+        let found = &left.prepared.as_ref().unwrap().gradient;
+        assert!(found.iter().zip(&gradient).all(|(a, b)| (a - b).abs() <= 1e-6 * scale));
+        left.commit(Step(1)).unwrap();
+        right.commit(Step(1)).unwrap();
+        let digest = |bench: &Bench| bench.weights_digest(Step(1)).unwrap();
+        assert_eq!(digest(&left), digest(&right));
+    }
+}
+
+#[test]
+fn a_fast_update_that_was_not_committed_is_forgotten_for_its_step_may_come_out_otherwise() {
+    let (mut exact, mut fast) = (bench(1), fast(1));
+    for bench in [&mut exact, &mut fast] {
+        let sums = share(bench, 1, 0..4);
+        bench.prepare(Step(1), sums).unwrap();
+        assert!(bench.reach(Step(0)));
+    }
+    assert_eq!((exact.prepared(), fast.prepared()), (Some(Step(1)), None));
+    let sums = share(&mut fast, 1, 0..4);
+    fast.prepare(Step(1), sums).unwrap();
+    assert!(fast.reach(Step(1)) && fast.held() == Some(Step(1)));
+}
+
+#[test]
+fn a_fast_gradient_that_is_no_number_is_traced_to_its_slot() {
+    let mut bench = fast(1);
+    let mut state = TrainState::initial(&bench.spec.model, 7);
+    state.weights.fill(f32::NAN);
+    bench.adopt(state);
+    let on = AtomicBool::new(false);
+    let text = bench.contribute(Step(1), 2, batches(2..3), &on).unwrap_err().to_string();
+    assert!(text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5"), "{text}");
 }

@@ -1,9 +1,9 @@
-//! The reduced buffer: a step's gradient and statistics as one array of integers.
+//! The integers beside the gradient in the reduced buffer: a step's statistics.
 //!
-//! One all-reduce carries both. First one element per parameter in the gradient's fixed point,
-//! then the statistics in their own: loss, a cross-entropy per loop, an exit probability per loop,
-//! entropy. Each slot adds its means, so dividing by the number of slots gives the step's means.
-//! The last element counts slots that have no usable gradient, and add nothing else.
+//! They have a fixed point of their own, whatever the gradient is summed in: loss, a cross-entropy
+//! per loop, an exit probability per loop, entropy. Each slot adds its means, so dividing by the
+//! number of slots gives the step's means. The last integer counts slots that have no usable
+//! gradient, and add nothing else.
 
 use looptrain_model::SlotStatistics;
 use looptrain_proto::v1::StepStatistics;

@@ -7,6 +7,8 @@
 
 use looptrain_proto::MAX_SLOTS;
 
+use super::range::{OutOfRange, add_within};
+
 /// An encoded value is at most 2^50 in magnitude, where [`ROUNDER`] still rounds exactly, and at
 /// most so large that all slots together stay within 2^62.
 fn limit_bits(slots: u32) -> i32 {
@@ -17,19 +19,6 @@ fn limit_bits(slots: u32) -> i32 {
 /// rounds (to nearest even) to an integer, which then stands in the low bits: the conversion is one
 /// addition and one integer subtraction, which every vector unit has.
 const ROUNDER: f64 = 6_755_399_441_055_744.0;
-
-/// Elements checked and then added while they are in the first-level cache.
-const CHUNK: usize = 1024;
-
-/// A value that has no place in a fixed-point sum.
-#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
-#[error("element {index} is {value}, outside the range of the fixed-point sum")]
-pub struct OutOfRange {
-    /// Which of the values.
-    pub index: usize,
-    /// What it was: NaN, infinite or too large.
-    pub value: f32,
-}
 
 /// The conversion between floating point and fixed point of a number of fraction bits, for sums
 /// over a number of slots.
@@ -68,23 +57,13 @@ impl FixedPoint {
     /// # Panics
     /// When the lengths differ.
     pub fn encode_add(&self, acc: &mut [i64], values: &[f32]) -> Result<(), OutOfRange> {
-        assert_eq!(acc.len(), values.len(), "an accumulator has one element per value");
-        let (scale, limit) = (self.scale, self.limit);
-        let chunks = acc.chunks_mut(CHUNK).zip(values.chunks(CHUNK));
-        for (number, (acc, values)) in chunks.enumerate() {
-            // A NaN compares false, so it counts as outside.
-            let outside = values
-                .iter()
-                .fold(0u32, |outside, value| outside | u32::from(!within(*value, limit)));
-            if outside != 0 {
-                return Err(first_outside(number * CHUNK, values, limit));
-            }
+        let scale = self.scale;
+        add_within(self.limit, acc, values, |acc, values| {
             for (sum, value) in acc.iter_mut().zip(values) {
                 let rounded = f64::from(*value) * scale + ROUNDER;
                 *sum = sum.wrapping_add(integer_of(rounded));
             }
-        }
-        Ok(())
+        })
     }
 
     /// One statistic as an integer; `None` if it is not finite or too large.
@@ -112,19 +91,9 @@ impl FixedPoint {
     }
 }
 
-fn within(value: f32, limit: f32) -> bool {
-    value.abs() <= limit
-}
-
 /// The integer that adding [`ROUNDER`] left in a double.
 fn integer_of(rounded: f64) -> i64 {
     (rounded.to_bits() as i64).wrapping_sub(ROUNDER.to_bits() as i64)
-}
-
-#[cold]
-fn first_outside(offset: usize, values: &[f32], limit: f32) -> OutOfRange {
-    let index = values.iter().position(|value| !within(*value, limit)).unwrap_or(0);
-    OutOfRange { index: offset + index, value: values[index] }
 }
 
 #[cfg(test)]

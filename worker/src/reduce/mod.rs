@@ -1,15 +1,21 @@
 //! Sums over ranks.
 //!
-//! [`exact`] turns floating-point gradients into integers whose sum does not depend on any order;
-//! a [`Collective`] sums those integers over the ranks of one generation. The session forms a
-//! collective per generation, uses it for every step and drops it, with whatever it is doing, when
-//! a newer generation arrives.
+//! [`Sums`] holds a gradient as integers whose sum does not depend on any order ([`exact`]), or as
+//! floats in half the bytes ([`fast`]); a [`Collective`] sums it over the ranks of one generation.
+//! Either way every rank ends with the same bits: one of them adds up a segment, and the others
+//! take over what it has. The session forms a collective per generation, uses it for every step and
+//! drops it, with whatever it is doing, when a newer generation arrives.
 
 pub mod exact;
+pub mod fast;
+mod range;
+mod sums;
 pub mod tcp;
 
 use std::time::Duration;
 
+pub use range::OutOfRange;
+pub use sums::{Arithmetic, Sums};
 pub use tcp::PeerError;
 
 /// The all-reduce of one generation; each transport is a variant.
@@ -35,12 +41,12 @@ impl Collective {
     /// connection to the next rank took no more, which tells a slow connection from a late rank.
     ///
     /// Every rank calls this with the same `tag` (the step, so that ranks that have lost each other
-    /// are told apart) and the same number of elements. Dropping the future abandons the operation
+    /// are told apart) and sums of the same shape and arithmetic. Dropping the future abandons the operation
     /// at once; the collective is then spent, and `sums` holds no meaning.
     ///
     /// # Errors
     /// Names the neighbour that is gone or does something else; the collective is then spent.
-    pub async fn all_reduce(&mut self, tag: u64, sums: &mut [i64]) -> Result<Duration, PeerError> {
+    pub async fn all_reduce(&mut self, tag: u64, sums: &mut Sums) -> Result<Duration, PeerError> {
         self.all_reduce_watched(tag, sums, &|| {}).await
     }
 
@@ -52,7 +58,7 @@ impl Collective {
     pub async fn all_reduce_watched(
         &mut self,
         tag: u64,
-        sums: &mut [i64],
+        sums: &mut Sums,
         under_way: &(dyn Fn() + Sync),
     ) -> Result<Duration, PeerError> {
         match self {

@@ -74,7 +74,7 @@ impl From<ComputeError> for Failure {
         match error {
             ComputeError::Cancelled => Self::Abandoned,
             ComputeError::NotFinite { .. } => Self::Told(Cause::NonFinite, error.to_string()),
-            ComputeError::WrongStep { .. } | ComputeError::Length { .. } => {
+            ComputeError::WrongStep { .. } | ComputeError::Shape { .. } => {
                 Self::Told(Cause::Internal, error.to_string())
             }
         }

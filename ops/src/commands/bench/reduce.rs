@@ -1,16 +1,17 @@
-//! `looptrain bench reduce`: how fast sums go round a ring, and what fixed point adds to that.
+//! `looptrain bench reduce`: how fast a gradient is summed over a ring, as floats and in fixed point.
 //!
-//! Bus bandwidth is the measure of all-reduces that does not depend on the number of ranks: each
-//! rank has to send, and to receive, `2 (n - 1) / n` times the bytes of its sums, so that is divided
-//! by the time. (The formula is that of NVIDIA's nccl-tests.)
+//! Both sums are of the same gradient; in fixed point it takes twice the bytes. Bus bandwidth is the
+//! measure of all-reduces that does not depend on the number of ranks: each rank has to send, and to
+//! receive, `2 (n - 1) / n` times the bytes of its sums, so that is divided by the time. (The formula
+//! is that of NVIDIA's nccl-tests.)
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use looptrain_proto::spec::Reduction;
 use looptrain_proto::{Digest, Generation, Incarnation, Rank};
-use looptrain_worker::reduce::Collective;
-use looptrain_worker::reduce::exact::FixedPoint;
 use looptrain_worker::reduce::tcp::{Peer, PeerListener, Peers, Ring, RingId};
+use looptrain_worker::reduce::{Arithmetic, Collective, Sums};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -27,67 +28,104 @@ const FORM_TIME: Duration = Duration::from_secs(10);
 /// One rank of the ring.
 struct Member {
     collective: Collective,
-    sums: Vec<i64>,
+    /// Those of the last round, whose memory is used again.
+    sums: Option<Sums>,
     /// The listener, which ends with this.
     _peers: Peers,
 }
 
+/// Seconds that one kind of sum took, a sample a round; adding and taking the mean, of one rank.
+#[derive(Default)]
+struct Times {
+    bytes: usize,
+    add: Vec<f64>,
+    reduce: Vec<f64>,
+    mean: Vec<f64>,
+}
+
 pub(super) async fn run(args: ReduceBench) -> Result<Value> {
-    let ReduceBench { mib, ranks, rounds } = args;
-    let elements = (mib as usize) << 17;
+    let ReduceBench { workers, bytes, reduction, rounds } = args;
+    let elements = usize::try_from(bytes)? / size_of::<f32>();
+    // On a grid that fixed point and floats hold exactly, so that no sum is rounded.
     let values: Vec<f32> = (0..elements).map(|index| ((index % 8191) as f32) / 4096.0).collect();
-    let fixed = FixedPoint::new(FRACTION_BITS, ranks);
-    let mut members = ring(ranks).await?;
-
-    let mut encoding = Vec::new();
-    for member in &mut members {
-        member.sums = vec![0; elements];
-        // Once for the pages of the new buffer, which a worker has from the step before.
-        fixed.encode_add(&mut member.sums, &values)?;
-        member.sums.fill(0);
-        let start = Instant::now();
-        fixed.encode_add(&mut member.sums, &values)?;
-        encoding.push(start.elapsed().as_secs_f64());
+    let mut means = vec![0.0; elements];
+    let mut members = ring(workers).await?;
+    let kinds = match reduction {
+        Some(reduction) => vec![reduction.into()],
+        None => vec![Reduction::Exact, Reduction::Fast],
+    };
+    let mut times: Vec<Times> = kinds.iter().map(|_| Times::default()).collect();
+    // Of each kind one round more, first, for memory that has never been touched.
+    for round in 0..=rounds {
+        for (kind, times) in kinds.iter().zip(&mut times) {
+            let arithmetic = Arithmetic::new(*kind, FRACTION_BITS, workers);
+            let add = add(&mut members, arithmetic, &values)?;
+            let tag = u64::from(round);
+            let reduce = reduce(&mut members, tag).await?.as_secs_f64();
+            let mut mean = 0.0;
+            for sums in members.iter().filter_map(|member| member.sums.as_ref()) {
+                let start = Instant::now();
+                sums.mean(f64::from(workers), &mut means);
+                mean = start.elapsed().as_secs_f64();
+                times.bytes = sums.as_bytes().len();
+                // All ranks had the same values.
+                ensure!(means == values, "the mean over the ranks is not what each of them had");
+            }
+            if round > 0 {
+                print_line(&format!("round {round} of {rounds}, {kind:?}: {reduce:.3} s"));
+                times.add.push(add.as_secs_f64());
+                times.reduce.push(reduce);
+                times.mean.push(mean);
+            }
+        }
     }
-    let own = members[0].sums.clone();
-    let mut times = Vec::new();
-    for round in 1..=rounds {
-        let seconds = reduce(&mut members, &own, u64::from(round)).await?.as_secs_f64();
-        print_line(&format!("round {round} of {rounds}: {seconds:.3} s"));
-        times.push(seconds);
-    }
-    let mut decoded = vec![0.0; elements];
-    let mut decoding = Vec::new();
-    for member in &members {
-        let start = Instant::now();
-        fixed.decode(&member.sums, f64::from(ranks), &mut decoded);
-        decoding.push(start.elapsed().as_secs_f64());
-    }
-    // All ranks had the same values, on a grid that fixed point holds exactly.
-    ensure!(decoded == values, "the mean over the ranks is not what each of them had");
-
-    let times = Samples::new(times);
-    let bytes = (elements * size_of::<i64>()) as f64;
-    let bus = 2.0 * f64::from(ranks - 1) / f64::from(ranks) * bytes / times.median();
-    Ok(json!({
+    let mut figures = json!({
         "bench": "reduce",
-        "bytes": bytes as u64,
-        "ranks": ranks,
+        "workers": workers,
+        "bytes": elements * size_of::<f32>(),
         "rounds": rounds,
-        "reduce_ms": rounded(times.median() * 1e3),
-        "bus_gigabytes_per_second": rounded(bus / 1e9),
-        "bus_formula": "2 (ranks - 1) / ranks * bytes / seconds, each rank's sending and receiving",
-        "encode_ms": rounded(Samples::new(encoding).median() * 1e3),
-        "decode_ms": rounded(Samples::new(decoding).median() * 1e3),
+        "bus_formula": "2 (workers - 1) / workers * bytes / seconds, each rank's sending and receiving",
         "machine": machine(),
-    }))
+    });
+    let medians: Vec<f64> = times.iter().map(|times| median(&times.reduce)).collect();
+    if let [exact, fast] = medians[..] {
+        figures["exact_over_fast"] = rounded(exact / fast).into();
+    }
+    for (kind, times) in kinds.iter().zip(times) {
+        let name = match kind {
+            Reduction::Exact => "exact",
+            Reduction::Fast => "fast",
+        };
+        figures[name] = times.figures(workers);
+    }
+    Ok(figures)
+}
+
+fn median(seconds: &[f64]) -> f64 {
+    Samples::new(seconds.to_vec()).median()
+}
+
+impl Times {
+    fn figures(&self, workers: u32) -> Value {
+        let seconds = median(&self.reduce);
+        let bus = 2.0 * f64::from(workers - 1) / f64::from(workers) * self.bytes as f64 / seconds;
+        let least = self.reduce.iter().copied().fold(f64::INFINITY, f64::min);
+        json!({
+            "sum_bytes": self.bytes,
+            "reduce_ms": rounded(seconds * 1e3),
+            "reduce_min_ms": rounded(least * 1e3),
+            "bus_gigabytes_per_second": rounded(bus / 1e9),
+            "add_ms": rounded(median(&self.add) * 1e3),
+            "mean_ms": rounded(median(&self.mean) * 1e3),
+        })
+    }
 }
 
 /// Forms a ring whose ranks are all here.
-async fn ring(ranks: u32) -> Result<Vec<Member>> {
+async fn ring(workers: u32) -> Result<Vec<Member>> {
     let id = RingId { incarnation: Incarnation(1), generation: Generation(1) };
     let (mut peers, mut all) = (Vec::new(), Vec::new());
-    for rank in (0..ranks).map(Rank) {
+    for rank in (0..workers).map(Rank) {
         let listener = PeerListener::bind(([127, 0, 0, 1], 0).into()).await?;
         let address = listener.address().to_string();
         peers.push(Peer { rank, name: format!("rank-{rank}"), address });
@@ -98,7 +136,7 @@ async fn ring(ranks: u32) -> Result<Vec<Member>> {
         let peers = peers.clone();
         forming.spawn(async move {
             let collective = Ring::form(&own, id, rank, &peers, FORM_TIME).await?;
-            anyhow::Ok(Member { collective, sums: Vec::new(), _peers: own })
+            anyhow::Ok(Member { collective, sums: None, _peers: own })
         });
     }
     let mut members = Vec::new();
@@ -108,14 +146,27 @@ async fn ring(ranks: u32) -> Result<Vec<Member>> {
     Ok(members)
 }
 
-/// Reduces `own` on every rank; the time until the last one has the sum.
-async fn reduce(members: &mut Vec<Member>, own: &[i64], tag: u64) -> Result<Duration> {
-    members.iter_mut().for_each(|member| member.sums.copy_from_slice(own));
+/// Gives every rank the sums of one slot with this gradient; the time that the last of them took.
+fn add(members: &mut [Member], arithmetic: Arithmetic, gradient: &[f32]) -> Result<Duration> {
+    let mut time = Duration::ZERO;
+    for member in members {
+        let mut sums = Sums::zeroed(arithmetic, gradient.len(), 0, member.sums.take());
+        let start = Instant::now();
+        sums.add(gradient)?;
+        time = start.elapsed();
+        member.sums = Some(sums);
+    }
+    Ok(time)
+}
+
+/// Reduces the sums of all ranks; the time until the last one has the result.
+async fn reduce(members: &mut Vec<Member>, tag: u64) -> Result<Duration> {
     let mut running = JoinSet::new();
     let start = Instant::now();
     for mut member in members.drain(..) {
         running.spawn(async move {
-            member.collective.all_reduce(tag, &mut member.sums).await?;
+            let sums = member.sums.as_mut().context("a rank has no sums")?;
+            member.collective.all_reduce(tag, sums).await?;
             anyhow::Ok(member)
         });
     }

@@ -24,18 +24,22 @@ const WORD: usize = size_of::<i64>();
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) tag: u64,
-    pub(super) elements: u64,
+    /// Words that are pairs of floats; they come first.
+    pub(super) pairs: u64,
+    /// Words that are integers.
+    pub(super) integers: u64,
 }
 
-const HEADER_BYTES: usize = 24;
-const HEADER_MAGIC: [u8; 8] = *b"i64 sum\0";
+const HEADER_BYTES: usize = 32;
+const HEADER_MAGIC: [u8; 8] = *b"all sum\0";
 
 impl Header {
     fn to_bytes(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(&HEADER_MAGIC);
         bytes[8..16].copy_from_slice(&self.tag.to_le_bytes());
-        bytes[16..].copy_from_slice(&self.elements.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.pairs.to_le_bytes());
+        bytes[24..].copy_from_slice(&self.integers.to_le_bytes());
         bytes
     }
 
@@ -45,7 +49,8 @@ impl Header {
             word.copy_from_slice(&bytes[at..at + 8]);
             u64::from_le_bytes(word)
         };
-        (bytes[..8] == HEADER_MAGIC).then(|| Self { tag: number(8), elements: number(16) })
+        let header = || Self { tag: number(8), pairs: number(16), integers: number(24) };
+        (bytes[..8] == HEADER_MAGIC).then(header)
     }
 }
 
@@ -69,7 +74,9 @@ struct Place {
 pub(super) struct Transfer<'a> {
     rank: usize,
     world: usize,
+    /// Words; the first `pairs` of them are two floats each, the others integers.
     sums: &'a mut [i64],
+    pairs: usize,
     scratch: &'a mut [i64],
     header: Header,
     header_sent: usize,
@@ -93,14 +100,16 @@ impl<'a> Transfer<'a> {
         rank: usize,
         world: usize,
         tag: u64,
-        sums: &'a mut [i64],
+        (sums, pairs): (&'a mut [i64], usize),
         scratch: &'a mut [i64],
     ) -> Self {
-        let header = Header { tag, elements: sums.len() as u64 };
+        let integers = (sums.len() - pairs) as u64;
+        let header = Header { tag, pairs: pairs as u64, integers };
         Self {
             rank,
             world,
             sums,
+            pairs,
             scratch,
             header,
             header_sent: 0,
@@ -113,6 +122,11 @@ impl<'a> Transfer<'a> {
             full: Duration::ZERO,
             under_way: None,
         }
+    }
+
+    /// What this rank says that it reduces.
+    pub(super) fn header(&self) -> Header {
+        self.header
     }
 
     /// How long there was something to send that the socket did not take.
@@ -268,12 +282,12 @@ impl<'a> Transfer<'a> {
         let filled = self.carried + count;
         let words = filled / WORD;
         let start = segment.start + self.received.bytes / WORD;
-        let arrived = self.scratch[..words].iter();
-        for (sum, value) in self.sums[start..start + words].iter_mut().zip(arrived) {
-            // Cannot wrap with what the fixed-point encoder lets through; a peer that sends
-            // something else is found by its digest, not by a panic here.
-            *sum = sum.wrapping_add(*value);
-        }
+        // Where the pairs end, among what has arrived.
+        let pairs = self.pairs.saturating_sub(start).min(words);
+        let (float_sums, sums) = self.sums[start..start + words].split_at_mut(pairs);
+        let (floats, integers) = self.scratch[..words].split_at(pairs);
+        add_floats(bytemuck::cast_slice_mut(float_sums), bytemuck::cast_slice(floats));
+        add_integers(sums, integers);
         self.received.bytes += words * WORD;
         self.carried = filled % WORD;
         let bytes = bytemuck::cast_slice_mut::<i64, u8>(self.scratch);
@@ -293,6 +307,16 @@ impl<'a> Transfer<'a> {
             Err(error) => Err(error),
         }
     }
+}
+
+fn add_floats(sums: &mut [f32], values: &[f32]) {
+    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
+/// Cannot wrap with what the fixed-point encoder lets through; a peer that sends something else is
+/// found by its digest, not by a panic here.
+fn add_integers(sums: &mut [i64], values: &[i64]) {
+    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum = sum.wrapping_add(*value));
 }
 
 fn written(result: Poll<io::Result<usize>>) -> io::Result<usize> {
