@@ -48,7 +48,8 @@ pub enum Recompute {
     None,
     /// A loop at a time: the states between loops are kept, and the activations of one loop.
     Loop,
-    /// A layer at a time: the inputs of the layers are kept, and the activations of one layer.
+    /// A layer at a time, in a loop that is computed again for the inputs of its layers: the states
+    /// between loops are kept, those inputs, and the activations of one layer.
     Layer,
 }
 

@@ -17,7 +17,7 @@ impl fmt::Display for Gib {
 /// Bytes that a worker may use: as it was told, else as the spec says, else what the machine has.
 pub(crate) fn memory_of(told: Option<u64>, spec: &Spec) -> Option<u64> {
     let gib = spec.compute.memory_gib;
-    let of_spec = (gib > 0.0).then(|| (gib * (1u64 << 30) as f64) as u64);
+    let of_spec = (gib > 0.0).then_some((gib * (1u64 << 30) as f64) as u64);
     told.or(of_spec).or_else(available_memory)
 }
 

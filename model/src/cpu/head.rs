@@ -105,7 +105,7 @@ pub(super) fn cross_entropy(
                 );
                 accumulate(
                     count,
-                    vec![Part { into: &mut **dhead, dy: logits, stride, x: states, inputs: d }],
+                    vec![Part { into: dhead, dy: logits, stride, x: states, inputs: d }],
                 );
             }
         }

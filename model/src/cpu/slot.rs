@@ -1,8 +1,9 @@
 //! One slot: all loops forward, the loss and its gradients in closed form, all loops backward.
 //!
-//! What backward needs of forward is kept, or computed again one segment at a time, a loop or a
-//! layer: then memory grows with one segment and not with loops times layers. Computed again, every
-//! float is the same, so the choice never changes a bit.
+//! What backward needs of forward is kept, or only the states between loops are, and the rest is
+//! computed again one segment at a time, a loop or a layer: then memory grows with one segment and
+//! not with loops times layers. Computed again, every float is the same, so the choice never changes a
+//! bit.
 
 use rayon::prelude::*;
 
@@ -22,7 +23,7 @@ enum Keep {
     All,
     /// Of the current loop, all that backward needs; of the others their states.
     Loop,
-    /// The input of each layer.
+    /// Of the current loop, the input of each layer; of the others their states.
     Inputs,
     /// Nothing but the states: there is no backward.
     States,
@@ -49,16 +50,16 @@ struct Places {
 impl Places {
     fn streams(&self) -> usize {
         match self.keep {
-            Keep::All | Keep::Inputs => self.loops * self.layers,
-            Keep::Loop => self.layers,
+            Keep::All => self.loops * self.layers,
+            Keep::Loop | Keep::Inputs => self.layers,
             Keep::States => 2.min(self.layers),
         }
     }
 
     fn stream(&self, r: usize, l: usize) -> usize {
         match self.keep {
-            Keep::All | Keep::Inputs => r * self.layers + l,
-            Keep::Loop => l,
+            Keep::All => r * self.layers + l,
+            Keep::Loop | Keep::Inputs => l,
             Keep::States => l % 2,
         }
     }
@@ -221,7 +222,8 @@ impl Task<'_> {
         workspace.stream_gradient.fill(0.0);
         for r in (0..loops).rev() {
             let is_last = r + 1 == loops;
-            if places.keep == Keep::Loop && !is_last {
+            // What is kept of one loop is still that of the last one.
+            if places.keep != Keep::All && !is_last {
                 self.loop_forward(&places, r, workspace, Section::Recompute);
             }
             self.final_norm_backward(&places, r, workspace, gradients.norm);
@@ -239,7 +241,8 @@ impl Task<'_> {
                 let x = input_of(&places, self.stage_len(), r, l, embedded, states, streams);
                 let layer = &self.weights.layers[l];
                 let saved = &mut saved[places.save(r, l)];
-                if places.keep == Keep::Inputs && !(is_last && l + 1 == layers) {
+                // What is saved is still that of the loop's last layer.
+                if places.keep == Keep::Inputs && l + 1 < layers {
                     let call = self.call(&dims, Section::Recompute);
                     layer::forward(layer, &call, x, unread, saved);
                 }

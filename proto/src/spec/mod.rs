@@ -147,7 +147,8 @@ pub enum Recompute {
     None,
     /// A loop at a time: the states between loops are kept, and the activations of one loop.
     Loop,
-    /// A layer at a time: the inputs of layers are kept, and the activations of one layer.
+    /// A layer at a time, after its loop has been computed again for the inputs of its layers: the
+    /// states between loops are kept, those inputs, and the activations of one layer.
     Layer,
 }
 

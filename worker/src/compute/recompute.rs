@@ -177,6 +177,8 @@ mod tests {
         let mut longer = spec.stages[0].clone();
         (longer.name, longer.sequence_length, longer.loops) = ("long".into(), 512, 8);
         spec.stages.push(longer);
+        // More layers than one, so that keeping one of them is less than keeping a loop.
+        spec.model.num_hidden_layers = 8;
         let [short, long] = [0, 1].map(|stage| Need::of(&spec, &spec.stages[stage], 2));
         assert!(long.slot.is_sorted_by(|more, less| more > less), "{long:?}");
         let memory = long.total(Recompute::Loop);
