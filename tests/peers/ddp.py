@@ -27,6 +27,7 @@ seed = 7
 
 [cluster]
 workers = {workers}
+worker_timeout = 60.0
 
 [model]
 hidden_size = {hidden}

@@ -175,7 +175,7 @@ fn a_step_that_cannot_be_measured_is_refused_with_the_remedy() {
         (["--device", "tpu"], 2, "write cpu"),
         (["--steps", "0"], 2, "--steps"),
         (["--slots", "3"], 1, "--slots 3 does not divide --batch 4"),
-        (["--heads", "5"], 1, "5 heads do not divide"),
+        (["--heads", "5"], 2, "5 heads do not divide"),
     ] {
         let end =
             scratch.run(&[&SMALL_STEP[..8], &["--ffn", "48", "--batch", "4"], &more].concat());

@@ -13,7 +13,8 @@ use looptrain_proto::{Spec, spec};
 use super::bench::KEPT_BYTES;
 use crate::machine::Gib;
 
-/// From the fastest to the smallest.
+/// From the fastest to the slowest. With few layers, a loop takes less memory than the inputs of all
+/// layers in all loops do, so the slowest need not be the smallest.
 const MODES: [Recompute; 3] = [Recompute::None, Recompute::Loop, Recompute::Layer];
 
 /// What a worker holds for each parameter: weights and two moments (12), the weights once more in the
@@ -51,6 +52,11 @@ impl Need {
     fn total(&self, mode: Recompute) -> u64 {
         self.held.saturating_add(self.slots.saturating_mul(self.slot[mode as usize]))
     }
+
+    /// The mode in which the least is held, of equals the fastest.
+    fn smallest(&self) -> Recompute {
+        MODES.into_iter().min_by_key(|mode| self.total(*mode)).unwrap_or(Recompute::Layer)
+    }
 }
 
 /// A mode, and whether the memory is enough for it.
@@ -68,7 +74,7 @@ fn choose(wanted: spec::Recompute, need: &Need, memory: Option<u64>) -> Choice {
         spec::Recompute::None => Recompute::None,
         spec::Recompute::Loop => Recompute::Loop,
         spec::Recompute::Layer => Recompute::Layer,
-        spec::Recompute::Auto => MODES.into_iter().find(fits).unwrap_or(Recompute::Layer),
+        spec::Recompute::Auto => MODES.into_iter().find(fits).unwrap_or_else(|| need.smallest()),
     };
     Choice { mode, fits: fits(&mode) }
 }
@@ -83,9 +89,9 @@ pub(super) fn of_stages(spec: &Spec, threads: usize, memory: Option<u64>) -> Vec
         if fits {
             tracing::info!("{told}");
         } else {
-            let remedy = match (spec.compute.recompute, mode) {
-                (spec::Recompute::Auto, _) | (_, Recompute::Layer) => "",
-                _ => ", or set compute.recompute to auto",
+            let remedy = match mode == need.smallest() {
+                true => "",
+                false => ", or set compute.recompute to auto",
             };
             tracing::warn!(
                 "{told}: that is more than there is, and the system may end this worker; give it more \
@@ -151,6 +157,15 @@ mod tests {
         ] {
             let choice = choose(spec::Recompute::Auto, &NEED, memory);
             assert_eq!(choice, Choice { mode, fits }, "{memory:?}");
+        }
+    }
+
+    #[test]
+    fn where_nothing_fits_auto_takes_what_needs_the_least() {
+        let few_layers = Need { slot: [50, 20, 22], ..NEED };
+        for memory in [0, 139] {
+            let choice = choose(spec::Recompute::Auto, &few_layers, Some(memory));
+            assert_eq!(choice, Choice { mode: Recompute::Loop, fits: false });
         }
     }
 
