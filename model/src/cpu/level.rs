@@ -4,8 +4,9 @@ use std::sync::OnceLock;
 
 /// An instruction set.
 ///
-/// The levels with fused multiply-add (all but [`KernelLevel::Portable`]) give the same bits: sums
-/// have the same shape whatever the width of a register. A run pins its level all the same.
+/// Sums have the same shape whatever the width of a register, so levels with fused multiply-add (all
+/// but [`KernelLevel::Portable`]) give the same products bit for bit. A run pins its level all the
+/// same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelLevel {
     /// AVX-512 F, BW, DQ and VL.
