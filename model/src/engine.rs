@@ -448,8 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn the_parameters_of_the_module_are_those_of_the_layout() {
-        // A gradient in every tensor: the module visits its fields in the layout's order.
+    fn every_tensor_has_a_gradient() {
         let output = gradients(1, &batches(1, 2, 9)).remove(0);
         let layout = Layout::new(&model());
         for tensor in layout.tensors() {

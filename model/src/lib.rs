@@ -1,8 +1,8 @@
 //! LoopLM: the model, its loss, its gradients and its optimizer.
 //!
 //! [`Engine`] is what a worker drives: slots of tokens in, flat gradients out, updates in place.
-//! Everything here is a pure function of weights, tokens and settings; nothing knows of networks,
-//! stores or clocks.
+//! Everything here is a function of weights, tokens and settings; nothing knows of networks or stores.
+//! How long parts of the work take is measured, and nothing depends on it.
 
 pub mod composite;
 mod cpu;

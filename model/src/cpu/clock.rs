@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 pub(crate) enum Section {
     /// Weights into panels.
     Pack,
-    /// Norms, products and SwiGLU of the layers, forward.
+    /// Norms, products and SwiGLU of the layers, final norm and gate, forward.
     Forward,
     /// The same, done again during backward.
     Recompute,
     /// Attention, in all directions.
     Attention,
-    /// Exit gate, head and cross-entropy with their gradients.
+    /// Head and cross-entropy with their gradients, the loss, and its gradients for the gate.
     Head,
-    /// Gradients of the activations.
+    /// Gradients of the activations, the embedding and the final norm.
     Backward,
     /// Gradients of the layers' weights.
     WeightGradients,

@@ -122,9 +122,9 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Floats per token.
-    pub(super) fn width(dims: &Dims) -> usize {
-        6 * dims.hidden + dims.inner
+    /// Floats of the room for a slot.
+    pub(super) fn len(dims: &Dims) -> usize {
+        dims.tokens() * (6 * dims.hidden + dims.inner) + dims.blocks() * NORMS * dims.hidden
     }
 
     /// Makes room for a slot; contents are anything.

@@ -16,13 +16,17 @@ use std::sync::OnceLock;
 use super::level::KernelLevel;
 
 /// Columns of a panel of the right operand: two registers of the widest level.
-const PANEL: usize = 32;
+pub(super) const PANEL: usize = 32;
 
-/// Length of a block of the inner dimension: a panel of that length stays in the first-level cache.
+/// Length of a block of the inner dimension: most of a panel of that length stays in the first-level
+/// cache, or all of it.
 const DEPTH: usize = 256;
 
 /// Rows of the largest tile.
 const MAX_ROWS: usize = 12;
+
+// Tiles of whole rows fill the memory for the left operand's columns, at every level.
+const _: () = assert!(ROWS.is_multiple_of(12) && ROWS.is_multiple_of(6) && ROWS.is_multiple_of(4));
 
 /// Columns of a result from which on it pays to bring columns of the left operand into tiles.
 const TURN: usize = 128;
@@ -223,7 +227,9 @@ fn product_at(
                             Left { data: &left[row * a.strides.0..], strides: a.strides }
                         };
                         // SAFETY: the assertions above bound all that is read and written: `rows` rows
-                        // from `row` < m, `width` columns from `first` < n, `depth` from `start` < k.
+                        // from `row` < m, `width` columns from `first` < n, `depth` from `start` < k. A
+                        // tile of `tiles` has up to `DEPTH` columns of `tile.rows` rows. The level is
+                        // one of this machine's: `detect` and the tests take no other.
                         unsafe {
                             tile.apply(rows, &block, a, &mut out[row * stride + first..], stride)
                         };
@@ -301,7 +307,8 @@ impl Tile {
     }
 
     /// # Safety
-    /// `a`, `out` and the block's panel must reach as far as the tile does.
+    /// `a`, `out` and the block's panel must reach as far as the tile does, and this machine must have
+    /// the tile's level.
     unsafe fn apply(
         &self,
         rows: usize,
@@ -325,7 +332,7 @@ impl Tile {
                 add,
             };
             if column + self.columns <= width {
-                // SAFETY: the caller's; the kernel's level is this machine's.
+                // SAFETY: the caller's.
                 unsafe { kernel(&operands) };
                 continue;
             }
@@ -392,6 +399,7 @@ unsafe fn tile<V: Register, const R: usize, const C: usize>(operands: &Operands)
             }
             rows!(0: a0 0, 1: a0 1, 2: a0 2, 3: a1 0, 4: a1 1, 5: a1 2);
             rows!(6: a2 0, 7: a2 1, 8: a2 2, 9: a3 0, 10: a3 1, 11: a3 2);
+            // Its neighbour comes with it: processors fetch lines in pairs.
             prefetch::<false>(b.wrapping_add(next));
             for third in [&mut a0, &mut a1, &mut a2, &mut a3] {
                 *third = third.wrapping_add(a_strides.1);
@@ -568,7 +576,8 @@ mod tests {
     use super::*;
 
     fn filled(n: usize, salt: u32) -> Vec<f32> {
-        (0..n as u32).map(|i| ((i * 2_654_435_761 + salt) >> 8) as f32 / 8e6 - 1.0).collect()
+        let mixed = |i: u32| i.wrapping_mul(2_654_435_761).wrapping_add(salt);
+        (0..n as u32).map(|i| (mixed(i) >> 8) as f32 / 8e6 - 1.0).collect()
     }
 
     /// All ways to hand over the operands of the product of `a [m, k]` and `b [k, n]`.
@@ -592,33 +601,54 @@ mod tests {
         let mut results = Vec::new();
         for left in [Left::rows(a, k), Left::columns(&a_turned, m)] {
             for right in [Right::Panels(&packed), Right::Rows(b, n)] {
-                let mut out = if add { filled(m * n, 9) } else { vec![f32::NAN; m * n] };
-                product_at(tile, shape, &mut out, n, add, left, right);
-                results.push(out);
+                // Rows with a gap between them, which stays as it is.
+                let (stride, gap) = (n + 3, 77.0);
+                let before = if add { filled(m * n, 9) } else { vec![f32::NAN; m * n] };
+                let rows = before.chunks(n).flat_map(|row| [row, &[gap; 3]].concat());
+                let mut out: Vec<f32> = rows.collect();
+                product_at(tile, shape, &mut out, stride, add, left, right);
+                assert!(out.chunks(stride).all(|row| row[n..] == [gap; 3]), "{m} {n} {k}");
+                results.push(out.chunks(stride).flat_map(|row| row[..n].to_vec()).collect());
             }
         }
         results
     }
 
+    /// Every sum in double precision, and that of its terms' magnitudes.
+    fn exact(shape: Shape, a: &[f32], b: &[f32], c: Option<&[f32]>) -> Vec<(f64, f64)> {
+        let Shape { m, n, k } = shape;
+        let element = |at: usize| {
+            let first = c.map_or(0.0, |c| f64::from(c[at]));
+            (0..k).fold((first, first.abs()), |(sum, size), l| {
+                let term = f64::from(a[at / n * k + l]) * f64::from(b[l * n + at % n]);
+                (sum + term, size + term.abs())
+            })
+        };
+        (0..m * n).map(element).collect()
+    }
+
     #[test]
     fn products_equal_the_sum_in_double_precision_at_every_level() {
-        let shapes =
-            [(1, 1, 1), (3, 5, 7), (13, 96, 700), (17, 2, 1030), (2, 33, 0), (100, 70, 257)];
-        for level in KernelLevel::available() {
-            for (m, n, k) in shapes {
-                for add in [false, true] {
-                    let (a, b, c) = (filled(m * k, 1), filled(n * k, 2), filled(m * n, 9));
-                    let shape = Shape { m, n, k };
+        // The last two are wide enough for the left operand's columns to be brought into tiles, and one
+        // has more rows than are taken at a time.
+        let shapes = [
+            (1, 1, 1),
+            (3, 5, 7),
+            (13, 96, 700),
+            (17, 2, 1030),
+            (2, 33, 0),
+            (100, 70, 257),
+            (13, 160, 257),
+            (300, 130, 300),
+        ];
+        for (m, n, k) in shapes {
+            let (a, b, c) = (filled(m * k, 1), filled(n * k, 2), filled(m * n, 9));
+            let shape = Shape { m, n, k };
+            for add in [false, true] {
+                let expected = exact(shape, &a, &b, add.then_some(&c[..]));
+                for level in KernelLevel::available() {
                     for out in ways(Tile::of(level), shape, &a, &b, add) {
-                        for (at, &found) in out.iter().enumerate() {
-                            let terms = || {
-                                let term = |l: usize| {
-                                    f64::from(a[at / n * k + l]) * f64::from(b[l * n + at % n])
-                                };
-                                (0..k).map(term).chain(add.then(|| f64::from(c[at])))
-                            };
-                            let (exact, size): (f64, f64) =
-                                (terms().sum(), terms().map(f64::abs).sum());
+                        for (&found, (exact, size)) in out.iter().zip(&expected) {
                             let error = (f64::from(found) - exact).abs();
                             assert!(error <= 4e-6 * size, "{level:?} {m} {n} {k}: {found} {exact}");
                         }
@@ -630,7 +660,7 @@ mod tests {
 
     #[test]
     fn neither_level_nor_form_nor_cut_changes_a_bit() {
-        let shape = Shape { m: 110, n: 75, k: 600 };
+        let shape = Shape { m: 310, n: 203, k: 600 };
         let (a, b) = (filled(shape.m * shape.k, 3), filled(shape.n * shape.k, 4));
         let all: Vec<_> = KernelLevel::available()
             .into_iter()

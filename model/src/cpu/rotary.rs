@@ -15,11 +15,10 @@ impl Rotary {
     /// Angles `position * base^(-2 i / head_dim)` of `length` positions, taken in double precision.
     pub(crate) fn new(length: usize, head_dim: usize, base: f64) -> Self {
         let half = head_dim / 2;
+        let frequency = |i: usize| base.powf(-2.0 * i as f64 / head_dim as f64);
+        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
         let table = |f: fn(f64) -> f64| {
-            let angle = |at: usize| {
-                let (position, i) = (at / half, at % half);
-                position as f64 * base.powf(-2.0 * i as f64 / head_dim as f64)
-            };
+            let angle = |at: usize| (at / half) as f64 * frequencies[at % half];
             (0..length * half).map(|at| f(angle(at)) as f32).collect()
         };
         Self { cos: table(f64::cos), sin: table(f64::sin), length, head_dim }

@@ -109,7 +109,8 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Bytes of the workspace of a slot of `dims`, with a backward pass.
+    /// Bytes of the workspace of a slot, with a backward pass. What threads keep for themselves (some
+    /// hundred kilobytes each) is not in it.
     pub(crate) fn bytes(slot: &Shape, recompute: Recompute) -> u64 {
         let dims = slot.dims();
         let places = Places { keep: recompute.into(), loops: slot.loops, layers: slot.layers };
@@ -118,7 +119,7 @@ impl Workspace {
         let streams = (places.streams() + 3) * n * d;
         let saved = places.saves() * n * Saved::width(&dims);
         let logits = head::logits_len(slot.vocab, slot.loops * n);
-        let floats = states + streams + saved + n * Work::width(&dims) + logits;
+        let floats = states + streams + saved + Work::len(&dims) + logits;
         (floats * size_of::<f32>()) as u64
     }
 
@@ -126,10 +127,14 @@ impl Workspace {
         let dims = slot.dims();
         let (n, d, loops) = (dims.tokens(), dims.hidden, slot.loops);
         self.embedded.resize(n * d, 0.0);
-        self.streams.resize_with(places.streams(), Vec::new);
-        self.streams.iter_mut().for_each(|stream| stream.resize(n * d, 0.0));
-        self.saved.resize_with(places.saves(), Saved::default);
-        self.saved.iter_mut().for_each(|saved| saved.resize(&dims));
+        // An evaluation between two steps takes fewer, and leaves the others where they are.
+        if backward || self.streams.len() < places.streams() {
+            self.streams.resize_with(places.streams(), Vec::new);
+            self.saved.resize_with(places.saves(), Saved::default);
+        }
+        let streams = self.streams.iter_mut().take(places.streams());
+        streams.for_each(|stream| stream.resize(n * d, 0.0));
+        self.saved.iter_mut().take(places.saves()).for_each(|saved| saved.resize(&dims));
         self.states.resize(loops * n * d, 0.0);
         self.inverses.resize(loops * n, 0.0);
         self.gates.resize(loops * n, 0.0);
@@ -214,9 +219,9 @@ impl Task<'_> {
             };
             let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
             head::cross_entropy(&self.weights.head, &rows, logits, losses, Some(into));
-            let stage = exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight);
-            self.exit_gate_backward(&stage.dgates, workspace, &mut gradients);
-            stage.statistics
+            let loss = exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight);
+            self.exit_gate_backward(&loss.dgates, workspace, &mut gradients);
+            loss.statistics
         });
 
         workspace.stream_gradient.fill(0.0);
@@ -226,7 +231,9 @@ impl Task<'_> {
             if places.keep != Keep::All && !is_last {
                 self.loop_forward(&places, r, workspace, Section::Recompute);
             }
-            self.final_norm_backward(&places, r, workspace, gradients.norm);
+            self.clock.time(Section::Backward, || {
+                self.final_norm_backward(&places, r, workspace, gradients.norm);
+            });
             for l in (0..layers).rev() {
                 let Workspace {
                     embedded,
@@ -238,7 +245,7 @@ impl Task<'_> {
                     stream_gradient: dy,
                     ..
                 } = &mut *workspace;
-                let x = input_of(&places, self.stage_len(), r, l, embedded, states, streams);
+                let x = input_of(&places, self.loop_len(), r, l, embedded, states, streams);
                 let layer = &self.weights.layers[l];
                 let saved = &mut saved[places.save(r, l)];
                 // What is saved is still that of the loop's last layer.
@@ -250,11 +257,13 @@ impl Task<'_> {
                 layer::backward(layer, &call, x, dy, saved, work, &mut gradients.layers[l]);
             }
         }
-        // In token order: a row that occurs twice must always be summed in the same order.
-        for (&id, dx) in inputs.iter().zip(workspace.stream_gradient.chunks_exact(d)) {
-            let at = id as usize * d;
-            simd::add(&mut gradients.embedding[at..at + d], dx);
-        }
+        self.clock.time(Section::Backward, || {
+            // In token order: a row that occurs twice must always be summed in the same order.
+            for (&id, dx) in inputs.iter().zip(workspace.stream_gradient.chunks_exact(d)) {
+                let at = id as usize * d;
+                simd::add(&mut gradients.embedding[at..at + d], dx);
+            }
+        });
         statistics
     }
 
@@ -290,7 +299,7 @@ impl Task<'_> {
     }
 
     /// Floats of one loop's states.
-    fn stage_len(&self) -> usize {
+    fn loop_len(&self) -> usize {
         self.shape.dims().tokens() * self.shape.hidden
     }
 
@@ -313,7 +322,7 @@ impl Task<'_> {
 
     /// One loop, with its final norm and gate.
     fn loop_forward(&self, places: &Places, r: usize, workspace: &mut Workspace, section: Section) {
-        let (d, dims, len) = (self.shape.hidden, self.shape.dims(), self.stage_len());
+        let (d, dims, len) = (self.shape.hidden, self.shape.dims(), self.loop_len());
         let size = dims.block();
         let Workspace { embedded, streams, saved, states, inverses, gates, .. } = workspace;
         let call = self.call(&dims, section);
@@ -327,20 +336,21 @@ impl Task<'_> {
         let last = &streams[places.stream(r, self.shape.layers - 1)];
         let tokens = dims.tokens();
         let of_loop = r * tokens..(r + 1) * tokens;
-        (
+        let blocks = (
             last.par_chunks(size * d),
             states[r * len..(r + 1) * len].par_chunks_mut(size * d),
             inverses[of_loop.clone()].par_chunks_mut(size),
             gates[of_loop].par_chunks_mut(size),
-        )
-            .into_par_iter()
-            .for_each(|(x, states, inverses, gates)| {
+        );
+        self.clock.time(section, || {
+            blocks.into_par_iter().for_each(|(x, states, inverses, gates)| {
                 let rows = x.chunks_exact(d).zip(states.chunks_exact_mut(d));
                 for ((x, state), (inverse, gate)) in rows.zip(inverses.iter_mut().zip(gates)) {
                     *inverse = simd::rms_norm(x, &self.weights.norm, None, state, dims.eps);
                     *gate = simd::dot(state, &self.weights.exit_weight) + self.weights.exit_bias;
                 }
             });
+        });
     }
 
     /// Adds the gate's part to the gradient of the states; gradients of its weight and bias.
@@ -350,13 +360,28 @@ impl Task<'_> {
         workspace: &mut Workspace,
         gradients: &mut Gradients<'_>,
     ) {
-        let d = self.shape.hidden;
-        let states = workspace.states.chunks_exact(d);
-        let rows = states.zip(workspace.dstates.chunks_exact_mut(d)).zip(dgates);
-        for ((state, dstate), &dgate) in rows {
-            simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
-            simd::add_scaled(gradients.exit_weight, state, dgate);
-            gradients.exit_bias[0] += dgate;
+        let (d, size) = (self.shape.hidden, self.shape.dims().block());
+        let blocks = (
+            workspace.states.par_chunks(size * d),
+            workspace.dstates.par_chunks_mut(size * d),
+            dgates.par_chunks(size),
+        );
+        let partial: Vec<(Vec<f32>, f32)> = blocks
+            .into_par_iter()
+            .map(|(states, dstates, dgates)| {
+                let (mut dweight, mut dbias) = (vec![0.0; d], 0.0);
+                let rows = states.chunks_exact(d).zip(dstates.chunks_exact_mut(d));
+                for ((state, dstate), &dgate) in rows.zip(dgates) {
+                    simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
+                    simd::add_scaled(&mut dweight, state, dgate);
+                    dbias += dgate;
+                }
+                (dweight, dbias)
+            })
+            .collect();
+        for (dweight, dbias) in &partial {
+            simd::add(gradients.exit_weight, dweight);
+            gradients.exit_bias[0] += dbias;
         }
     }
 
@@ -368,7 +393,7 @@ impl Task<'_> {
         workspace: &mut Workspace,
         dnorm: &mut [f32],
     ) {
-        let (d, len) = (self.shape.hidden, self.stage_len());
+        let (d, len) = (self.shape.hidden, self.loop_len());
         let size = self.shape.dims().block();
         let Workspace { streams, dstates, stream_gradient, inverses, .. } = workspace;
         let tokens = len / d;

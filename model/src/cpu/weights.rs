@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::product::{Left, Right, Shape, pack_rows, pack_transposed, panels_len, product};
+use super::product::{Left, PANEL, Right, Shape, pack_rows, pack_transposed, panels_len, product};
 use crate::{Layout, TensorEntry};
 
 /// A weight `[out, in]` in panels for both directions.
@@ -27,9 +27,19 @@ impl Matrix {
     }
 
     fn fill(&mut self, weight: &[f32]) {
+        /// Columns per task.
+        const COLUMNS: usize = 8 * PANEL;
         let (m, k) = (self.outputs, self.inputs);
-        pack_transposed(weight, k, k, m, &mut self.forward);
-        pack_rows(weight, k, m, k, &mut self.backward);
+        let forward = self.forward.par_chunks_mut(panels_len(k, COLUMNS));
+        forward.enumerate().for_each(|(task, panels)| {
+            let first = task * COLUMNS;
+            pack_transposed(&weight[first * k..], k, k, COLUMNS.min(m - first), panels);
+        });
+        let backward = self.backward.par_chunks_mut(panels_len(m, COLUMNS));
+        backward.enumerate().for_each(|(task, panels)| {
+            let first = task * COLUMNS;
+            pack_rows(&weight[first..], k, m, COLUMNS.min(k - first), panels);
+        });
     }
 
     /// `out [rows, outputs] = x [rows, inputs] weight^T`; rows of `out` are `stride` elements apart.
@@ -131,7 +141,7 @@ impl Weights {
             layers: (0..layers).map(|_| room.layer()).collect(),
             norm: room.vector(),
             exit_weight: room.vector(),
-            exit_bias: room.next().len as f32,
+            exit_bias: room.vector()[0],
             head: room.matrix(),
         }
     }

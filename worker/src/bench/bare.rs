@@ -16,7 +16,7 @@ use crate::{Moments, WorkerError};
 /// What a step took.
 #[derive(Clone, Copy, Debug)]
 pub struct BareStep {
-    /// Forward and backward of all slots, into fixed point.
+    /// Forward and backward of all slots, into their sum.
     pub compute: Duration,
     /// From the reduced sums to the gradient, their digest and statistics.
     pub prepare: Duration,

@@ -13,8 +13,8 @@ use looptrain_proto::{Spec, spec};
 use super::bench::KEPT_BYTES;
 use crate::machine::Gib;
 
-/// From the fastest to the slowest. With few layers, a loop takes less memory than the inputs of all
-/// layers in all loops do, so the slowest need not be the smallest.
+/// From the fastest to the slowest. Each needs no more than the one before it; with one layer, or one
+/// loop, two of them need the same, and then the faster is taken.
 const MODES: [Recompute; 3] = [Recompute::None, Recompute::Loop, Recompute::Layer];
 
 /// What a worker holds for each parameter: weights and two moments (12), the weights once more in the
@@ -36,8 +36,11 @@ struct Need {
 impl Need {
     fn of(spec: &Spec, stage: &spec::Stage, threads: usize) -> Self {
         let parameters = spec.model.parameters();
-        let kept =
-            (u64::from(stage.slots) * parameters * size_of::<f32>() as u64).min(KEPT_BYTES as u64);
+        let gradient = parameters * size_of::<f32>() as u64;
+        // Whole gradients, as many as there is room for.
+        let kept = gradient
+            .saturating_mul(u64::from(stage.slots))
+            .min(KEPT_BYTES as u64 / gradient * gradient);
         let settings = StageSettings::from(stage);
         let (sequences, length) = (stage.slot_sequences, stage.sequence_length);
         let bytes = |mode| Engine::slot_bytes(&spec.model, &settings, sequences, length, mode);
@@ -162,9 +165,9 @@ mod tests {
 
     #[test]
     fn where_nothing_fits_auto_takes_what_needs_the_least() {
-        let few_layers = Need { slot: [50, 20, 22], ..NEED };
+        let one_layer = Need { slot: [50, 20, 20], ..NEED };
         for memory in [0, 139] {
-            let choice = choose(spec::Recompute::Auto, &few_layers, Some(memory));
+            let choice = choose(spec::Recompute::Auto, &one_layer, Some(memory));
             assert_eq!(choice, Choice { mode: Recompute::Loop, fits: false });
         }
     }

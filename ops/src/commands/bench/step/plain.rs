@@ -112,7 +112,10 @@ impl Sum {
 /// Pools for slots side by side, as the engine has them.
 fn lanes(threads: usize, slots: usize) -> Result<Vec<ThreadPool>> {
     let count = threads.min(slots);
-    let pool = |_| ThreadPoolBuilder::new().num_threads(threads / count).build();
+    let pool = |lane| {
+        let threads = threads / count + usize::from(lane < threads % count);
+        ThreadPoolBuilder::new().num_threads(threads).build()
+    };
     (0..count)
         .map(pool)
         .collect::<Result<_, _>>()
