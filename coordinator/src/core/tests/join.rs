@@ -24,7 +24,8 @@ fn a_worker_is_welcomed_with_the_whole_spec() {
 fn a_worker_of_another_protocol_is_refused_naming_both_versions() {
     let mut rig = Rig::new(&[]);
     let worker = rig.join_as(v1::Join { protocol_version: 99, ..introduction("old") });
-    assert!(refusal(&rig, worker).contains("version 99, this coordinator 4"));
+    let own = looptrain_proto::PROTOCOL_VERSION;
+    assert!(refusal(&rig, worker).contains(&format!("version 99, this coordinator {own}")));
     assert!(rig.closed.contains(&worker));
 }
 
