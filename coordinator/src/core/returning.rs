@@ -4,8 +4,8 @@
 //! Workers outlive their coordinator, and keep the state of the last step they committed and the
 //! update they prepared. A step is taken for committed when some worker holds it, when the log has
 //! it, or when this coordinator committed it itself; workers that only prepared it commit it as
-//! they form. If nobody is left that can get there, the step is done again: with exact
-//! sums it comes out the same.
+//! they form. If nobody is left that can get there, the step is done again: with
+//! exact sums it comes out the same.
 
 use std::collections::BTreeMap;
 
