@@ -172,8 +172,26 @@ impl Engine {
         cancelled: &AtomicBool,
         on_slot: &(dyn Fn(usize, SlotOutput) + Sync),
     ) {
+        self.gradients_as_final(settings, batches, cancelled, &|_, _, _| {}, on_slot);
+    }
+
+    /// The same; while a slot is under way, `on_final` is called with its index, its gradient and
+    /// the first of the elements that are final, whenever there are more of them. They grow from the
+    /// end of the gradient to its beginning; the last of them come with `on_slot`.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    pub fn gradients_as_final(
+        &self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+        on_final: &(dyn Fn(usize, &[f32], usize) + Sync),
+        on_slot: &(dyn Fn(usize, SlotOutput) + Sync),
+    ) {
         self.in_lanes(batches.len(), cancelled, &|slot| {
-            on_slot(slot, self.slot(settings, &batches[slot]));
+            let on_final = |gradient: &[f32], from| on_final(slot, gradient, from);
+            on_slot(slot, self.slot(settings, &batches[slot], &on_final));
         });
     }
 
@@ -278,6 +296,7 @@ impl Engine {
         let rotary = Rotary::new(sequence_length, self.model.head_dim(), settings.rope_base);
         let task = Task {
             weights: self.loaded(),
+            layout: &self.layout,
             shape: shape_of(&self.model, settings, sequences, sequence_length),
             rotary: &rotary,
             clock: &self.clock,
@@ -289,15 +308,19 @@ impl Engine {
         result
     }
 
-    fn slot(&self, settings: &StageSettings, batch: &SlotBatch) -> SlotOutput {
+    fn slot(
+        &self,
+        settings: &StageSettings,
+        batch: &SlotBatch,
+        on_final: &dyn Fn(&[f32], usize),
+    ) -> SlotOutput {
         let SlotBatch { sequences, sequence_length, .. } = *batch;
         let spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut gradient = spare.unwrap_or_default();
         gradient.clear();
         gradient.resize(self.layout.parameters(), 0.0);
         let statistics = self.with_task(settings, sequences, sequence_length, |task, workspace| {
-            let (recompute, layout) = (self.recompute, &self.layout);
-            task.gradient(settings, batch, recompute, workspace, layout, &mut gradient)
+            task.gradient(settings, batch, self.recompute, workspace, &mut gradient, on_final)
         });
         SlotOutput { gradient, statistics }
     }
@@ -424,6 +447,43 @@ mod tests {
                 (gradients_of(&wide, threads, &slots), gradients_of(&wide, threads, &slots[1..2]));
             assert!(among[1] == alone[0], "{threads} threads");
             assert!(by_itself[0] == alone[0], "{threads} threads, alone");
+        }
+    }
+
+    #[test]
+    fn what_is_said_to_be_final_is_what_the_gradient_has_in_the_end() {
+        let slots = batches(3, 2, 9);
+        for recompute in [Recompute::None, Recompute::Loop, Recompute::Layer] {
+            let mut engine = Engine::new(&model(), 2);
+            engine.set_recompute(recompute);
+            engine.load(&TrainState::initial(&model(), 3).weights);
+            let said = Mutex::new(vec![Vec::new(); 3]);
+            let found = Mutex::new(vec![None; 3]);
+            engine.gradients_as_final(
+                &SETTINGS,
+                &slots,
+                &AtomicBool::new(false),
+                &|slot, gradient, from| {
+                    said.lock().unwrap()[slot].push((from, gradient[from..].to_vec()));
+                },
+                &|slot, output| found.lock().unwrap()[slot] = Some(output),
+            );
+            let layout = Layout::new(&model());
+            let offset = |name: &str| {
+                layout.tensors().iter().find(|tensor| tensor.name == name).unwrap().offset
+            };
+            let expected = [
+                offset("model.early_exit_gate.weight"),
+                offset("model.layers.1.input_layernorm.weight"),
+                offset("model.layers.0.input_layernorm.weight"),
+            ];
+            for (said, found) in said.into_inner().unwrap().iter().zip(found.into_inner().unwrap())
+            {
+                let gradient = found.unwrap().gradient;
+                let firsts: Vec<usize> = said.iter().map(|(from, _)| *from).collect();
+                assert_eq!(firsts, expected, "{recompute:?}");
+                assert!(said.iter().all(|(from, part)| gradient[*from..] == part[..]));
+            }
         }
     }
 

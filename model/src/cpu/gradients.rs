@@ -30,49 +30,101 @@ impl LayerGradients<'_> {
     }
 }
 
-/// Places of all gradients.
+/// The places of all gradients in a flat buffer.
 pub(super) struct Gradients<'a> {
-    pub(super) embedding: &'a mut [f32],
-    pub(super) layers: Vec<LayerGradients<'a>>,
-    pub(super) norm: &'a mut [f32],
-    pub(super) exit_weight: &'a mut [f32],
-    pub(super) exit_bias: &'a mut [f32],
-    pub(super) head: &'a mut [f32],
+    layout: &'a Layout,
+    layers: usize,
+    flat: &'a mut [f32],
 }
 
+/// Tensors of a layer.
+const OF_A_LAYER: usize = 11;
+
 impl<'a> Gradients<'a> {
-    /// Cuts a flat buffer of as many elements as the layout has.
-    pub(super) fn new(layout: &Layout, layers: usize, flat: &'a mut [f32]) -> Self {
-        let mut rest = flat;
-        let mut lengths = layout.tensors().iter().map(|tensor| tensor.len);
-        let mut next = || {
-            let len = lengths.next().expect("the layout has all tensors of the model");
-            let (place, after) = std::mem::take(&mut rest).split_at_mut(len);
+    /// Those in a flat buffer of as many elements as the layout has.
+    pub(super) fn new(layout: &'a Layout, layers: usize, flat: &'a mut [f32]) -> Self {
+        assert_eq!(flat.len(), layout.parameters(), "a gradient has the layout's elements");
+        Self { layout, layers, flat }
+    }
+
+    /// All elements, in layout order.
+    pub(super) fn flat(&self) -> &[f32] {
+        self.flat
+    }
+
+    pub(super) fn embedding(&mut self) -> &mut [f32] {
+        let [embedding] = self.places(0);
+        embedding
+    }
+
+    pub(super) fn layer(&mut self, layer: usize) -> LayerGradients<'_> {
+        let [
+            input_norm,
+            query,
+            key,
+            value,
+            output,
+            attention_norm,
+            mlp_norm,
+            gate,
+            up,
+            down,
+            output_norm,
+        ] = self.places::<OF_A_LAYER>(1 + layer * OF_A_LAYER);
+        LayerGradients {
+            input_norm,
+            query,
+            key,
+            value,
+            output,
+            attention_norm,
+            mlp_norm,
+            gate,
+            up,
+            down,
+            output_norm,
+        }
+    }
+
+    /// That of the final norm.
+    pub(super) fn norm(&mut self) -> &mut [f32] {
+        let [norm] = self.places(self.after_layers());
+        norm
+    }
+
+    /// Those of the exit gate's weight and bias.
+    pub(super) fn exit_gate(&mut self) -> [&mut [f32]; 2] {
+        self.places(self.after_layers() + 1)
+    }
+
+    pub(super) fn head(&mut self) -> &mut [f32] {
+        let [head] = self.places(self.after_layers() + 3);
+        head
+    }
+
+    /// The first element of a layer.
+    pub(super) fn start_of_layer(&self, layer: usize) -> usize {
+        self.layout.tensors()[1 + layer * OF_A_LAYER].offset
+    }
+
+    /// The first element of the exit gate, which the head follows.
+    pub(super) fn start_of_exit_gate(&self) -> usize {
+        self.layout.tensors()[self.after_layers() + 1].offset
+    }
+
+    fn after_layers(&self) -> usize {
+        1 + self.layers * OF_A_LAYER
+    }
+
+    /// The places of `N` tensors, which follow each other, from the layout's tensor `first`.
+    fn places<const N: usize>(&mut self, first: usize) -> [&mut [f32]; N] {
+        let tensors = &self.layout.tensors()[first..first + N];
+        let mut rest = &mut self.flat[tensors[0].offset..];
+        std::array::from_fn(|tensor| {
+            let (place, after) = std::mem::take(&mut rest).split_at_mut(tensors[tensor].len);
             rest = after;
             place
-        };
-        Self {
-            embedding: next(),
-            layers: (0..layers)
-                .map(|_| LayerGradients {
-                    input_norm: next(),
-                    query: next(),
-                    key: next(),
-                    value: next(),
-                    output: next(),
-                    attention_norm: next(),
-                    mlp_norm: next(),
-                    gate: next(),
-                    up: next(),
-                    down: next(),
-                    output_norm: next(),
-                })
-                .collect(),
-            norm: next(),
-            exit_weight: next(),
-            exit_bias: next(),
-            head: next(),
-        }
+        })
     }
 }
 
@@ -88,14 +140,21 @@ pub(super) struct Part<'a> {
     pub(super) x: &'a [f32],
     /// Its width, in.
     pub(super) inputs: usize,
+    /// What each token's gradients are still to be multiplied by.
+    pub(super) factors: Option<&'a [f32]>,
 }
 
 /// Adds `dy^T x` over `tokens` tokens to each weight's gradient.
 pub(super) fn accumulate(tokens: usize, parts: Vec<Part<'_>>) {
     let mut strips = Vec::new();
-    for Part { into, dy, stride, x, inputs } in parts {
+    for Part { into, dy, stride, x, inputs, factors } in parts {
         for (strip, into) in into.chunks_mut(STRIP * inputs).enumerate() {
-            strips.push((into, Left::columns(&dy[strip * STRIP..], stride), x, inputs));
+            let dy = &dy[strip * STRIP..];
+            let dy = match factors {
+                Some(factors) => Left::scaled_columns(dy, stride, factors),
+                None => Left::columns(dy, stride),
+            };
+            strips.push((into, dy, x, inputs));
         }
     }
     strips.into_par_iter().for_each(|(into, dy, x, inputs)| {

@@ -44,8 +44,8 @@ pub(super) struct Rows<'a> {
 
 /// Gradients that come with the losses.
 pub(super) struct Into<'a> {
-    /// Gradient of the whole loss with respect to each row's cross-entropy, `[R * N]`.
-    pub(super) shares: &'a [f32],
+    /// Gradient of the whole loss with respect to each row's cross-entropy, `[R * N]`: used up.
+    pub(super) shares: &'a mut [f32],
     /// Gradient of the states, `[R * N, d]`: written.
     pub(super) dstates: &'a mut [f32],
     /// Gradient of the head, `[V, d]`: added to.
@@ -86,26 +86,40 @@ pub(super) fn cross_entropy(
             }),
             Some(Into { shares, dstates, dhead }) => {
                 let (x, logits_of, losses_of) = blocks;
-                let shares = shares[first..first + count].par_chunks(BLOCK);
+                let factors = &mut shares[first..first + count];
+                let shares = factors.par_chunks_mut(BLOCK);
                 let dstates = dstates[first * d..(first + count) * d].par_chunks_mut(BLOCK * d);
                 (x, logits_of, losses_of, shares, dstates).into_par_iter().enumerate().for_each(
                     |(block, (x, logits, losses, shares, dx))| {
                         head.apply(losses.len(), x, logits, stride);
-                        for (row, (loss, &share)) in losses.iter_mut().zip(shares).enumerate() {
+                        // The softmax is divided by its sum where that takes fewest divisions: in the
+                        // states' gradient, and in the rows that the weight's is made from.
+                        for (row, (loss, share)) in losses.iter_mut().zip(&mut *shares).enumerate()
+                        {
                             let logits = &mut logits[row * stride..row * stride + vocab];
                             let target = target(block, row);
                             let own = logits[target];
                             let (max, sum) = simd::exp_and_sum(logits);
                             *loss = max + sum.ln() - own;
-                            simd::scale(logits, share / sum);
-                            logits[target] -= share;
+                            logits[target] -= sum;
+                            *share /= sum;
                         }
                         head.apply_backward(losses.len(), logits, stride, dx, false);
+                        for (dx, &factor) in dx.chunks_exact_mut(d).zip(&*shares) {
+                            simd::scale(dx, factor);
+                        }
                     },
                 );
                 accumulate(
                     count,
-                    vec![Part { into: dhead, dy: logits, stride, x: states, inputs: d }],
+                    vec![Part {
+                        into: dhead,
+                        dy: logits,
+                        stride,
+                        x: states,
+                        inputs: d,
+                        factors: Some(factors),
+                    }],
                 );
             }
         }

@@ -387,7 +387,7 @@ fn weight_gradients(dims: &Dims, saved: &Saved, work: &Work, gradients: &mut Lay
         }
     }
     let LayerGradients { query, key, value, output, gate, up, down, .. } = gradients;
-    let part = |into, dy, stride, x, inputs| Part { into, dy, stride, x, inputs };
+    let part = |into, dy, stride, x, inputs| Part { into, dy, stride, x, inputs, factors: None };
     accumulate(
         dims.tokens(),
         vec![

@@ -25,6 +25,9 @@ const DEPTH: usize = 256;
 /// Rows of the largest tile.
 const MAX_ROWS: usize = 12;
 
+/// Floats of a cache line.
+const LINE: usize = 16;
+
 // Tiles of whole rows fill the memory for the left operand's columns, at every level.
 const _: () = assert!(ROWS.is_multiple_of(12) && ROWS.is_multiple_of(6) && ROWS.is_multiple_of(4));
 
@@ -39,17 +42,24 @@ const ROWS: usize = 288;
 pub(super) struct Left<'a> {
     data: &'a [f32],
     strides: (usize, usize),
+    /// What each column is multiplied by.
+    factors: Option<&'a [f32]>,
 }
 
 impl<'a> Left<'a> {
     /// Rows of `stride` elements.
     pub(super) fn rows(data: &'a [f32], stride: usize) -> Self {
-        Self { data, strides: (stride, 1) }
+        Self { data, strides: (stride, 1), factors: None }
     }
 
     /// The transpose of rows of `stride` elements.
     pub(super) fn columns(data: &'a [f32], stride: usize) -> Self {
-        Self { data, strides: (1, stride) }
+        Self { data, strides: (1, stride), factors: None }
+    }
+
+    /// The transpose of rows of `stride` elements, each row multiplied by its factor.
+    pub(super) fn scaled_columns(data: &'a [f32], stride: usize, factors: &'a [f32]) -> Self {
+        Self { data, strides: (1, stride), factors: Some(factors) }
     }
 }
 
@@ -102,22 +112,29 @@ pub(super) fn gather_rows(rows: &[f32], stride: usize, k: usize, n: usize, out: 
 /// Brings the transpose of rows `[n, k]`, each `stride` elements after the other, into the panels
 /// of a `[k, n]` matrix.
 pub(super) fn pack_transposed(rows: &[f32], stride: usize, k: usize, n: usize, panels: &mut [f32]) {
-    /// Columns that are turned at a time, so that both sides stay in the cache.
-    const SQUARE: usize = 16;
+    /// Rows and columns that are turned at a time, in registers.
+    const SQUARE: usize = 4;
     for (panel, out) in panels[..panels_len(k, n)].chunks_exact_mut(PANEL * k).enumerate() {
         let first = panel * PANEL;
         let width = PANEL.min(n - first);
-        for (square, out) in out.chunks_mut(PANEL * SQUARE).enumerate() {
+        let squares = width / SQUARE * SQUARE;
+        for (band, out) in out.chunks_mut(PANEL * SQUARE).enumerate() {
             let depth = out.len() / PANEL;
-            for column in 0..PANEL {
-                if column < width {
-                    let at = (first + column) * stride + square * SQUARE;
-                    for (row, &value) in rows[at..at + depth].iter().enumerate() {
-                        out[row * PANEL + column] = value;
+            let from = |column: usize| &rows[(first + column) * stride + band * SQUARE..][..depth];
+            for column in (0..PANEL).step_by(SQUARE) {
+                if column < squares && depth == SQUARE {
+                    let square: [[f32; SQUARE]; SQUARE] = std::array::from_fn(|row| {
+                        *from(column + row).first_chunk().expect("a row of a whole square")
+                    });
+                    for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
+                        let turned: [f32; SQUARE] = std::array::from_fn(|at| square[at][row]);
+                        out[column..column + SQUARE].copy_from_slice(&turned);
                     }
-                } else {
-                    for row in 0..depth {
-                        out[row * PANEL + column] = 0.0;
+                    continue;
+                }
+                for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
+                    for (at, out) in out[column..column + SQUARE].iter_mut().enumerate() {
+                        *out = if column + at < width { from(column + at)[row] } else { 0.0 };
                     }
                 }
             }
@@ -125,17 +142,30 @@ pub(super) fn pack_transposed(rows: &[f32], stride: usize, k: usize, n: usize, p
     }
 }
 
-/// Brings columns `[m, k]`, each `stride` elements after the other, into tiles of `rows` rows.
-fn pack_tiles(columns: &[f32], stride: usize, k: usize, m: usize, rows: usize, tiles: &mut [f32]) {
+/// Brings columns `[m, k]`, each `stride` elements after the other and multiplied by its factor, into
+/// tiles of `rows` rows.
+fn pack_tiles(
+    columns: &[f32],
+    stride: usize,
+    factors: Option<&[f32]>,
+    (m, k): (usize, usize),
+    rows: usize,
+    tiles: &mut [f32],
+) {
+    /// How far ahead columns are asked for: each is in other pages than the one before.
+    const AHEAD: usize = 6;
     for column in 0..k {
+        let ahead = columns.as_ptr().wrapping_add((column + AHEAD) * stride);
+        for line in (0..m).step_by(LINE) {
+            prefetch::<true>(ahead.wrapping_add(line));
+        }
         let from = &columns[column * stride..column * stride + m];
         for (tile, from) in from.chunks(rows).enumerate() {
             let to = &mut tiles[tile * rows * DEPTH + column * rows..];
-            match from.first_chunk::<MAX_ROWS>() {
-                Some(from) if rows == MAX_ROWS => {
-                    *to.first_chunk_mut().expect("a whole tile") = *from
-                }
-                _ => to[..from.len()].copy_from_slice(from),
+            let factor = factors.map_or(1.0, |factors| factors[column]);
+            match (from.first_chunk::<MAX_ROWS>(), to.first_chunk_mut()) {
+                (Some(from), Some(to)) if rows == MAX_ROWS => *to = from.map(|x| x * factor),
+                _ => to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor),
             }
         }
     }
@@ -200,11 +230,13 @@ fn product_at(
             }
             for top in (0..m).step_by(ROWS) {
                 let bottom = m.min(top + ROWS);
-                let turned = a.strides.1 > 1 && n >= TURN;
+                let turned = a.factors.is_some() || (a.strides.1 > 1 && n >= TURN);
                 if turned {
                     let left = &a.data[start * a.strides.1 + top * a.strides.0..];
                     tiles.resize(ROWS * DEPTH, 0.0);
-                    pack_tiles(left, a.strides.1, depth, bottom - top, tile.rows, tiles);
+                    let factors = a.factors.map(|factors| &factors[start..]);
+                    let size = (bottom - top, depth);
+                    pack_tiles(left, a.strides.1, factors, size, tile.rows, tiles);
                 }
                 for first in (0..n).step_by(PANEL) {
                     let width = PANEL.min(n - first);
@@ -217,14 +249,19 @@ fn product_at(
                         Right::Panels(_) => PANEL * k,
                         Right::Rows(..) => PANEL,
                     };
-                    let block = Block { depth, add, width, panel, row_stride, next };
+                    // Each tile asks for its share of the next panel, so that it comes evenly.
+                    let tiles_of_panel = (bottom - top).div_ceil(tile.rows);
+                    let share = depth.div_ceil(tiles_of_panel);
                     let left = &a.data[start * a.strides.1..];
-                    for row in (top..bottom).step_by(tile.rows) {
+                    for (number, row) in (top..bottom).step_by(tile.rows).enumerate() {
                         let rows = tile.rows.min(bottom - row);
+                        let ahead = next + number * share * row_stride;
+                        let every = tiles_of_panel;
+                        let block = Block { depth, add, width, panel, row_stride, ahead, every };
                         let a = if turned {
-                            Left { data: &tiles[(row - top) * DEPTH..], strides: (1, tile.rows) }
+                            Left::columns(&tiles[(row - top) * DEPTH..], tile.rows)
                         } else {
-                            Left { data: &left[row * a.strides.0..], strides: a.strides }
+                            Left { data: &left[row * a.strides.0..], ..a }
                         };
                         // SAFETY: the assertions above bound all that is read and written: `rows` rows
                         // from `row` < m, `width` columns from `first` < n, `depth` from `start` < k. A
@@ -260,8 +297,10 @@ struct Block<'a> {
     width: usize,
     panel: &'a [f32],
     row_stride: usize,
-    /// From here to the next panel.
-    next: usize,
+    /// From the panel to the first of the rows that are asked for meanwhile.
+    ahead: usize,
+    /// Rows of the panel to each of those.
+    every: usize,
 }
 
 /// What a kernel reads and writes: `c = a b`, or `c += a b` with `add`.
@@ -273,8 +312,10 @@ struct Operands {
     b: *const f32,
     /// From row to row.
     b_stride: usize,
-    /// From `b` to where the next products will read.
-    next: usize,
+    /// From `b` to the first of the rows that are asked for meanwhile.
+    ahead: usize,
+    /// Rows of `b` to each of those.
+    every: usize,
     c: *mut f32,
     c_stride: usize,
     add: bool,
@@ -288,6 +329,8 @@ struct Tile {
     columns: usize,
     /// For 1, 2, ... rows.
     kernels: &'static [Kernel],
+    /// The same for half the columns.
+    narrow: &'static [Kernel],
 }
 
 impl Tile {
@@ -317,35 +360,43 @@ impl Tile {
         out: &mut [f32],
         stride: usize,
     ) {
-        let kernel = self.kernels[rows - 1];
-        let Block { depth, add, width, panel, row_stride, next } = *block;
-        for column in (0..width).step_by(self.columns) {
+        let Block { depth, add, width, panel, row_stride, ahead, every } = *block;
+        let mut column = 0;
+        while column < width {
+            let left = width - column;
+            let (kernels, columns) = match left <= self.columns / 2 {
+                true => (self.narrow, self.columns / 2),
+                false => (self.kernels, self.columns),
+            };
+            let kernel = kernels[rows - 1];
             let operands = Operands {
                 depth,
                 a: a.data.as_ptr(),
                 a_strides: a.strides,
                 b: panel[column..].as_ptr(),
                 b_stride: row_stride,
-                next,
+                ahead,
+                every,
                 c: out[column..].as_mut_ptr(),
                 c_stride: stride,
                 add,
             };
-            if column + self.columns <= width {
+            if columns <= left {
                 // SAFETY: the caller's.
                 unsafe { kernel(&operands) };
-                continue;
-            }
-            let mut whole = [0.0; MAX_ROWS * PANEL];
-            let c = whole.as_mut_ptr();
-            // SAFETY: a panel has all its columns, and `whole` has room for any tile.
-            unsafe { kernel(&Operands { c, c_stride: PANEL, add: false, ..operands }) };
-            for (row, whole) in whole.chunks_exact(PANEL).take(rows).enumerate() {
-                let out = &mut out[row * stride + column..row * stride + width];
-                for (out, &value) in out.iter_mut().zip(whole) {
-                    *out = if add { *out + value } else { value };
+            } else {
+                let mut whole = [0.0; MAX_ROWS * PANEL];
+                let c = whole.as_mut_ptr();
+                // SAFETY: a panel has all its columns, and `whole` has room for any tile.
+                unsafe { kernel(&Operands { c, c_stride: PANEL, add: false, ..operands }) };
+                for (row, whole) in whole.chunks_exact(PANEL).take(rows).enumerate() {
+                    let out = &mut out[row * stride + column..row * stride + width];
+                    for (out, &value) in out.iter_mut().zip(whole) {
+                        *out = if add { *out + value } else { value };
+                    }
                 }
             }
+            column += columns;
         }
     }
 }
@@ -368,7 +419,8 @@ trait Register: Copy {
 /// instructions.
 #[inline(always)]
 unsafe fn tile<V: Register, const R: usize, const C: usize>(operands: &Operands) {
-    let Operands { depth, a, a_strides, mut b, b_stride, next, c, c_stride, add } = *operands;
+    let Operands { depth, a, a_strides, mut b, b_stride, ahead, every, c, c_stride, add } =
+        *operands;
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[V::splat(0.0); C]; R];
@@ -376,35 +428,48 @@ unsafe fn tile<V: Register, const R: usize, const C: usize>(operands: &Operands)
         // additions of all rows' addresses, longer than the multiply-adds take.
         let third = |number: usize| black_box(a.wrapping_add(3 * number * a_strides.0));
         let (mut a0, mut a1, mut a2, mut a3) = (third(0), third(1), third(2), third(3));
-        for row in 0..R {
-            for register in 0..C {
-                prefetch::<true>(c.wrapping_add(row * c_stride + register * V::LANES));
-            }
-        }
-        for _ in 0..depth {
-            let mut right = [V::splat(0.0); C];
-            for (register, right) in right.iter_mut().enumerate() {
-                *right = V::load(b.add(register * V::LANES));
-            }
-            // Written out: a loop over the rows would not be unrolled.
-            macro_rules! rows {
-                ($($row:literal: $third:ident $step:literal),*) => {$(
-                    if R > $row {
-                        let left = V::splat(*$third.add($step * a_strides.0));
-                        for (sum, right) in sums[$row % R].iter_mut().zip(right) {
-                            *sum = sum.add_product(left, right);
-                        }
+        let mut ahead = b.wrapping_add(ahead);
+        let (mut result, end) = (c, c.wrapping_add(R * c_stride));
+        let mut left = depth;
+        while left > 0 {
+            // Both lines of a row of the next panel, and two rows of the result: a few at a time,
+            // because a core can wait for few lines at once.
+            prefetch::<false>(ahead);
+            prefetch::<false>(ahead.wrapping_add(LINE));
+            ahead = ahead.wrapping_add(b_stride);
+            for _ in 0..2 {
+                if result < end {
+                    for register in 0..C {
+                        prefetch::<true>(result.wrapping_add(register * V::LANES));
                     }
-                )*};
+                    result = result.wrapping_add(c_stride);
+                }
             }
-            rows!(0: a0 0, 1: a0 1, 2: a0 2, 3: a1 0, 4: a1 1, 5: a1 2);
-            rows!(6: a2 0, 7: a2 1, 8: a2 2, 9: a3 0, 10: a3 1, 11: a3 2);
-            // Its neighbour comes with it: processors fetch lines in pairs.
-            prefetch::<false>(b.wrapping_add(next));
-            for third in [&mut a0, &mut a1, &mut a2, &mut a3] {
-                *third = third.wrapping_add(a_strides.1);
+            let run = every.min(left);
+            left -= run;
+            for _ in 0..run {
+                let mut right = [V::splat(0.0); C];
+                for (register, right) in right.iter_mut().enumerate() {
+                    *right = V::load(b.add(register * V::LANES));
+                }
+                // Written out: a loop over the rows would not be unrolled.
+                macro_rules! rows {
+                    ($($row:literal: $third:ident $step:literal),*) => {$(
+                        if R > $row {
+                            let left = V::splat(*$third.add($step * a_strides.0));
+                            for (sum, right) in sums[$row % R].iter_mut().zip(right) {
+                                *sum = sum.add_product(left, right);
+                            }
+                        }
+                    )*};
+                }
+                rows!(0: a0 0, 1: a0 1, 2: a0 2, 3: a1 0, 4: a1 1, 5: a1 2);
+                rows!(6: a2 0, 7: a2 1, 8: a2 2, 9: a3 0, 10: a3 1, 11: a3 2);
+                for third in [&mut a0, &mut a1, &mut a2, &mut a3] {
+                    *third = third.wrapping_add(a_strides.1);
+                }
+                b = b.wrapping_add(b_stride);
             }
-            b = b.wrapping_add(b_stride);
         }
         for (row, sums) in sums.iter().enumerate() {
             for (register, sum) in sums.iter().enumerate() {
@@ -512,14 +577,30 @@ mod x86 {
         [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     );
     table!(
+        #[target_feature(enable = "avx512f,avx2,fma")]
+        WIDE_NARROW,
+        __m512,
+        1,
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    );
+    table!(
         #[target_feature(enable = "avx2,fma")]
         HALF,
         __m256,
         2,
         [1, 2, 3, 4, 5, 6]
     );
-    pub(super) static AVX512: Tile = Tile { rows: 12, columns: 32, kernels: WIDE };
-    pub(super) static AVX2: Tile = Tile { rows: 6, columns: 16, kernels: HALF };
+    table!(
+        #[target_feature(enable = "avx2,fma")]
+        HALF_NARROW,
+        __m256,
+        1,
+        [1, 2, 3, 4, 5, 6]
+    );
+    pub(super) static AVX512: Tile =
+        Tile { rows: 12, columns: 32, kernels: WIDE, narrow: WIDE_NARROW };
+    pub(super) static AVX2: Tile =
+        Tile { rows: 6, columns: 16, kernels: HALF, narrow: HALF_NARROW };
 }
 
 mod portable {
@@ -568,7 +649,15 @@ mod portable {
         2,
         [1, 2, 3, 4]
     );
-    pub(super) static TILE: Tile = Tile { rows: 4, columns: 8, kernels: FOURS };
+    table!(
+        #[inline(never)]
+        FOURS_NARROW,
+        Four,
+        1,
+        [1, 2, 3, 4]
+    );
+    pub(super) static TILE: Tile =
+        Tile { rows: 4, columns: 8, kernels: FOURS, narrow: FOURS_NARROW };
 }
 
 #[cfg(test)]
@@ -599,7 +688,9 @@ mod tests {
         pack_transposed(&b_turned, k, k, n, &mut packed_again);
         assert!(packed == packed_again, "{m} {n} {k}");
         let mut results = Vec::new();
-        for left in [Left::rows(a, k), Left::columns(&a_turned, m)] {
+        let (halves, twos) = (a_turned.iter().map(|x| x / 2.0).collect::<Vec<_>>(), vec![2.0; k]);
+        let scaled = Left::scaled_columns(&halves, m, &twos);
+        for left in [Left::rows(a, k), Left::columns(&a_turned, m), scaled] {
             for right in [Right::Panels(&packed), Right::Rows(b, n)] {
                 // Rows with a gap between them, which stays as it is.
                 let (stride, gap) = (n + 3, 77.0);

@@ -119,10 +119,20 @@ kernels! {
     /// In place: `row = exp(row - max row)`; returns the maximum and the sum of the new row.
     fn exp_and_sum(row: &mut [f32]) -> (f32, f32) {
         let max = max_of(row);
-        for x in row.iter_mut() {
-            *x = exp::<FMA>(*x - max);
+        let mut lanes = [0f32; LANES];
+        let mut chunks = row.chunks_exact_mut(LANES);
+        for chunk in &mut chunks {
+            for (sum, x) in lanes.iter_mut().zip(chunk) {
+                *x = exp::<FMA>(*x - max);
+                *sum += *x;
+            }
         }
-        (max, sum_of(row.len(), |i| row[i]))
+        let mut sum = lane_sum(&lanes);
+        for x in chunks.into_remainder() {
+            *x = exp::<FMA>(*x - max);
+            sum += *x;
+        }
+        (max, sum)
     }
 
     /// `sum a * b`.

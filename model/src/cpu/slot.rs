@@ -183,6 +183,7 @@ impl Shape {
 #[derive(Clone, Copy)]
 pub(crate) struct Task<'a> {
     pub(crate) weights: &'a Weights,
+    pub(crate) layout: &'a Layout,
     pub(crate) shape: Shape,
     pub(crate) rotary: &'a Rotary,
     pub(crate) clock: &'a Clock,
@@ -190,32 +191,34 @@ pub(crate) struct Task<'a> {
 
 impl Task<'_> {
     /// The gradient of the slot's mean Stage I loss, added to `gradient` (flat, in layout order), and
-    /// means over the slot's tokens.
+    /// means over the slot's tokens. Calls `on_final` with the gradient whenever more of it is final:
+    /// its elements from that one on. Weights of the layers have theirs from all loops, so all but
+    /// the head become final in the backward pass of the first loop.
     pub(crate) fn gradient(
         &self,
         settings: &StageSettings,
         batch: &SlotBatch,
         recompute: Recompute,
         workspace: &mut Workspace,
-        layout: &Layout,
         gradient: &mut [f32],
+        on_final: &dyn Fn(&[f32], usize),
     ) -> SlotStatistics {
         let Shape { hidden: d, vocab, layers, loops, .. } = self.shape;
         let dims = self.shape.dims();
         let places = Places { keep: recompute.into(), loops, layers };
         workspace.resize(&self.shape, &places, true);
-        let mut gradients = Gradients::new(layout, layers, gradient);
+        let mut gradients = Gradients::new(self.layout, layers, gradient);
         let [inputs, targets] = batch.ids();
         self.forward(&places, &inputs, workspace);
 
         let statistics = self.clock.time(Section::Head, || {
-            let shares = exit::exit_shares(&workspace.gates, loops);
+            let mut shares = exit::exit_shares(&workspace.gates, loops);
             let rows =
                 head::Rows { states: &workspace.states, targets: &targets, hidden: d, vocab };
             let into = head::Into {
-                shares: &shares,
+                shares: &mut shares,
                 dstates: &mut workspace.dstates,
-                dhead: gradients.head,
+                dhead: gradients.head(),
             };
             let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
             head::cross_entropy(&self.weights.head, &rows, logits, losses, Some(into));
@@ -223,6 +226,7 @@ impl Task<'_> {
             self.exit_gate_backward(&loss.dgates, workspace, &mut gradients);
             loss.statistics
         });
+        on_final(gradients.flat(), gradients.start_of_exit_gate());
 
         workspace.stream_gradient.fill(0.0);
         for r in (0..loops).rev() {
@@ -232,7 +236,7 @@ impl Task<'_> {
                 self.loop_forward(&places, r, workspace, Section::Recompute);
             }
             self.clock.time(Section::Backward, || {
-                self.final_norm_backward(&places, r, workspace, gradients.norm);
+                self.final_norm_backward(&places, r, workspace, gradients.norm());
             });
             for l in (0..layers).rev() {
                 let Workspace {
@@ -254,14 +258,18 @@ impl Task<'_> {
                     layer::forward(layer, &call, x, unread, saved);
                 }
                 let call = self.call(&dims, Section::Backward);
-                layer::backward(layer, &call, x, dy, saved, work, &mut gradients.layers[l]);
+                layer::backward(layer, &call, x, dy, saved, work, &mut gradients.layer(l));
+                if r == 0 {
+                    on_final(gradients.flat(), gradients.start_of_layer(l));
+                }
             }
         }
         self.clock.time(Section::Backward, || {
+            let embedding = gradients.embedding();
             // In token order: a row that occurs twice must always be summed in the same order.
             for (&id, dx) in inputs.iter().zip(workspace.stream_gradient.chunks_exact(d)) {
                 let at = id as usize * d;
-                simd::add(&mut gradients.embedding[at..at + d], dx);
+                simd::add(&mut embedding[at..at + d], dx);
             }
         });
         statistics
@@ -379,9 +387,10 @@ impl Task<'_> {
                 (dweight, dbias)
             })
             .collect();
+        let [exit_weight, exit_bias] = gradients.exit_gate();
         for (dweight, dbias) in &partial {
-            simd::add(gradients.exit_weight, dweight);
-            gradients.exit_bias[0] += dbias;
+            simd::add(exit_weight, dweight);
+            exit_bias[0] += dbias;
         }
     }
 
