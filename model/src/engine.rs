@@ -266,6 +266,11 @@ impl Engine {
         })
     }
 
+    /// Runs something else in the pool of all threads.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pools(1)[0].install(work)
+    }
+
     /// Euclidean norm of a flat gradient, as [`Engine::update`] takes it.
     #[must_use]
     pub fn norm(&self, gradient: &[f32]) -> f64 {

@@ -174,6 +174,7 @@ async fn come_back(
                     return Err(WorkerError::OtherRun { url: url.clone() });
                 }
                 link.beat_every(heartbeat(&spec));
+                work.welcomed_back(&spec);
                 return Ok((link, Incarnation(welcome.incarnation)));
             }
             Ok((link, _)) => link.protocol("has been replaced by another one that is not there"),
@@ -245,6 +246,7 @@ async fn furnish(
         checkpoints: Checkpoints::new(&store, &spec.run.name),
         store,
         peers,
+        streams: spec.cluster.streams.into(),
         spec,
     })
 }

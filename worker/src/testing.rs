@@ -84,7 +84,7 @@ pub(crate) async fn ring(world: u32) -> Vec<Collective> {
     }
     let formed = peers.iter().map(|(rank, peers)| {
         // Nothing here takes nearly this long, however busy the machine is.
-        Ring::form(peers, id, *rank, &members, Duration::from_secs(45))
+        Ring::form(peers, id, *rank, &members, 2, Duration::from_secs(45))
     });
     futures::future::try_join_all(formed).await.expect("the loopback connects")
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use looptrain_proto::spec::Reduction;
+use looptrain_proto::spec::{Cluster, Reduction};
 
 use super::MAX_THREADS;
 
@@ -101,6 +101,9 @@ pub(crate) struct ReduceBench {
     /// How it is summed; both ways in turns by default
     #[arg(long, value_enum)]
     pub(crate) reduction: Option<ReductionName>,
+    /// Connections from each rank to the next
+    #[arg(long, default_value_t = Cluster::default().streams, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) streams: u32,
     /// Times that they are reduced; the figures are of the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,

@@ -4,8 +4,8 @@
 //! that whoever holds a `Spec` holds a consistent one; options such as `--workers` are overrides,
 //! too. Afterwards only `evaluation.sequences` is changed, which is lowered to what the validation
 //! text holds. Unknown keys are errors. What decides the weights (model, data, stages, optimizer,
-//! seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, memory, intervals, places)
-//! may change between two starts of the same run.
+//! seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, streams, memory,
+//! intervals, places) may change between two starts of the same run.
 
 mod load;
 mod schedule;
@@ -105,6 +105,9 @@ pub struct Cluster {
     /// Fraction bits of the fixed-point gradient: a slot's gradient is rounded to multiples of
     /// 2^-fraction_bits. A fast reduction has no use for them.
     pub fraction_bits: u32,
+    /// TCP connections from each rank to the next, which share out the gradient. More than one help
+    /// where a single one does not fill the network, as on long or busy ways; they change no bit.
+    pub streams: u32,
 }
 
 impl Default for Cluster {
@@ -117,6 +120,7 @@ impl Default for Cluster {
             drain_below: 0.0,
             reduction: Reduction::Exact,
             fraction_bits: 40,
+            streams: 1,
         }
     }
 }

@@ -16,6 +16,8 @@ const MAX_COUNT: u64 = 1 << 40;
 const MAX_STEP_TOKENS: u64 = 1 << 40;
 /// Far above the slots of any step that these could share.
 const MAX_WORKERS: u32 = 4096;
+/// As many as there are buckets of a gradient at most, so that more would be idle.
+const MAX_STREAMS: u32 = 16;
 /// A longer silence than a day is no time-out.
 const MAX_TIMEOUT: f64 = 86_400.0;
 /// No machine has as much, and in bytes it fits 64 bits.
@@ -110,6 +112,12 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
         (16..=52).contains(&bits),
         "cluster.fraction_bits",
         "must be between 16 and 52, not {bits}: fewer lose small gradients, more overflow large ones"
+    );
+    let streams = cluster.streams;
+    require!(
+        (1..=MAX_STREAMS).contains(&streams),
+        "cluster.streams",
+        "must be between 1 and {MAX_STREAMS}, not {streams}"
     );
     let memory = spec.compute.memory_gib;
     require!(

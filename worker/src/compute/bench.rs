@@ -302,12 +302,12 @@ impl Bench {
             // How far the bad slots were added depends on who computed them.
             reduced.clear_gradient();
         }
-        let digest = Digest::of(reduced.as_bytes());
         let mut gradient = match self.prepared.take() {
             Some(old) => old.gradient,
             None => vec![0.0; parameters],
         };
-        reduced.mean(f64::from(stage.slots), &mut gradient);
+        let divisor = f64::from(stage.slots);
+        let digest = self.engine.run(|| reduced.settle(divisor, &mut gradient));
         let norm = self.engine.norm(&gradient);
         if skip {
             gradient.fill(f32::NAN);

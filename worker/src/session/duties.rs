@@ -52,6 +52,10 @@ pub trait Duties: Send + Sync + 'static {
     /// What is told to the next coordinator of the time with the last one.
     fn memory(&self) -> &Memory;
 
+    /// The next coordinator has this spec, in which what does not decide the weights may have
+    /// changed: how many streams a ring has, which all its ranks must agree on.
+    fn welcomed_back(&self, _spec: &Spec) {}
+
     /// The worker is at this moment, which a test may want to know.
     fn at(&self, _moment: Moment) {}
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,8 @@ use super::memory::Memory;
 use crate::audit::Audit;
 use crate::compute::{Bench, Compute, ComputeError};
 use crate::feed::Feed;
-use crate::reduce::Collective;
 use crate::reduce::tcp::{Peer, Peers, Ring};
+use crate::reduce::{Collective, Reduced};
 use crate::state::{self, Part, StateError};
 use crate::transfer::{self, FetchError, Item};
 use crate::{Moment, Moments, WorkerError};
@@ -54,6 +54,8 @@ pub(crate) struct Work {
     pub(crate) store: Store,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) peers: Peers,
+    /// Of the next ring, to each neighbour.
+    pub(crate) streams: AtomicU32,
     /// From whom the held state was fetched: they have the updates that it lacks.
     pub(crate) sources: Mutex<Vec<Peer>>,
     pub(crate) memory: Memory,
@@ -240,6 +242,10 @@ impl Duties for Work {
         &self.memory
     }
 
+    fn welcomed_back(&self, spec: &Spec) {
+        self.streams.store(spec.cluster.streams, Ordering::Relaxed);
+    }
+
     fn at(&self, moment: Moment) {
         self.moments.at(moment);
     }
@@ -252,8 +258,10 @@ impl Duties for Work {
 
     async fn form(&self, membership: &Membership) -> Result<(Collective, Ready), Failure> {
         let Membership { ring, rank, members, step } = membership;
+        let streams = self.streams.load(Ordering::Relaxed);
         let ring_formed = async {
-            Ok::<_, Failure>(Ring::form(&self.peers, *ring, *rank, members, FORM_TIME).await?)
+            let formed = Ring::form(&self.peers, *ring, *rank, members, streams, FORM_TIME);
+            Ok::<_, Failure>(formed.await?)
         };
         let (collective, digest) = tokio::try_join!(ring_formed, self.reach(*step))?;
         if let Some(audit) = &self.audit {
@@ -284,12 +292,14 @@ impl Duties for Work {
         let contribution = computed.await??;
 
         let start = Instant::now();
-        let mut sums = contribution.sums;
+        let ready = contribution.sums.all_ready();
         let span = tracing::info_span!("reduce", world = collective.world());
-        let under_way = || self.moments.at(Moment::Reduce(step));
+        let moments = self.moments.clone();
+        let under_way = move || moments.at(Moment::Reduce(step));
         let reduced = async {
-            let blocked = collective.all_reduce_watched(step.0, &mut sums, &under_way).await?;
-            Ok::<_, Failure>((blocked, start.elapsed().as_secs_f64()))
+            let reduced = collective.all_reduce_as_ready(step.0, ready, under_way).await?;
+            let Reduced { sums, blocked } = reduced.expect("the buckets of sums are complete");
+            Ok::<_, Failure>((sums, blocked, start.elapsed().as_secs_f64()))
         };
         let audited = async {
             if let Some(audit) = &self.audit {
@@ -297,7 +307,7 @@ impl Duties for Work {
             }
             Ok(())
         };
-        let ((blocked, reduce), ()) = tokio::try_join!(reduced.instrument(span), audited)?;
+        let ((sums, blocked, reduce), ()) = tokio::try_join!(reduced.instrument(span), audited)?;
 
         let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;
         Ok(Prepared {

@@ -44,12 +44,12 @@ struct Times {
 }
 
 pub(super) async fn run(args: ReduceBench) -> Result<Value> {
-    let ReduceBench { workers, bytes, reduction, rounds } = args;
+    let ReduceBench { workers, bytes, reduction, streams, rounds } = args;
     let elements = usize::try_from(bytes)? / size_of::<f32>();
     // On a grid that fixed point and floats hold exactly, so that no sum is rounded.
     let values: Vec<f32> = (0..elements).map(|index| ((index % 8191) as f32) / 4096.0).collect();
     let mut means = vec![0.0; elements];
-    let mut members = ring(workers).await?;
+    let mut members = ring(workers, streams).await?;
     let kinds = match reduction {
         Some(reduction) => vec![reduction.into()],
         None => vec![Reduction::Exact, Reduction::Fast],
@@ -67,7 +67,7 @@ pub(super) async fn run(args: ReduceBench) -> Result<Value> {
                 let start = Instant::now();
                 sums.mean(f64::from(workers), &mut means);
                 mean = start.elapsed().as_secs_f64();
-                times.bytes = sums.as_bytes().len();
+                times.bytes = sums.bytes();
                 // All ranks had the same values.
                 ensure!(means == values, "the mean over the ranks is not what each of them had");
             }
@@ -82,6 +82,7 @@ pub(super) async fn run(args: ReduceBench) -> Result<Value> {
     let mut figures = json!({
         "bench": "reduce",
         "workers": workers,
+        "streams": streams,
         "bytes": elements * size_of::<f32>(),
         "rounds": rounds,
         "bus_formula": "2 (workers - 1) / workers * bytes / seconds, each rank's sending and receiving",
@@ -122,7 +123,7 @@ impl Times {
 }
 
 /// Forms a ring whose ranks are all here.
-async fn ring(workers: u32) -> Result<Vec<Member>> {
+async fn ring(workers: u32, streams: u32) -> Result<Vec<Member>> {
     let id = RingId { incarnation: Incarnation(1), generation: Generation(1) };
     let (mut peers, mut all) = (Vec::new(), Vec::new());
     for rank in (0..workers).map(Rank) {
@@ -135,7 +136,7 @@ async fn ring(workers: u32) -> Result<Vec<Member>> {
     for (rank, own) in all {
         let peers = peers.clone();
         forming.spawn(async move {
-            let collective = Ring::form(&own, id, rank, &peers, FORM_TIME).await?;
+            let collective = Ring::form(&own, id, rank, &peers, streams, FORM_TIME).await?;
             anyhow::Ok(Member { collective, sums: None, _peers: own })
         });
     }
@@ -165,8 +166,8 @@ async fn reduce(members: &mut Vec<Member>, tag: u64) -> Result<Duration> {
     let start = Instant::now();
     for mut member in members.drain(..) {
         running.spawn(async move {
-            let sums = member.sums.as_mut().context("a rank has no sums")?;
-            member.collective.all_reduce(tag, sums).await?;
+            let sums = member.sums.take().context("a rank has no sums")?;
+            member.sums = Some(member.collective.all_reduce(tag, sums).await?.sums);
             anyhow::Ok(member)
         });
     }

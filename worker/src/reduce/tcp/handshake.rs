@@ -12,7 +12,7 @@ use super::RingId;
 const _: () = assert!(cfg!(target_endian = "little"));
 
 const MAGIC: [u8; 8] = *b"looptrng";
-const HELLO_BYTES: usize = 8 + 4 + 4 + 32 + 8 + 8 + 4;
+const HELLO_BYTES: usize = 8 + 4 + 4 + 32 + 8 + 8 + 4 + 4;
 
 const PURPOSE_RING: u32 = 1;
 const PURPOSE_STATE: u32 = 2;
@@ -27,8 +27,8 @@ pub(super) struct Hello {
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To be the link from the rank before.
-    Ring { id: RingId, sender: Rank },
+    /// To be one of the streams from the rank before.
+    Ring { id: RingId, sender: Rank, stream: u32 },
     /// To fetch training state.
     State,
 }
@@ -55,9 +55,9 @@ pub(super) enum Greeting {
 
 impl Hello {
     fn to_bytes(self) -> [u8; HELLO_BYTES] {
-        let (purpose, ring, sender) = match self.purpose {
-            Purpose::Ring { id, sender } => (PURPOSE_RING, id, sender),
-            Purpose::State => (PURPOSE_STATE, RingId::default(), Rank::default()),
+        let (purpose, ring, sender, number) = match self.purpose {
+            Purpose::Ring { id, sender, stream } => (PURPOSE_RING, id, sender, stream),
+            Purpose::State => (PURPOSE_STATE, RingId::default(), Rank::default(), 0),
         };
         let mut bytes = [0; HELLO_BYTES];
         let mut rest = bytes.as_mut_slice();
@@ -69,6 +69,7 @@ impl Hello {
             &ring.incarnation.0.to_le_bytes(),
             &ring.generation.0.to_le_bytes(),
             &sender.0.to_le_bytes(),
+            &number.to_le_bytes(),
         ] {
             let (place, behind) = rest.split_at_mut(field.len());
             place.copy_from_slice(field);
@@ -98,8 +99,10 @@ impl Hello {
         let incarnation = Incarnation(stream.read_u64_le().await?);
         let generation = Generation(stream.read_u64_le().await?);
         let sender = Rank(stream.read_u32_le().await?);
+        let number = stream.read_u32_le().await?;
+        let id = RingId { incarnation, generation };
         let purpose = match purpose {
-            PURPOSE_RING => Purpose::Ring { id: RingId { incarnation, generation }, sender },
+            PURPOSE_RING => Purpose::Ring { id, sender, stream: number },
             PURPOSE_STATE => Purpose::State,
             _ => return Ok(Greeting::OtherVersion),
         };
@@ -148,7 +151,7 @@ mod tests {
     #[tokio::test]
     async fn a_hello_and_every_answer_survive_the_wire() {
         let ring = RingId { incarnation: Incarnation(3), generation: Generation(u64::MAX) };
-        for purpose in [Purpose::Ring { id: ring, sender: Rank(7) }, Purpose::State] {
+        for purpose in [Purpose::Ring { id: ring, sender: Rank(7), stream: 3 }, Purpose::State] {
             let hello = Hello { run: Digest::of(b"run"), purpose };
             let bytes = hello.to_bytes();
             let received = Hello::receive(&mut bytes.as_slice()).await.unwrap();

@@ -1,8 +1,9 @@
 //! Ring all-reduce over TCP.
 //!
 //! Each worker owns one [`PeerListener`]; on a new generation it connects to the rank after it and
-//! accepts the rank before it ([`Ring::form`]). A connection says first whom it comes from and for
-//! which [`RingId`]: a connection for an older ring than the wanted one is refused, one for a newer
+//! accepts the rank before it ([`Ring::form`]), as often as a ring has streams; all ranks have the
+//! number from the same spec. A connection says first whom it comes from, for which [`RingId`], and
+//! which stream it is: a connection for an older ring than the wanted one is refused, one for a newer
 //! ring waits until this worker hears of that ring too. Nothing here has a time-out of its own once
 //! the ring stands: a dead neighbour breaks the connection, a silent one is the coordinator's
 //! business, which sends a new generation, on which the session drops the ring in mid-flight. A

@@ -22,7 +22,8 @@ use super::{Peer, PeerError, RingId};
 /// A stranger who says nothing for this long is hung up on.
 const GREETING_TIME: Duration = Duration::from_secs(5);
 
-/// Connections that may be in their greeting at once, and those that may wait for their ring.
+/// Connections that may be in their greeting at once, and those that may wait for their ring: four
+/// rings of the most streams. Who finds no room tries again.
 const MAX_CONNECTIONS: usize = 64;
 
 /// Pause between two attempts to reach a peer.
@@ -90,8 +91,8 @@ struct Lobby {
 struct State {
     /// Connections of older rings are refused.
     wanted: RingId,
-    /// Greeted and not yet taken.
-    parked: BTreeMap<(RingId, Rank), TcpStream>,
+    /// Greeted and not yet taken, by ring, sender and number of the stream.
+    parked: BTreeMap<(RingId, Rank, u32), TcpStream>,
 }
 
 impl Lobby {
@@ -141,12 +142,12 @@ impl Lobby {
                 place.send(stream);
                 Ok(())
             }
-            Ok(Hello { purpose: Purpose::Ring { id, sender }, .. }) => {
+            Ok(Hello { purpose: Purpose::Ring { id, sender, stream: number }, .. }) => {
                 Answer::Accepted.send(&mut stream).await?;
                 let mut state = self.state();
                 // The wanted ring may have moved on while the answer was sent.
                 if id >= state.wanted {
-                    state.parked.insert((id, sender), stream);
+                    state.parked.insert((id, sender, number), stream);
                     drop(state);
                     self.arrived.notify_waiters();
                 }
@@ -190,24 +191,26 @@ impl Peers {
         let mut state = self.lobby.state();
         state.wanted = state.wanted.max(ring);
         let wanted = state.wanted;
-        state.parked.retain(|(parked, _), _| *parked >= wanted);
+        state.parked.retain(|(parked, ..), _| *parked >= wanted);
     }
 
-    /// Waits until `peer` has connected for `ring`.
+    /// Waits until `peer` has connected for this stream of `ring`.
     pub(super) async fn accept(
         &self,
         ring: RingId,
+        stream: u32,
         peer: &Peer,
         within: Duration,
     ) -> Result<TcpStream, PeerError> {
+        let key = (ring, peer.rank, stream);
         let arrival = async {
             loop {
                 let arrived = self.lobby.arrived.notified();
                 tokio::pin!(arrived);
                 // Enabled before the look, so that an arrival between look and wait is not missed.
                 arrived.as_mut().enable();
-                if let Some(stream) = self.lobby.state().parked.remove(&(ring, peer.rank)) {
-                    return stream;
+                if let Some(connection) = self.lobby.state().parked.remove(&key) {
+                    return connection;
                 }
                 arrived.await;
             }
@@ -217,15 +220,17 @@ impl Peers {
             .map_err(|_| PeerError::Absent { peer: peer.clone(), seconds: within.as_secs_f64() })
     }
 
-    /// Connects to `peer` for `ring`, again and again until it answers or the time is over.
+    /// Connects to `peer` for this stream of `ring`, again and again until it answers or the time
+    /// is over.
     pub(super) async fn connect(
         &self,
         ring: RingId,
+        stream: u32,
         own_rank: Rank,
         peer: &Peer,
         within: Duration,
     ) -> Result<TcpStream, PeerError> {
-        self.dial(Purpose::Ring { id: ring, sender: own_rank }, peer, within).await
+        self.dial(Purpose::Ring { id: ring, sender: own_rank, stream }, peer, within).await
     }
 
     /// Connects to `peer` to fetch training state from it.
@@ -321,7 +326,7 @@ mod tests {
         let (there, address) = peers("run").await;
         let (here, _) = peers("run").await;
         there.advance(ring(5));
-        let error = here.connect(ring(4), Rank(0), &peer(1, address), SOON).await.unwrap_err();
+        let error = here.connect(ring(4), 0, Rank(0), &peer(1, address), SOON).await.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, PeerError::Refused { .. }), "{text}");
         assert!(text.contains("rank 1 (w1 at") && text.contains("generation 5"), "{text}");
@@ -332,20 +337,39 @@ mod tests {
         let (there, address) = peers("run").await;
         let (here, own) = peers("run").await;
         there.advance(ring(1));
-        let mut out = here.connect(ring(3), Rank(0), &peer(1, address), SOON).await.unwrap();
-        let absent = there.accept(ring(2), &peer(0, own), SHORT).await.unwrap_err();
+        let mut out = here.connect(ring(3), 0, Rank(0), &peer(1, address), SOON).await.unwrap();
+        let absent = there.accept(ring(2), 0, &peer(0, own), SHORT).await.unwrap_err();
         assert!(matches!(absent, PeerError::Absent { .. }), "{absent}");
         there.advance(ring(3));
-        let mut taken = there.accept(ring(3), &peer(0, own), SOON).await.unwrap();
+        let mut taken = there.accept(ring(3), 0, &peer(0, own), SOON).await.unwrap();
         out.write_all(b"x").await.unwrap();
         assert_eq!(taken.read_u8().await.unwrap(), b'x');
+    }
+
+    #[tokio::test]
+    async fn the_streams_of_a_peer_are_told_apart() {
+        let (there, address) = peers("run").await;
+        let (here, own) = peers("run").await;
+        let mut outs = Vec::new();
+        for stream in [2, 0, 1] {
+            let peer = peer(1, address);
+            outs.push((stream, here.connect(ring(1), stream, Rank(0), &peer, SOON).await.unwrap()));
+        }
+        for (stream, out) in &mut outs {
+            out.write_all(&[*stream as u8]).await.unwrap();
+        }
+        for stream in 0..3 {
+            let mut taken = there.accept(ring(1), stream, &peer(0, own), SOON).await.unwrap();
+            assert_eq!(u32::from(taken.read_u8().await.unwrap()), stream);
+        }
+        assert!(there.accept(ring(1), 3, &peer(0, own), SHORT).await.is_err());
     }
 
     #[tokio::test]
     async fn a_waiting_connection_is_closed_when_its_generation_is_passed_over() {
         let (there, address) = peers("run").await;
         let (here, _) = peers("run").await;
-        let mut out = here.connect(ring(1), Rank(0), &peer(1, address), SOON).await.unwrap();
+        let mut out = here.connect(ring(1), 0, Rank(0), &peer(1, address), SOON).await.unwrap();
         // The answer may arrive a moment before the connection is parked.
         while there.lobby.state().parked.is_empty() {
             tokio::task::yield_now().await;
@@ -358,7 +382,7 @@ mod tests {
     async fn a_worker_of_another_run_is_refused() {
         let (_there, address) = peers("one").await;
         let (here, _) = peers("two").await;
-        let error = here.connect(ring(1), Rank(0), &peer(1, address), SOON).await.unwrap_err();
+        let error = here.connect(ring(1), 0, Rank(0), &peer(1, address), SOON).await.unwrap_err();
         assert!(error.to_string().contains("another run"), "{error}");
     }
 
@@ -369,7 +393,7 @@ mod tests {
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = socket.local_addr().unwrap();
         let (here, _) = peers("run").await;
-        let error = here.connect(ring(1), Rank(0), &peer(3, address), SHORT).await.unwrap_err();
+        let error = here.connect(ring(1), 0, Rank(0), &peer(3, address), SHORT).await.unwrap_err();
         assert!(matches!(error, PeerError::Connect { .. }), "{error}");
         assert!(error.to_string().contains("rank 3 (w3"), "{error}");
     }
@@ -381,7 +405,7 @@ mod tests {
         let mut stranger = TcpStream::connect(address).await.unwrap();
         stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
         let _silent = TcpStream::connect(address).await.unwrap();
-        let _out = here.connect(ring(1), Rank(0), &peer(1, address), SOON).await.unwrap();
-        assert!(there.accept(ring(1), &peer(0, own), SOON).await.is_ok());
+        let _out = here.connect(ring(1), 0, Rank(0), &peer(1, address), SOON).await.unwrap();
+        assert!(there.accept(ring(1), 0, &peer(0, own), SOON).await.is_ok());
     }
 }

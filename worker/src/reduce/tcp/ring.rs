@@ -1,15 +1,26 @@
-//! A formed ring: a connection from the rank before, one to the rank after.
+//! A formed ring: connections from the rank before, and as many to the rank after.
+//!
+//! A pair of them is a stream. Bucket `b` goes through stream `b` modulo their number on every rank,
+//! so that no order has to be agreed upon; each stream is a task of its own, which reduces its
+//! buckets one after the other. Where a step's order of additions matters, it is that within a
+//! bucket: the number of streams changes no bit.
 
 use std::future::poll_fn;
+use std::sync::{Arc, Once};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::future::try_join_all;
 use looptrain_proto::Rank;
 use socket2::SockRef;
+use tokio::io::ReadBuf;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
 
-use super::transfer::{Failure, Header, Transfer};
+use super::transfer::{self, Failure, Header, Transfer};
 use super::{Peer, PeerError, Peers, RingId};
-use crate::reduce::{Collective, Sums};
+use crate::reduce::{Bucket, Collective, Reduced, Sums};
 
 /// Words received at a time: 64 KiB, small enough to stay in a near cache between the read and the
 /// addition.
@@ -23,24 +34,48 @@ const SEND_BUFFER_WITHIN_A_MACHINE: usize = 64 << 10;
 /// This worker's place in a ring of two or more.
 #[derive(Debug)]
 pub struct Ring {
-    rank: usize,
-    world: usize,
-    previous: Link,
-    next: Link,
-    scratch: Vec<i64>,
-    /// Set while an operation runs: one that fails or is dropped leaves bytes behind.
-    spent: bool,
+    place: Arc<Place>,
+    /// By number; empty while an operation runs and when one has failed or was dropped, for that
+    /// leaves bytes behind.
+    streams: Vec<Stream>,
 }
 
 #[derive(Debug)]
-struct Link {
-    peer: Peer,
-    stream: TcpStream,
+struct Place {
+    rank: usize,
+    world: usize,
+    previous: Peer,
+    next: Peer,
+    streams: usize,
+}
+
+/// One of the ways around the ring.
+#[derive(Debug)]
+struct Stream {
+    number: u32,
+    previous: TcpStream,
+    next: TcpStream,
+    scratch: Vec<i64>,
+}
+
+/// What a stream has done for an all-reduce.
+struct Share {
+    stream: Stream,
+    buckets: Vec<Bucket>,
+    blocked: Duration,
+}
+
+/// Why an all-reduce has no sums.
+enum Stop {
+    /// There are no more buckets to come, and the last one has not come.
+    NoMoreBuckets,
+    Peer(PeerError),
 }
 
 impl Ring {
     /// Forms the ring of one generation: connects to the rank after this one and waits for the
-    /// rank before it. Older rings are given up by this call.
+    /// rank before it, as often as there are `streams`, the same number on all ranks. Older rings
+    /// are given up by this call.
     ///
     /// # Errors
     /// Names the neighbour that could not be reached, refused, or did not come within the time.
@@ -49,6 +84,7 @@ impl Ring {
         id: RingId,
         rank: Rank,
         members: &[Peer],
+        streams: u32,
         within: Duration,
     ) -> Result<Collective, PeerError> {
         let (own, world) = (rank.0 as usize, members.len());
@@ -60,56 +96,165 @@ impl Ring {
             return Ok(Collective::Alone);
         }
         let (previous, next) = (&members[(own + world - 1) % world], &members[(own + 1) % world]);
-        let (incoming, outgoing) = tokio::try_join!(
-            peers.accept(id, previous, within),
-            peers.connect(id, rank, next, within),
-        )?;
-        if is_within_this_machine(&outgoing) {
-            // Without it the sum is the same, and takes longer.
-            let _ = SockRef::from(&outgoing).set_send_buffer_size(SEND_BUFFER_WITHIN_A_MACHINE);
-        }
-        Ok(Collective::Tcp(Box::new(Self {
+        let streams = try_join_all((0..streams.max(1)).map(|number| async move {
+            let (incoming, outgoing) = tokio::try_join!(
+                peers.accept(id, number, previous, within),
+                peers.connect(id, number, rank, next, within),
+            )?;
+            if is_within_this_machine(&outgoing) {
+                // Without it the sum is the same, and takes longer.
+                let _ = SockRef::from(&outgoing).set_send_buffer_size(SEND_BUFFER_WITHIN_A_MACHINE);
+            }
+            let scratch = vec![0; SCRATCH];
+            Ok(Stream { number, previous: incoming, next: outgoing, scratch })
+        }));
+        let streams = streams.await?;
+        let place = Place {
             rank: own,
             world,
-            previous: Link { peer: previous.clone(), stream: incoming },
-            next: Link { peer: next.clone(), stream: outgoing },
-            scratch: vec![0; SCRATCH],
-            spent: false,
-        })))
+            previous: previous.clone(),
+            next: next.clone(),
+            streams: streams.len(),
+        };
+        Ok(Collective::Tcp(Box::new(Self { place: Arc::new(place), streams })))
     }
 
     pub(crate) fn world(&self) -> usize {
-        self.world
+        self.place.world
     }
 
-    /// See [`Collective::all_reduce_watched`].
+    /// See [`Collective::all_reduce_as_ready`].
     pub(crate) async fn all_reduce(
         &mut self,
         tag: u64,
-        sums: &mut Sums,
-        under_way: &(dyn Fn() + Sync),
-    ) -> Result<Duration, PeerError> {
-        if std::mem::replace(&mut self.spent, true) {
+        ready: UnboundedReceiver<Bucket>,
+        under_way: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Option<Reduced>, PeerError> {
+        let streams = std::mem::take(&mut self.streams);
+        if streams.is_empty() {
             return Err(PeerError::Spent);
         }
-        let Self { rank, world, previous, next, scratch, .. } = self;
-        let words = sums.words_mut();
-        let mut transfer = Transfer::new(*rank, *world, tag, words, scratch).watched(under_way);
-        let ours = transfer.header();
-        poll_fn(|cx| transfer.poll(cx, &mut previous.stream, &mut next.stream)).await.map_err(
-            |failure| match failure {
-                Failure::Previous(error) => PeerError::Lost { peer: previous.peer.clone(), error },
-                Failure::Next(error) => PeerError::Lost { peer: next.peer.clone(), error },
-                Failure::Mismatch(theirs) => PeerError::Mismatch {
-                    peer: previous.peer.clone(),
-                    theirs: theirs.map_or_else(|| "something unknown".into(), describe),
-                    ours: describe(ours),
-                },
-            },
-        )?;
-        let blocked = transfer.blocked();
-        self.spent = false;
-        Ok(blocked)
+        let first = Once::new();
+        let under_way: Arc<dyn Fn() + Send + Sync> = Arc::new(move || first.call_once(&under_way));
+        let (mut running, mut ways) = (JoinSet::new(), Vec::new());
+        for stream in streams {
+            let (way, buckets) = unbounded_channel();
+            ways.push(way);
+            let place = Arc::clone(&self.place);
+            running.spawn(stream.reduce(place, tag, buckets, Arc::clone(&under_way)));
+        }
+        let handed_out = async { hand_out(ready, ways).await.ok_or(Stop::NoMoreBuckets) };
+        let reduced = async {
+            let mut shares = Vec::new();
+            while let Some(share) = running.join_next().await {
+                let share = share.unwrap_or_else(|error| {
+                    // Nobody aborts it while it is waited for.
+                    std::panic::resume_unwind(error.into_panic())
+                });
+                shares.push(share.map_err(Stop::Peer)?);
+            }
+            Ok(shares)
+        };
+        let shares = match tokio::try_join!(handed_out, reduced) {
+            Ok(((), shares)) => shares,
+            Err(Stop::NoMoreBuckets) => return Ok(None),
+            Err(Stop::Peer(error)) => return Err(error),
+        };
+        let (mut buckets, mut blocked) = (Vec::new(), Duration::ZERO);
+        for share in shares {
+            buckets.extend(share.buckets);
+            blocked = blocked.max(share.blocked);
+            self.streams.push(share.stream);
+        }
+        self.streams.sort_unstable_by_key(|stream| stream.number);
+        Ok(Sums::from_buckets(buckets).map(|sums| Reduced { sums, blocked }))
+    }
+}
+
+/// Gives each stream its buckets, as soon as they are there; none when there are no more before the
+/// last.
+async fn hand_out(
+    mut ready: UnboundedReceiver<Bucket>,
+    mut ways: Vec<UnboundedSender<Bucket>>,
+) -> Option<()> {
+    let streams = ways.len();
+    loop {
+        let bucket = ready.recv().await?;
+        let last = bucket.is_last_of(1);
+        // Streams that have nothing to do end, before a neighbour that is done can go away.
+        ways.truncate(bucket.cut.buckets);
+        if let Some(way) = ways.get(bucket.number() % streams) {
+            // A stream that has failed takes no more, and says why.
+            let _ = way.send(bucket);
+        }
+        if last {
+            return Some(());
+        }
+    }
+}
+
+impl Stream {
+    /// Reduces the buckets of this stream, in the order in which all ranks have them.
+    async fn reduce(
+        mut self,
+        place: Arc<Place>,
+        tag: u64,
+        mut ready: UnboundedReceiver<Bucket>,
+        under_way: Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<Share, PeerError> {
+        let (mut buckets, mut blocked, mut last) = (Vec::new(), Duration::ZERO, false);
+        while !last {
+            let next = poll_fn(|cx| self.poll_bucket(cx, &mut ready)).await;
+            let Some(mut bucket) = next.map_err(|failure| place.error(failure))? else { break };
+            let Self { previous, next, scratch, .. } = &mut self;
+            let (seat, operation) = ((place.rank, place.world), (tag, bucket.number()));
+            let mut transfer =
+                Transfer::new(seat, operation, bucket.words_mut(), scratch).watched(&*under_way);
+            let done = poll_fn(|cx| transfer.poll(cx, previous, next)).await;
+            done.map_err(|failure| place.error(failure))?;
+            blocked += transfer.blocked();
+            last = bucket.is_last_of(place.streams);
+            buckets.push(bucket);
+        }
+        Ok(Share { stream: self, buckets, blocked })
+    }
+
+    /// The next bucket to reduce; none when no more come. Meanwhile notices that a neighbour is gone,
+    /// the previous one unless it has sent something already.
+    fn poll_bucket(
+        &mut self,
+        cx: &mut Context<'_>,
+        ready: &mut UnboundedReceiver<Bucket>,
+    ) -> Poll<Result<Option<Bucket>, Failure>> {
+        if let Poll::Ready(bucket) = ready.poll_recv(cx) {
+            return Poll::Ready(Ok(bucket));
+        }
+        transfer::watch(cx, &mut self.next).map_err(Failure::Next)?;
+        match self.previous.poll_peek(cx, &mut ReadBuf::new(&mut [0])) {
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(Failure::Previous(transfer::closed()))),
+            Poll::Ready(Err(error)) => Poll::Ready(Err(Failure::Previous(error))),
+            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl Place {
+    fn error(&self, failure: Failure) -> PeerError {
+        match failure {
+            Failure::Previous(error) => PeerError::Lost { peer: self.previous.clone(), error },
+            Failure::Next(error) => PeerError::Lost { peer: self.next.clone(), error },
+            Failure::Mismatch { theirs, ours } => {
+                let other_bucket = theirs.is_some_and(|theirs| theirs.bucket != ours.bucket);
+                PeerError::Mismatch {
+                    peer: self.previous.clone(),
+                    theirs: theirs.map_or_else(
+                        || "something unknown".into(),
+                        |theirs| describe(theirs, other_bucket),
+                    ),
+                    ours: describe(ours, other_bucket),
+                }
+            }
+        }
     }
 }
 
@@ -121,18 +266,24 @@ fn is_within_this_machine(stream: &TcpStream) -> bool {
     }
 }
 
-fn describe(header: Header) -> String {
-    let Header { tag, pairs, integers } = header;
-    match pairs {
-        0 => format!("{integers} integers of step {tag}"),
-        _ => format!("{pairs} pairs of floats and {integers} integers of step {tag}"),
+fn describe(header: Header, with_bucket: bool) -> String {
+    let Header { tag, bucket, pairs, integers } = header;
+    let what = match pairs {
+        0 => format!("{integers} integers"),
+        _ => format!("{pairs} pairs of floats and {integers} integers"),
+    };
+    match with_bucket {
+        true => format!("{what} in bucket {bucket} of step {tag}"),
+        false => format!("{what} of step {tag}"),
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use futures::future::{join_all, try_join_all};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures::future::join_all;
     use looptrain_proto::spec::Reduction;
     use looptrain_proto::{Digest, Generation, Incarnation};
     use proptest::prelude::*;
@@ -140,6 +291,7 @@ mod tests {
     use super::super::PeerListener;
     use super::*;
     use crate::reduce::Arithmetic;
+    use crate::reduce::bucket::Cut;
 
     /// Nothing here takes nearly this long, however busy the machine is.
     const SOON: Duration = Duration::from_secs(45);
@@ -163,8 +315,17 @@ mod tests {
     }
 
     async fn form(peers: &[Peers], members: &[Peer], generation: u64) -> Vec<Collective> {
+        streamed(peers, members, generation, 2).await
+    }
+
+    async fn streamed(
+        peers: &[Peers],
+        members: &[Peer],
+        generation: u64,
+        streams: u32,
+    ) -> Vec<Collective> {
         try_join_all(peers.iter().enumerate().map(|(rank, peers)| {
-            Ring::form(peers, id(generation), Rank(rank as u32), members, SOON)
+            Ring::form(peers, id(generation), Rank(rank as u32), members, streams, SOON)
         }))
         .await
         .unwrap()
@@ -192,8 +353,8 @@ mod tests {
 
     async fn reduce(rings: &mut [Collective], tag: u64, elements: usize) -> Vec<Vec<i64>> {
         try_join_all(rings.iter_mut().enumerate().map(|(rank, ring)| async move {
-            let mut sums = integers(&values(rank, elements));
-            ring.all_reduce(tag, &mut sums).await.map(|_| sums.integers().to_vec())
+            let reduced = ring.all_reduce(tag, integers(&values(rank, elements))).await;
+            reduced.map(|reduced| reduced.sums.integers().to_vec())
         }))
         .await
         .unwrap()
@@ -210,6 +371,174 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Sums in so many buckets, of values of many magnitudes, so that the order of additions shows in
+    /// the last bits of fast ones; an element is a multiple of 2^-20.
+    fn bucketed(reduction: Reduction, rank: usize, elements: usize, buckets: usize) -> Sums {
+        let arithmetic = Arithmetic::new(reduction, 40, 8);
+        let mut sums = Sums::cut(Cut::with_buckets(arithmetic, elements, 2, buckets), None);
+        sums.add(&gradient(rank, elements)).unwrap();
+        sums.integers_mut().copy_from_slice(&[1 << 60, -(rank as i64)]);
+        sums
+    }
+
+    fn gradient(rank: usize, elements: usize) -> Vec<f32> {
+        let value = |i: usize| ((i * 7919 + rank * 104_729) % 16_384) as f32 - 8000.0;
+        (0..elements).map(|i| value(i) * 2f32.powi(-((i + rank) as i32 % 20) - 6)).collect()
+    }
+
+    /// All ranks reduce such sums; what each has then.
+    async fn reduce_bucketed(
+        rings: &mut [Collective],
+        reduction: Reduction,
+        elements: usize,
+        buckets: usize,
+    ) -> Vec<Sums> {
+        try_join_all(rings.iter_mut().enumerate().map(|(rank, ring)| async move {
+            let own = bucketed(reduction, rank, elements, buckets);
+            ring.all_reduce(9, own).await.map(|reduced| reduced.sums)
+        }))
+        .await
+        .unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn any_number_of_streams_gives_all_ranks_the_same_bits_of_all_buckets() {
+        for world in 1..=5 {
+            for reduction in [Reduction::Exact, Reduction::Fast] {
+                for (elements, buckets) in [(7, 3), (50_001, 5), (50_001, 16)] {
+                    let mut all: Vec<Sums> = Vec::new();
+                    for streams in [1, 2, 3, 16] {
+                        let (peers, members) = listeners(world).await;
+                        let mut rings = streamed(&peers, &members, 1, streams).await;
+                        // Twice over the same connections.
+                        for _ in 0..2 {
+                            let reduced =
+                                reduce_bucketed(&mut rings, reduction, elements, buckets).await;
+                            all.extend(reduced);
+                        }
+                    }
+                    assert!(all.iter().all(|sums| *sums == all[0]), "{world} ranks");
+                    let mut whole = bucketed(reduction, 0, elements, buckets);
+                    for rank in 1..world {
+                        whole.add(&gradient(rank, elements)).unwrap();
+                        let integers = [1i64 << 60, -(rank as i64)];
+                        let sums = whole.integers_mut().iter_mut().zip(integers);
+                        sums.for_each(|(sum, value)| *sum = sum.wrapping_add(value));
+                    }
+                    if reduction == Reduction::Exact {
+                        assert!(all[0] == whole, "{world} ranks");
+                    }
+                    let (mut found, mut expected) = (vec![0.0; elements], vec![0.0; elements]);
+                    all[0].mean(1.0, &mut found);
+                    whole.mean(1.0, &mut expected);
+                    let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-3;
+                    assert!(found.iter().zip(&expected).all(near), "{world} ranks");
+                    assert_eq!(all[0].integers(), whole.integers());
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn buckets_go_round_as_they_become_ready() {
+        let (peers, members) = listeners(2).await;
+        let mut rings = form(&peers, &members, 1).await;
+        let [first, second] = rings.as_mut_slice() else { panic!() };
+        let sums = |rank| bucketed(Reduction::Exact, rank, 10_001, 5);
+        let (early, late) = (sums(0).all_ready(), sums(1).into_buckets());
+        let (ready, buckets) = unbounded_channel();
+        let told = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&told);
+        let one = first.all_reduce_as_ready(3, early, move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+        });
+        let two = second.all_reduce_as_ready(3, buckets, || {});
+        let give = async {
+            for bucket in late {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                ready.send(bucket).unwrap();
+            }
+            // Who gives them may stay.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        let (one, two, ()) = tokio::join!(one, two, give);
+        let (one, two) = (one.unwrap().unwrap(), two.unwrap().unwrap());
+        assert!(one.sums == two.sums && one.sums.integers() == [1 << 61, -1]);
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn no_more_buckets_before_the_last_give_no_sums_and_end_it_for_the_others() {
+        let (peers, members) = listeners(2).await;
+        let mut rings = form(&peers, &members, 1).await;
+        let mut second = rings.pop().unwrap();
+        let sums = |rank| bucketed(Reduction::Exact, rank, 10_001, 5);
+        let other = tokio::spawn(async move { second.all_reduce(1, sums(1)).await });
+        let (ready, buckets) = unbounded_channel();
+        sums(0).into_buckets().into_iter().take(3).for_each(|bucket| ready.send(bucket).unwrap());
+        drop(ready);
+        let mut first = rings.pop().unwrap();
+        assert!(first.all_reduce_as_ready(1, buckets, || {}).await.unwrap().is_none());
+        let error = tokio::time::timeout(SOON, other).await.unwrap().unwrap().unwrap_err();
+        assert!(error.to_string().contains("lost rank 0"), "{error}");
+        assert!(matches!(first.all_reduce(2, sums(0)).await, Err(PeerError::Spent)));
+        let (ready, buckets) = unbounded_channel();
+        drop(ready);
+        let mut alone = Collective::Alone;
+        assert!(alone.all_reduce_as_ready(1, buckets, || {}).await.unwrap().is_none());
+        assert!(alone.all_reduce(2, sums(0)).await.unwrap().sums == sums(0));
+    }
+
+    #[tokio::test]
+    async fn a_rank_that_has_no_bucket_yet_notices_that_a_neighbour_is_gone() {
+        for gone in [1, 2] {
+            let (peers, members) = listeners(3).await;
+            let mut rings = form(&peers, &members, 1).await;
+            let (ready, buckets) = unbounded_channel();
+            drop(rings.remove(gone));
+            let waiting = rings[0].all_reduce_as_ready(1, buckets, || {});
+            let error = tokio::time::timeout(SOON, waiting).await.unwrap().unwrap_err();
+            assert!(error.to_string().contains(&format!("lost rank {gone}")), "{error}");
+            drop(ready);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_breaks_ends_the_operation_on_all_ranks_and_names_the_peer() {
+        let (peers, members) = listeners(3).await;
+        let mut rings = streamed(&peers, &members, 1, 3).await;
+        let Collective::Tcp(ring) = &mut rings[0] else { panic!() };
+        // The last of three streams to rank 1; the others go on.
+        SockRef::from(&ring.streams[2].next).shutdown(std::net::Shutdown::Both).unwrap();
+        let results = join_all(rings.into_iter().enumerate().map(|(rank, mut ring)| async move {
+            ring.all_reduce(1, bucketed(Reduction::Fast, rank, 300_000, 6)).await
+        }));
+        let results = tokio::time::timeout(SOON, results).await.unwrap();
+        let errors: Vec<String> = results.into_iter().map(|r| r.unwrap_err().to_string()).collect();
+        assert!(errors[0].contains("lost rank"), "{}", errors[0]);
+        assert!(errors[1].contains("lost rank"), "{}", errors[1]);
+        assert!(errors[2].contains("lost rank"), "{}", errors[2]);
+        assert!(errors[0].contains("rank 1") || errors[1].contains("rank 0"), "{errors:?}");
+    }
+
+    #[tokio::test]
+    async fn ranks_that_cut_their_sums_otherwise_are_told_the_bucket() {
+        let (peers, members) = listeners(2).await;
+        let mut rings = streamed(&peers, &members, 1, 1).await;
+        let [first, second] = rings.as_mut_slice() else { panic!() };
+        let sums = |buckets| bucketed(Reduction::Exact, 0, 8, buckets);
+        let whole = sums(2);
+        let mut missing = sums(2).into_buckets();
+        let (ready, buckets) = unbounded_channel();
+        ready.send(missing.remove(1)).unwrap();
+        let results =
+            tokio::join!(first.all_reduce(1, whole), second.all_reduce_as_ready(1, buckets, || {}));
+        let text = results.0.unwrap_err().to_string();
+        assert!(text.contains("reduces 6 integers in bucket 1 of step 1"), "{text}");
+        assert!(text.contains("this worker reduces 4 integers in bucket 0 of step 1"), "{text}");
+        assert!(results.1.is_err());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -229,7 +558,7 @@ mod tests {
         drop(rings.remove(2));
         let results = join_all(rings.into_iter().map(|mut ring| async move {
             // Owned here, so that each failure closes the connections to the next neighbours.
-            ring.all_reduce(1, &mut integers(&values(0, 500_000))).await
+            ring.all_reduce(1, integers(&values(0, 500_000))).await
         }));
         // Without a word from rank 2 they would wait for ever.
         let results = tokio::time::timeout(SOON, results).await.unwrap();
@@ -244,8 +573,7 @@ mod tests {
         let mut rings = form(&peers, &members, 1).await;
         // Rank 0 stays connected and idle; rank 2 leaves after rank 1 has sent what it had.
         let mut waiting = rings.remove(1);
-        let task =
-            tokio::spawn(async move { waiting.all_reduce(1, &mut integers(&[1, 2, 3])).await });
+        let task = tokio::spawn(async move { waiting.all_reduce(1, integers(&[1, 2, 3])).await });
         tokio::time::sleep(Duration::from_millis(50)).await;
         drop(rings.remove(1));
         let error = tokio::time::timeout(SOON, task).await.unwrap().unwrap().unwrap_err();
@@ -260,9 +588,9 @@ mod tests {
         let running: Vec<_> = rings
             .into_iter()
             .map(|mut ring| {
-                tokio::spawn(async move {
-                    ring.all_reduce(1, &mut integers(&values(0, 1_000_000))).await
-                })
+                tokio::spawn(
+                    async move { ring.all_reduce(1, integers(&values(0, 1_000_000))).await },
+                )
             })
             .collect();
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -279,14 +607,10 @@ mod tests {
         let (peers, members) = listeners(2).await;
         let mut rings = form(&peers, &members, 1).await;
         {
-            let mut sums = integers(&[1, 2]);
-            let stuck = rings[0].all_reduce(1, &mut sums);
+            let stuck = rings[0].all_reduce(1, integers(&[1, 2]));
             assert!(tokio::time::timeout(Duration::from_millis(20), stuck).await.is_err());
         }
-        assert!(matches!(
-            rings[0].all_reduce(1, &mut integers(&[1, 2])).await,
-            Err(PeerError::Spent)
-        ));
+        assert!(matches!(rings[0].all_reduce(1, integers(&[1, 2])).await, Err(PeerError::Spent)));
     }
 
     #[tokio::test]
@@ -294,8 +618,8 @@ mod tests {
         let (peers, members) = listeners(2).await;
         let mut rings = form(&peers, &members, 1).await;
         let [first, second] = rings.as_mut_slice() else { panic!() };
-        let (mut one, mut two) = (integers(&[1, 2]), integers(&[1, 2]));
-        let results = tokio::join!(first.all_reduce(1, &mut one), second.all_reduce(2, &mut two));
+        let (one, two) = (integers(&[1, 2]), integers(&[1, 2]));
+        let results = tokio::join!(first.all_reduce(1, one), second.all_reduce(2, two));
         let text = results.0.unwrap_err().to_string();
         assert!(
             text.contains("2 integers of step 2") && text.contains("2 integers of step 1"),
@@ -310,9 +634,8 @@ mod tests {
         let mut rings = form(&peers, &members, 1).await;
         let [first, second] = rings.as_mut_slice() else { panic!() };
         let sums = |reduction| Sums::zeroed(Arithmetic::new(reduction, 40, 1), 6, 1, None);
-        let (mut exact, mut fast) = (sums(Reduction::Exact), sums(Reduction::Fast));
-        let results =
-            tokio::join!(first.all_reduce(1, &mut exact), second.all_reduce(1, &mut fast));
+        let (exact, fast) = (sums(Reduction::Exact), sums(Reduction::Fast));
+        let results = tokio::join!(first.all_reduce(1, exact), second.all_reduce(1, fast));
         let text = results.0.unwrap_err().to_string();
         assert!(text.contains("reduces 3 pairs of floats and 1 integers of step 1"), "{text}");
         assert!(text.contains("this worker reduces 7 integers of step 1"), "{text}");
@@ -338,7 +661,7 @@ mod tests {
                         let values: Vec<f32> = (0..elements).map(|i| value(rank, i)).collect();
                         sums.add(&values).unwrap();
                         sums.integers_mut().copy_from_slice(&integers(rank));
-                        ring.all_reduce(tag as u64, &mut sums).await.map(|_| sums)
+                        ring.all_reduce(tag as u64, sums).await.map(|reduced| reduced.sums)
                     }));
                 let reduced = reduced.await.unwrap();
                 let mut found = vec![0.0; elements];
@@ -352,7 +675,7 @@ mod tests {
                 let ranks = (0..world as i64).sum::<i64>();
                 let expected = [(world as i64) << 60, -ranks, 3 * world as i64];
                 assert_eq!(reduced[0].integers(), expected);
-                assert!(reduced.iter().all(|sums| sums.as_bytes() == reduced[0].as_bytes()));
+                assert!(reduced.iter().all(|sums| *sums == reduced[0]));
             }
         }
     }
@@ -360,9 +683,9 @@ mod tests {
     #[tokio::test]
     async fn a_rank_that_is_no_member_forms_nothing() {
         let (peers, members) = listeners(2).await;
-        let error = Ring::form(&peers[0], id(1), Rank(2), &members, SOON).await.unwrap_err();
+        let error = Ring::form(&peers[0], id(1), Rank(2), &members, 1, SOON).await.unwrap_err();
         assert!(matches!(error, PeerError::NoSuchRank { .. }));
-        assert!(Ring::form(&peers[0], id(1), Rank(0), &[], SOON).await.is_err());
+        assert!(Ring::form(&peers[0], id(1), Rank(0), &[], 1, SOON).await.is_err());
     }
 
     /// Sockets that pass a few bytes at a time, so that words are torn at every place.
@@ -381,7 +704,7 @@ mod tests {
                 |(rank, (mut next, mut previous))| async move {
                     let (mut sums, mut scratch) = (words[rank].clone(), vec![0; 3]);
                     let whole = (sums.as_mut_slice(), pairs);
-                    let mut transfer = Transfer::new(rank, world, 1, whole, &mut scratch);
+                    let mut transfer = Transfer::new((rank, world), (1, 0), whole, &mut scratch);
                     poll_fn(|cx| transfer.poll(cx, &mut previous, &mut next)).await.unwrap();
                     sums
                 },

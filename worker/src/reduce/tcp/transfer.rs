@@ -1,6 +1,6 @@
-//! One all-reduce as a pipeline: what may be sent, and what to do with what arrives.
+//! The all-reduce of a bucket as a pipeline: what may be sent, and what to do with what arrives.
 //!
-//! The sums are cut into one segment per rank. In round `r` (of `2 * (world - 1)`) a rank sends
+//! The bucket is cut into one segment per rank. In round `r` (of `2 * (world - 1)`) a rank sends
 //! segment `rank - r` and receives segment `rank - r - 1`, all modulo the world: in the first half
 //! what arrives is added (reduce-scatter), in the second half it replaces (all-gather). What is
 //! received in one round is what is sent in the next, so bytes flow on as soon as they are final;
@@ -24,13 +24,15 @@ const WORD: usize = size_of::<i64>();
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) tag: u64,
+    /// Number of the bucket.
+    pub(super) bucket: u64,
     /// Words that are pairs of floats; they come first.
     pub(super) pairs: u64,
     /// Words that are integers.
     pub(super) integers: u64,
 }
 
-const HEADER_BYTES: usize = 32;
+const HEADER_BYTES: usize = 40;
 const HEADER_MAGIC: [u8; 8] = *b"all sum\0";
 
 impl Header {
@@ -38,8 +40,9 @@ impl Header {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(&HEADER_MAGIC);
         bytes[8..16].copy_from_slice(&self.tag.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.pairs.to_le_bytes());
-        bytes[24..].copy_from_slice(&self.integers.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.bucket.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.pairs.to_le_bytes());
+        bytes[32..].copy_from_slice(&self.integers.to_le_bytes());
         bytes
     }
 
@@ -49,7 +52,8 @@ impl Header {
             word.copy_from_slice(&bytes[at..at + 8]);
             u64::from_le_bytes(word)
         };
-        let header = || Self { tag: number(8), pairs: number(16), integers: number(24) };
+        let header =
+            || Self { tag: number(8), bucket: number(16), pairs: number(24), integers: number(32) };
         (bytes[..8] == HEADER_MAGIC).then(header)
     }
 }
@@ -60,7 +64,10 @@ pub(super) enum Failure {
     Previous(io::Error),
     Next(io::Error),
     /// The previous rank reduces something else; `None` when it speaks nonsense.
-    Mismatch(Option<Header>),
+    Mismatch {
+        theirs: Option<Header>,
+        ours: Header,
+    },
 }
 
 /// Progress of one direction: the round, and bytes of its segment done.
@@ -70,7 +77,7 @@ struct Place {
     bytes: usize,
 }
 
-/// One running all-reduce.
+/// The running all-reduce of a bucket.
 pub(super) struct Transfer<'a> {
     rank: usize,
     world: usize,
@@ -97,14 +104,13 @@ pub(super) struct Transfer<'a> {
 impl<'a> Transfer<'a> {
     /// `scratch` decides how much is read at a time; at least one element.
     pub(super) fn new(
-        rank: usize,
-        world: usize,
-        tag: u64,
+        (rank, world): (usize, usize),
+        (tag, bucket): (u64, usize),
         (sums, pairs): (&'a mut [i64], usize),
         scratch: &'a mut [i64],
     ) -> Self {
         let integers = (sums.len() - pairs) as u64;
-        let header = Header { tag, pairs: pairs as u64, integers };
+        let header = Header { tag, bucket: bucket as u64, pairs: pairs as u64, integers };
         Self {
             rank,
             world,
@@ -122,11 +128,6 @@ impl<'a> Transfer<'a> {
             full: Duration::ZERO,
             under_way: None,
         }
-    }
-
-    /// What this rank says that it reduces.
-    pub(super) fn header(&self) -> Header {
-        self.header
     }
 
     /// How long there was something to send that the socket did not take.
@@ -179,7 +180,9 @@ impl<'a> Transfer<'a> {
                 return Poll::Ready(Ok(()));
             }
             if !sent && !received {
-                self.watch(cx, next).map_err(Failure::Next)?;
+                if self.sent.round < self.rounds() {
+                    watch(cx, next).map_err(Failure::Next)?;
+                }
                 return Poll::Pending;
             }
         }
@@ -244,7 +247,7 @@ impl<'a> Transfer<'a> {
             if self.header_received == HEADER_BYTES {
                 let theirs = Header::from_bytes(&self.header_got);
                 if theirs != Some(self.header) {
-                    return Err(Failure::Mismatch(theirs));
+                    return Err(Failure::Mismatch { theirs, ours: self.header });
                 }
             }
             return Ok(count > 0);
@@ -294,18 +297,15 @@ impl<'a> Transfer<'a> {
         bytes.copy_within(words * WORD..filled, 0);
         Ok(count)
     }
+}
 
-    /// While something is still to be sent, notices that the next rank is gone even when this rank
-    /// has nothing to send to it at the moment. Nothing ever comes back on that connection.
-    fn watch<S: AsyncRead + Unpin>(&self, cx: &mut Context<'_>, next: &mut S) -> io::Result<()> {
-        if self.sent.round == self.rounds() {
-            return Ok(());
-        }
-        match read(cx, next, &mut [0]) {
-            Ok(0) => Ok(()),
-            Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "it sent bytes upstream")),
-            Err(error) => Err(error),
-        }
+/// While something is still to be sent, notices that the next rank is gone even when this rank has
+/// nothing to send to it at the moment. Nothing ever comes back on that connection.
+pub(super) fn watch<S: AsyncRead + Unpin>(cx: &mut Context<'_>, next: &mut S) -> io::Result<()> {
+    match read(cx, next, &mut [0]) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "it sent bytes upstream")),
+        Err(error) => Err(error),
     }
 }
 
@@ -342,6 +342,6 @@ fn read<S: AsyncRead + Unpin>(
     }
 }
 
-fn closed() -> io::Error {
+pub(super) fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection")
 }

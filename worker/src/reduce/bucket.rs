@@ -1,0 +1,230 @@
+//! A part of the sums of a step that travels by itself.
+//!
+//! A backward pass finishes the last elements of the flat gradient first, so bucket 0 holds those, and
+//! the last bucket the first elements. The integers, which are known when all slots are added,
+//! travel in the last one, too.
+
+use std::ops::Range;
+
+use super::range::OutOfRange;
+use super::sums::Arithmetic;
+
+/// What a bucket should not be smaller than: a connection carries it in some milliseconds, against
+/// which the way around the ring, which every bucket takes by itself, is nothing.
+const BUCKET_BYTES: usize = 4 << 20;
+
+/// With so many the last one, which nothing is left to hide behind, is a small part of the whole.
+const MAX_BUCKETS: usize = 16;
+
+/// Words that are hashed and divided while they are in a near cache: 64 KiB.
+const CHUNK: usize = 1 << 13;
+
+/// How the sums of a step are cut into buckets: a function of their shape alone, so that all ranks
+/// agree.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Cut {
+    arithmetic: Arithmetic,
+    /// Elements of the whole gradient.
+    pub(super) elements: usize,
+    integers: usize,
+    pub(super) buckets: usize,
+}
+
+impl Cut {
+    pub(super) fn new(arithmetic: Arithmetic, elements: usize, integers: usize) -> Self {
+        let bytes = size_of::<i64>() * arithmetic.words(elements);
+        Self::with_buckets(
+            arithmetic,
+            elements,
+            integers,
+            (bytes / BUCKET_BYTES).clamp(1, MAX_BUCKETS),
+        )
+    }
+
+    /// Into so many buckets, at least one.
+    pub(super) fn with_buckets(
+        arithmetic: Arithmetic,
+        elements: usize,
+        integers: usize,
+        buckets: usize,
+    ) -> Self {
+        Self { arithmetic, elements, integers, buckets }
+    }
+
+    /// Words of the flat gradient that are in a bucket.
+    fn words(&self, number: usize) -> Range<usize> {
+        let words = self.arithmetic.words(self.elements);
+        let edge = |behind: usize| words * (self.buckets - behind) / self.buckets;
+        edge(number + 1)..edge(number)
+    }
+
+    /// The integers that are in a bucket.
+    fn integers(&self, number: usize) -> usize {
+        if number + 1 == self.buckets { self.integers } else { 0 }
+    }
+}
+
+/// The sums of a range of the flat gradient; the last bucket has the integers beside it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bucket {
+    pub(super) cut: Cut,
+    number: usize,
+    /// Those of the gradient, then the integers.
+    words: Vec<i64>,
+}
+
+impl Bucket {
+    /// All zero, in memory that is of no use any more.
+    pub(super) fn zeroed(cut: Cut, number: usize, memory: Option<Self>) -> Self {
+        let mut words = memory.map(|bucket| bucket.words).unwrap_or_default();
+        words.clear();
+        words.resize(cut.words(number).len() + cut.integers(number), 0);
+        Self { cut, number, words }
+    }
+
+    /// Its place in the order in which backward finishes them, from 0.
+    #[must_use]
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// Its elements of the flat gradient.
+    #[must_use]
+    pub fn elements(&self) -> Range<usize> {
+        let words = self.cut.words(self.number);
+        let element = |word: usize| (word * self.cut.arithmetic.per_word()).min(self.cut.elements);
+        element(words.start)..element(words.end)
+    }
+
+    /// Adds its elements of a slot's whole gradient.
+    ///
+    /// # Errors
+    /// Names the first value, by its index in the whole gradient, that has no place in the sum; the
+    /// bucket then has no meaning.
+    ///
+    /// # Panics
+    /// When the gradient has another number of elements.
+    pub fn add(&mut self, gradient: &[f32]) -> Result<(), OutOfRange> {
+        assert_eq!(gradient.len(), self.cut.elements, "a sum has one element per value");
+        let (elements, words) = (self.elements(), self.gradient_words());
+        let start = elements.start;
+        let added = self.cut.arithmetic.add(&mut self.words[..words], &gradient[elements]);
+        added.map_err(|OutOfRange { index, value }| OutOfRange { index: start + index, value })
+    }
+
+    /// What is summed beside the gradient; nothing but for the last bucket.
+    #[must_use]
+    pub fn integers_mut(&mut self) -> &mut [i64] {
+        let words = self.gradient_words();
+        &mut self.words[words..]
+    }
+
+    pub(super) fn integers(&self) -> &[i64] {
+        &self.words[self.gradient_words()..]
+    }
+
+    pub(super) fn clear_gradient(&mut self) {
+        let words = self.gradient_words();
+        self.words[..words].fill(0);
+    }
+
+    /// Its elements of the gradient, divided by `divisor`.
+    pub(super) fn mean(&self, divisor: f64, out: &mut [f32]) {
+        self.cut.arithmetic.mean(&self.words[..self.gradient_words()], divisor, out);
+    }
+
+    /// As [`Bucket::mean`], and the digest of all its words, in one pass over them.
+    pub(super) fn settle(&self, divisor: f64, out: &mut [f32]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        let (gradient, integers) = self.words.split_at(self.gradient_words());
+        let outs = out.chunks_mut(CHUNK * self.cut.arithmetic.per_word());
+        for (words, out) in gradient.chunks(CHUNK).zip(outs) {
+            hasher.update(bytemuck::cast_slice(words));
+            self.cut.arithmetic.mean(words, divisor, out);
+        }
+        hasher.update(bytemuck::cast_slice(integers));
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Whether no other bucket of its step comes after it in a stream that takes every
+    /// `streams`-th.
+    pub(super) fn is_last_of(&self, streams: usize) -> bool {
+        self.number + streams >= self.cut.buckets
+    }
+
+    /// Bytes that travel.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.words.as_slice())
+    }
+
+    /// All words, and how many of them, at the front, are pairs of floats.
+    pub(super) fn words_mut(&mut self) -> (&mut [i64], usize) {
+        let pairs = match self.cut.arithmetic {
+            Arithmetic::Exact(_) => 0,
+            Arithmetic::Fast(_) => self.gradient_words(),
+        };
+        (&mut self.words, pairs)
+    }
+
+    fn gradient_words(&self) -> usize {
+        self.cut.words(self.number).len()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use looptrain_proto::spec::Reduction;
+
+    use super::*;
+
+    #[test]
+    fn buckets_are_of_a_few_mebibytes_and_not_many() {
+        let exact = Arithmetic::new(Reduction::Exact, 40, 1);
+        let fast = Arithmetic::new(Reduction::Fast, 40, 1);
+        let buckets = |arithmetic, elements| Cut::new(arithmetic, elements, 3).buckets;
+        assert_eq!([0, 1, 1 << 20, 3 << 19].map(|elements| buckets(exact, elements)), [1, 1, 2, 3]);
+        assert_eq!([1 << 20, 3 << 20].map(|elements| buckets(fast, elements)), [1, 3]);
+        assert_eq!(buckets(exact, 1 << 30), 16);
+    }
+
+    #[test]
+    fn buckets_share_out_the_gradient_from_its_end() {
+        for reduction in [Reduction::Exact, Reduction::Fast] {
+            for (elements, buckets) in [(0, 1), (1, 4), (7, 3), (40, 16), (41, 16), (1001, 5)] {
+                let arithmetic = Arithmetic::new(reduction, 40, 1);
+                let cut = Cut::with_buckets(arithmetic, elements, 2, buckets);
+                let mut end = elements;
+                for number in 0..buckets {
+                    let mut bucket = Bucket::zeroed(cut, number, None);
+                    assert_eq!(bucket.elements().end, end);
+                    end = bucket.elements().start;
+                    assert_eq!(
+                        bucket.integers_mut().len(),
+                        if number + 1 == buckets { 2 } else { 0 }
+                    );
+                    // Only the top end of the gradient may leave half a word empty.
+                    let words = bucket.elements().len().div_ceil(arithmetic.per_word());
+                    assert_eq!(words, bucket.gradient_words());
+                    assert!(
+                        number == 0
+                            || bucket.elements().len().is_multiple_of(arithmetic.per_word())
+                    );
+                }
+                assert_eq!(end, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_named_by_its_index_in_the_whole_gradient() {
+        for reduction in [Reduction::Exact, Reduction::Fast] {
+            let cut = Cut::with_buckets(Arithmetic::new(reduction, 40, 1), 100, 0, 4);
+            let mut gradient = vec![1.0; 100];
+            gradient[60] = f32::NAN;
+            let added = |number| Bucket::zeroed(cut, number, None).add(&gradient);
+            assert_eq!(added(1).unwrap_err().index, 60);
+            assert!([0, 2, 3].into_iter().all(|number| added(number).is_ok()));
+        }
+    }
+}
