@@ -9,7 +9,7 @@ use looptrain_proto::Step;
 /// What a worker is in the middle of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
-    /// A slot of the step is computed, and the share is not handed on yet.
+    /// A slot of the step is computed, and not all of it is handed on yet.
     Compute(Step),
     /// In the all-reduce of the step: numbers have gone out, and the sum is not complete.
     Reduce(Step),

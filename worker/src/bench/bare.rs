@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use looptrain_model::SlotBatch;
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{Reading, Store};
+use tokio::sync::mpsc;
 
 use crate::compute::{Bench, Compute, ComputeError};
 use crate::data::{Data, Slot};
 use crate::machine::memory_of;
+use crate::reduce::Sums;
 use crate::{Moments, WorkerError};
 
 /// What a step took.
@@ -140,7 +142,9 @@ fn take(bench: &mut Bench, work: Vec<(Step, Vec<Slot>)>) -> Result<Vec<BareStep>
     let mut steps = Vec::new();
     for (step, slots) in work {
         let start = Instant::now();
-        let sums = bench.contribute(step, 0, slots, &never)?.sums;
+        let (sender, ready) = mpsc::unbounded_channel();
+        bench.contribute(step, 0, slots, &never, &sender)?;
+        let sums = Sums::from_ready(ready).expect("a contribution has all buckets");
         let computed = Instant::now();
         let loss = bench.prepare(step, sums)?.statistics.loss;
         let prepared = Instant::now();

@@ -16,11 +16,13 @@ use looptrain_proto::spec::{NonFinite, Reduction};
 use looptrain_proto::v1::StepStatistics;
 use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::SlotUse;
+use tokio::sync::mpsc::UnboundedSender;
 
+use super::gather::Gathering;
 use super::{recompute, sums};
 use crate::audit;
 use crate::data::Slot;
-use crate::reduce::{Arithmetic, OutOfRange, Sums};
+use crate::reduce::{Arithmetic, Bucket, OutOfRange, Sums};
 use crate::state::{self, Part};
 use crate::transfer::Shelf;
 use crate::{Moment, Moments};
@@ -45,11 +47,9 @@ fn describe(held: Option<Step>) -> String {
     held.map_or_else(|| "no state".into(), |step| format!("the state of step {step}"))
 }
 
-/// This rank's share of a step.
+/// This rank's share of a step, beside the sums to be reduced.
 #[derive(Debug)]
 pub(crate) struct Contribution {
-    /// To be all-reduced.
-    pub(crate) sums: Sums,
     /// Time it took.
     pub(crate) seconds: f64,
     /// Slots that were computed; the others were kept from an earlier try.
@@ -208,13 +208,16 @@ impl Bench {
         self.held() == Some(step)
     }
 
-    /// Sums the gradients and statistics of some slots of the step after the held one.
+    /// Sums the gradients and statistics of some slots of the step after the held one. Each bucket of
+    /// the sums goes to `ready` when it is complete, while the last slots are still under way; the
+    /// last bucket does when this returns a contribution, and only then.
     pub(crate) fn contribute(
         &mut self,
         step: Step,
         first_slot: u32,
         given: Vec<Slot>,
         cancelled: &AtomicBool,
+        ready: &UnboundedSender<Bucket>,
     ) -> Result<Contribution, ComputeError> {
         let start = Instant::now();
         self.state_of(step.0.checked_sub(1).map(Step), "compute", step)?;
@@ -228,19 +231,23 @@ impl Bench {
         let room = KEPT_BYTES / (parameters * size_of::<f32>()).max(1);
 
         let (arithmetic, beside) = (arithmetic(&self.spec, stage), sums::tail_len(stage.loops));
-        let mut sum = Sums::zeroed(arithmetic, parameters, beside, self.spare.take());
-        let adding = Adding { spec: &self.spec, layout: &self.layout, step, stage };
-        let (mut slots, mut missing, mut bad) = (Vec::new(), Vec::new(), Vec::new());
+        let sums = Sums::zeroed(arithmetic, parameters, beside, self.spare.take());
+        let gathering = self.engine.run(|| Gathering::new(sums, given.len(), ready));
+        let bad = Mutex::new(Vec::new());
+        let adding =
+            Adding { spec: &self.spec, layout: &self.layout, step, stage, first_slot, bad: &bad };
+        let (mut places, mut missing) = (Vec::new(), Vec::new());
         let all = first_slot..first_slot + given.len() as u32;
         let mut used = Vec::new();
-        for (slot, given) in all.clone().zip(given) {
+        for (place, given) in given.into_iter().enumerate() {
+            let slot = first_slot + place as u32;
             match self.kept.outputs.get(&slot) {
-                Some(output) => adding.take(&mut sum, slot, output, &mut bad)?,
+                Some(output) => self.engine.run(|| adding.take(&gathering, place, output))?,
                 None => {
                     if self.spec.run.audit {
                         used.push(audit::use_of(&self.spec, slot, &given));
                     }
-                    slots.push(slot);
+                    places.push(place);
                     missing.push(given.batch);
                 }
             }
@@ -248,40 +255,43 @@ impl Bench {
         // Before they are computed: what is kept of a step that is abandoned tells of itself, too.
         self.kept.used.extend(used.into_iter().map(|used| (used.slot, used)));
         if !missing.is_empty() {
-            let shared = Mutex::new((&mut sum, &mut self.kept.outputs, &mut bad, Ok(()), 0));
-            self.engine.gradients(
+            let shared = Mutex::new((&mut self.kept.outputs, Ok(()), 0));
+            self.engine.gradients_as_final(
                 &StageSettings::from(stage),
                 &missing,
                 cancelled,
+                &|index, gradient, from| gathering.add(places[index], gradient, from),
                 &|index, output| {
+                    self.moments.at(Moment::Compute(step));
+                    let added = adding.take(&gathering, places[index], &output);
                     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                    let (sum, kept, bad, result, done) = &mut *shared;
-                    if let Err(error) = adding.take(sum, slots[index], &output, bad) {
+                    let (kept, result, done) = &mut *shared;
+                    if let Err(error) = added {
                         // The step is lost; the slots not yet begun need not be computed.
                         *result = Err(error);
                         cancelled.store(true, Ordering::Relaxed);
                     }
                     if kept.len() < room {
-                        kept.insert(slots[index], output);
+                        kept.insert(first_slot + places[index] as u32, output);
                     } else {
                         self.engine.recycle(output.gradient);
                     }
                     *done += 1;
-                    self.moments.at(Moment::Compute(step));
                 },
             );
-            let (.., result, done) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let (_, result, done) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
             result?;
             if done < missing.len() {
                 return Err(ComputeError::Cancelled);
             }
         }
+        let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
         let used = all.filter_map(|slot| self.kept.used.get(&slot).cloned()).collect();
         // In the order of slots, whatever thread was first.
         bad.sort_unstable();
         let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");
         let seconds = start.elapsed().as_secs_f64();
-        Ok(Contribution { sums: sum, seconds, computed: missing.len(), detail, used })
+        Ok(Contribution { seconds, computed: missing.len(), detail, used })
     }
 
     /// Takes the reduced buffer of the step after the held one; the update waits for its commit.
@@ -399,6 +409,9 @@ struct Adding<'a> {
     layout: &'a Layout,
     step: Step,
     stage: &'a spec::Stage,
+    first_slot: u32,
+    /// Slots that cannot be added, and why, under a spec that skips the step then.
+    bad: &'a Mutex<Vec<(u32, String)>>,
 }
 
 /// How the gradients of a stage are summed.
@@ -407,31 +420,41 @@ fn arithmetic(spec: &Spec, stage: &spec::Stage) -> Arithmetic {
 }
 
 impl Adding<'_> {
-    /// Adds a slot. One that cannot be added is counted, and described in `bad`, under a spec that
-    /// skips the step then.
+    /// Adds the `place`-th of the rank's slots. One that cannot be added is counted, and described in
+    /// `bad`, under a spec that skips the step then.
     fn take(
         &self,
-        sum: &mut Sums,
-        slot: u32,
+        gathering: &Gathering<'_>,
+        place: usize,
         output: &SlotOutput,
-        bad: &mut Vec<(u32, String)>,
     ) -> Result<(), ComputeError> {
-        match (self.add(sum, slot, output), self.spec.optimizer.non_finite) {
+        let slot = self.first_slot + place as u32;
+        let added = gathering.finish(place, &output.gradient);
+        match (self.checked(slot, output, added), self.spec.optimizer.non_finite) {
+            (Ok(statistics), _) => gathering.close(|integers| {
+                integers.iter_mut().zip(statistics).for_each(|(sum, value)| *sum += value);
+            }),
             (Err(error), NonFinite::Skip) => {
+                let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
                 bad.push((slot, error.to_string()));
-                if let Some(count) = sum.integers_mut().last_mut() {
-                    *count += 1;
-                }
-                Ok(())
+                gathering.close(|integers| integers.iter_mut().last().map_or((), |n| *n += 1));
             }
-            (added, _) => added,
+            (Err(error), NonFinite::Stop) => return Err(error),
         }
+        Ok(())
     }
 
-    fn add(&self, sum: &mut Sums, slot: u32, output: &SlotOutput) -> Result<(), ComputeError> {
+    /// The slot's statistics as integers, when they and its gradient have a place in the sums. Of
+    /// both faults that of the statistics is told, which says more.
+    fn checked(
+        &self,
+        slot: u32,
+        output: &SlotOutput,
+        added: Result<(), OutOfRange>,
+    ) -> Result<Vec<i64>, ComputeError> {
         let statistics = sums::encoded(&output.statistics)
             .map_err(|(what, value)| self.not_finite(slot, what, value))?;
-        sum.add(&output.gradient).map_err(|OutOfRange { index, value }| {
+        added.map_err(|OutOfRange { index, value }| {
             let what = match self.layout.owner(index) {
                 Some((tensor, element)) => {
                     format!("the gradient of {}, element {element}", tensor.name)
@@ -440,8 +463,7 @@ impl Adding<'_> {
             };
             self.not_finite(slot, what, f64::from(value))
         })?;
-        sum.integers_mut().iter_mut().zip(statistics).for_each(|(sum, value)| *sum += value);
-        Ok(())
+        Ok(statistics)
     }
 
     fn not_finite(&self, slot: u32, what: String, value: f64) -> ComputeError {

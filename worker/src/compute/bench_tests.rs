@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+use tokio::sync::mpsc;
+
 use super::*;
 use crate::testing::tiny_spec;
 
@@ -28,10 +30,34 @@ fn batches(slots: std::ops::Range<u32>) -> Vec<Slot> {
     slots.map(slot).collect()
 }
 
+/// A contribution, and its sums.
+fn contributed(
+    bench: &mut Bench,
+    step: u64,
+    first_slot: u32,
+    given: Vec<Slot>,
+    cancelled: &AtomicBool,
+) -> Result<(Contribution, Sums), ComputeError> {
+    let (sender, ready) = mpsc::unbounded_channel();
+    let contribution = bench.contribute(Step(step), first_slot, given, cancelled, &sender);
+    let sums = Sums::from_ready(ready);
+    assert_eq!(contribution.is_ok(), sums.is_some(), "the last bucket is a sign of success");
+    Ok((contribution?, sums.unwrap()))
+}
+
+/// The same of a rank that goes on.
+fn given(bench: &mut Bench, first_slot: u32, given: Vec<Slot>) -> (Contribution, Sums) {
+    contributed(bench, 1, first_slot, given, &AtomicBool::new(false)).unwrap()
+}
+
+fn refused(bench: &mut Bench, step: u64, slot: u32) -> String {
+    let on = AtomicBool::new(false);
+    contributed(bench, step, slot, batches(slot..slot + 1), &on).unwrap_err().to_string()
+}
+
 fn share(bench: &mut Bench, step: u64, slots: std::ops::Range<u32>) -> Sums {
     let on = AtomicBool::new(false);
-    let first = slots.start;
-    bench.contribute(Step(step), first, batches(slots), &on).unwrap().sums
+    contributed(bench, step, slots.start, batches(slots), &on).unwrap().1
 }
 
 fn added(a: &[i64], b: &[i64]) -> Vec<i64> {
@@ -61,6 +87,25 @@ fn the_shares_of_any_split_add_up_to_the_same_bits() {
 }
 
 #[test]
+fn a_gradient_of_several_buckets_has_the_same_bits_for_any_split_and_threads() {
+    let mut spec = tiny_spec("memory://");
+    spec.model.vocab_size = 90_000;
+    let bench = |threads| {
+        let (shelf, moments) = (Shelf::default(), Moments::default());
+        let mut bench = Bench::new(Arc::new(spec.clone()), threads, None, shelf, moments);
+        bench.initialise();
+        bench
+    };
+    let whole = share(&mut bench(2), 1, 0..4);
+    assert!(whole.clone().into_buckets().len() > 2);
+    for (cut, threads) in [(0, 1), (1, 3), (2, 2)] {
+        let left = share(&mut bench(threads), 1, 0..cut);
+        let right = share(&mut bench(1), 1, cut..4);
+        assert!(reduced(left, right) == whole, "cut at {cut}");
+    }
+}
+
+#[test]
 fn a_retry_with_other_slots_reuses_what_is_there_and_gives_the_same_bits() {
     let mut bench = bench(1);
     let fresh = share(&mut bench, 1, 1..4);
@@ -75,8 +120,7 @@ fn what_a_slot_was_computed_from_is_told_also_when_its_gradient_is_of_an_earlier
     spec.run.audit = true;
     let mut bench = Bench::new(Arc::new(spec), 1, None, Shelf::default(), Moments::default());
     bench.initialise();
-    let on = AtomicBool::new(false);
-    let first = bench.contribute(Step(1), 1, batches(1..3), &on).unwrap();
+    let first = given(&mut bench, 1, batches(1..3)).0;
     let told = |used: &SlotUse| (used.slot, used.sequences.iter().map(|(_, at)| *at).collect());
     let expected = |slots: std::ops::Range<u32>| -> Vec<(u32, Vec<u64>)> {
         slots.map(|slot| (slot, vec![2 * u64::from(slot), 2 * u64::from(slot) + 1])).collect()
@@ -86,7 +130,7 @@ fn what_a_slot_was_computed_from_is_told_also_when_its_gradient_is_of_an_earlier
     let mut others = batches(0..4);
     others[1].sequences = vec![(0, 98), (0, 99)];
     others[1].batch.tokens[3] ^= 1;
-    let second = bench.contribute(Step(1), 0, others, &on).unwrap();
+    let second = given(&mut bench, 0, others).0;
     assert_eq!(second.computed, 2);
     assert_eq!(second.used.iter().map(told).collect::<Vec<_>>(), expected(0..4));
     assert_eq!(second.used[1..3], first.used);
@@ -102,17 +146,16 @@ fn what_is_kept_of_an_abandoned_step_tells_what_it_was_computed_from() {
     let moments = Moments::watched_by(move |_| after_the_first.store(true, Ordering::Relaxed));
     let mut bench = Bench::new(Arc::new(spec), 1, None, Shelf::default(), moments);
     bench.initialise();
-    let abandoned = bench.contribute(Step(1), 0, batches(0..4), &cancelled);
+    let abandoned = contributed(&mut bench, 1, 0, batches(0..4), &cancelled);
     assert!(matches!(abandoned, Err(ComputeError::Cancelled)));
     assert_eq!(bench.kept.outputs.len(), 1);
     cancelled.store(false, Ordering::Relaxed);
-    let again = bench.contribute(Step(1), 0, batches(0..1), &cancelled).unwrap();
+    let again = given(&mut bench, 0, batches(0..1)).0;
     assert_eq!((again.computed, again.used.len()), (0, 1));
 }
 
 fn share_used(bench: &mut Bench) -> Vec<SlotUse> {
-    let on = AtomicBool::new(false);
-    bench.contribute(Step(1), 0, batches(0..2), &on).unwrap().used
+    given(bench, 0, batches(0..2)).0.used
 }
 
 #[test]
@@ -161,12 +204,11 @@ fn a_generation_at_the_prepared_step_commits_it_and_one_before_it_does_not() {
 #[test]
 fn what_does_not_follow_the_held_step_is_refused() {
     let mut bench = bench(1);
-    let on = AtomicBool::new(false);
-    let text = bench.contribute(Step(3), 0, batches(0..1), &on).unwrap_err().to_string();
+    let text = refused(&mut bench, 3, 0);
     assert_eq!(text, "this worker holds the state of step 0, so it cannot compute step 3");
     assert!(bench.commit(Step(1)).is_err());
     assert!(bench.snapshot(Step(2), 0, 1).is_err());
-    assert!(bench.contribute(Step(0), 0, batches(0..1), &on).is_err());
+    assert!(refused(&mut bench, 0, 0).contains("cannot compute step 0"));
     let short = Sums::zeroed(Arithmetic::new(Reduction::Exact, 40, 4), 3, 7, None);
     assert!(matches!(bench.prepare(Step(1), short), Err(ComputeError::Shape { .. })));
 }
@@ -174,7 +216,7 @@ fn what_does_not_follow_the_held_step_is_refused() {
 #[test]
 fn a_cancelled_share_is_given_up() {
     let mut bench = bench(1);
-    let result = bench.contribute(Step(1), 0, batches(0..4), &AtomicBool::new(true));
+    let result = contributed(&mut bench, 1, 0, batches(0..4), &AtomicBool::new(true));
     assert!(matches!(result, Err(ComputeError::Cancelled)));
 }
 
@@ -184,8 +226,7 @@ fn a_number_that_is_none_is_traced_to_its_slot() {
     let mut state = TrainState::initial(&bench.spec.model, 7);
     state.weights.fill(f32::NAN);
     bench.adopt(state);
-    let on = AtomicBool::new(false);
-    let text = bench.contribute(Step(1), 2, batches(2..3), &on).unwrap_err().to_string();
+    let text = refused(&mut bench, 1, 2);
     assert!(
         text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5 of stage"),
         "{text}"
@@ -234,22 +275,21 @@ fn a_step_with_a_bad_slot_is_the_same_for_every_split_and_changes_nothing_but_th
 }
 
 fn a_bad_slot_changes_nothing_but_the_step(reduction: Reduction) {
-    let on = AtomicBool::new(false);
     let (mut whole, batches) = skipping(2, reduction);
-    let all = whole.contribute(Step(1), 0, batches.clone(), &on).unwrap();
+    let (all, sums) = given(&mut whole, 0, batches.clone());
     assert!(all.detail.contains("step 1, slot 2"), "{}", all.detail);
-    let report = whole.prepare(Step(1), all.sums).unwrap();
+    let report = whole.prepare(Step(1), sums).unwrap();
     assert_eq!((report.statistics.bad_slots, report.statistics.grad_norm), (1, 0.0));
     assert!(report.statistics.loss.is_finite(), "the mean over the other slots");
     for cut in 0..=4 {
         let (mut left, mut right) = (skipping(1, reduction).0, skipping(1, reduction).0);
-        let a = left.contribute(Step(1), 0, batches[..cut].to_vec(), &on).unwrap();
-        let b = right.contribute(Step(1), cut as u32, batches[cut..].to_vec(), &on).unwrap();
+        let (a, a_sums) = given(&mut left, 0, batches[..cut].to_vec());
+        let (_, b_sums) = given(&mut right, cut as u32, batches[cut..].to_vec());
         assert_eq!(a.detail.is_empty(), cut <= 2);
-        let split = left.prepare(Step(1), reduced(a.sums, b.sums)).unwrap();
+        let split = left.prepare(Step(1), reduced(a_sums, b_sums)).unwrap();
         assert_eq!(split.digest, report.digest, "cut at {cut}");
         // A retry, all of it kept from the first try.
-        let again = left.contribute(Step(1), 0, batches[..cut].to_vec(), &on).unwrap();
+        let (again, _) = given(&mut left, 0, batches[..cut].to_vec());
         assert_eq!((again.computed, again.detail), (0, a.detail));
     }
     let before = whole.state.clone().unwrap();
@@ -318,7 +358,6 @@ fn a_fast_gradient_that_is_no_number_is_traced_to_its_slot() {
     let mut state = TrainState::initial(&bench.spec.model, 7);
     state.weights.fill(f32::NAN);
     bench.adopt(state);
-    let on = AtomicBool::new(false);
-    let text = bench.contribute(Step(1), 2, batches(2..3), &on).unwrap_err().to_string();
+    let text = refused(&mut bench, 1, 2);
     assert!(text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5"), "{text}");
 }

@@ -6,6 +6,7 @@
 //! cancel flag; its answer is dropped with the future that awaited it.
 
 mod bench;
+mod gather;
 mod recompute;
 mod sums;
 

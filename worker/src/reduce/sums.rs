@@ -110,6 +110,11 @@ impl Sums {
         ready
     }
 
+    /// Of the buckets that have been sent so far; none when they are not all of a step.
+    pub(crate) fn from_ready(mut ready: mpsc::UnboundedReceiver<Bucket>) -> Option<Self> {
+        Self::from_buckets(std::iter::from_fn(|| ready.try_recv().ok()).collect())
+    }
+
     /// Of all buckets of a step, in any order; none when they are not that.
     #[must_use]
     pub fn from_buckets(mut buckets: Vec<Bucket>) -> Option<Self> {

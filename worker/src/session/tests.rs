@@ -3,6 +3,7 @@
 
 mod rig;
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -73,6 +74,36 @@ async fn a_new_generation_interrupts_a_reduction_that_would_never_end() {
     assert_eq!(guests[0].ready().await.generation, 2);
     let mut survivor = vec![guests.remove(0)];
     assert_eq!(steps(&mut survivor, 2, 1..=1).await, undisturbed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_reduction_begins_while_the_last_slot_is_under_way() {
+    let mut rig = Rig::start().await;
+    let mut spec = (*rig.spec).clone();
+    // Of several buckets.
+    spec.model.vocab_size = 90_000;
+    rig.spec = Arc::new(spec);
+    let (sender, reducing) = std::sync::mpsc::channel();
+    let (reducing, computed) = (Mutex::new(reducing), AtomicUsize::new(0));
+    let overlapped = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&overlapped);
+    rig.moments = Moments::watched_by(move |moment| match moment {
+        // The second of two slots: it does not end before numbers are on their way.
+        Moment::Compute(_) if computed.fetch_add(1, Ordering::Relaxed) == 1 => {
+            let begun = reducing.lock().unwrap().recv_timeout(rig::PATIENCE / 2);
+            seen.store(begun.is_ok(), Ordering::Relaxed);
+        }
+        Moment::Reduce(_) => drop(sender.send(())),
+        _ => {}
+    });
+    let _watched = rig.worker("w0");
+    let mut guests = vec![rig.welcome().await];
+    rig.moments = Moments::default();
+    let _other = rig.worker("w1");
+    guests.push(rig.welcome().await);
+    rig::reform(&mut guests, 1, 0).await;
+    steps(&mut guests, 1, 1..=1).await;
+    assert!(overlapped.load(Ordering::Relaxed));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

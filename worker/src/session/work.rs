@@ -17,6 +17,7 @@ use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{self, Evaluated, Fetched, PartSaved, Prepared, Ready, Sections};
 use looptrain_proto::{Digest, Incarnation, Spec, Step};
 use looptrain_storage::{Checkpoints, Store};
+use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use super::duties::{Duties, Holding, Membership};
@@ -285,29 +286,33 @@ impl Duties for Work {
             self.feed.slots(step, slots).instrument(tracing::info_span!("data wait")).await?;
         let data_wait = start.elapsed().as_secs_f64();
 
+        // What is complete is reduced while the rest is computed.
+        let (sender, ready) = mpsc::unbounded_channel();
         let computed = tracing::info_span!("compute").in_scope(|| {
+            let (first, cancelled) = (plan.slot_begin, Arc::clone(&cancelled));
             self.compute
-                .submit(move |bench| bench.contribute(step, plan.slot_begin, batches, &cancelled))
+                .submit(move |bench| bench.contribute(step, first, batches, &cancelled, &sender))
         });
-        let contribution = computed.await??;
-
-        let start = Instant::now();
-        let ready = contribution.sums.all_ready();
+        let computed = async {
+            let contribution = computed.await??;
+            let end = Instant::now();
+            if let Some(audit) = &self.audit {
+                audit.write(step, &contribution.used).await;
+            }
+            Ok::<_, Failure>((contribution, end))
+        };
         let span = tracing::info_span!("reduce", world = collective.world());
         let moments = self.moments.clone();
         let under_way = move || moments.at(Moment::Reduce(step));
         let reduced = async {
             let reduced = collective.all_reduce_as_ready(step.0, ready, under_way).await?;
-            let Reduced { sums, blocked } = reduced.expect("the buckets of sums are complete");
-            Ok::<_, Failure>((sums, blocked, start.elapsed().as_secs_f64()))
+            Ok((reduced, Instant::now()))
         };
-        let audited = async {
-            if let Some(audit) = &self.audit {
-                audit.write(step, &contribution.used).await;
-            }
-            Ok(())
-        };
-        let ((sums, blocked, reduce), ()) = tokio::try_join!(reduced.instrument(span), audited)?;
+        let ((contribution, computed_at), (reduced, reduced_at)) =
+            tokio::try_join!(computed, reduced.instrument(span))?;
+        // A contribution has all buckets.
+        let Reduced { sums, blocked } = reduced.ok_or(Failure::Abandoned)?;
+        let reduce = reduced_at.saturating_duration_since(computed_at);
 
         let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;
         Ok(Prepared {
@@ -318,9 +323,10 @@ impl Duties for Work {
             sections: Some(Sections {
                 data_wait,
                 compute: contribution.seconds,
-                reduce,
+                reduce: reduce.as_secs_f64(),
                 optimizer: report.optimizer_seconds,
-                send: blocked.as_secs_f64(),
+                // A next rank that comes to its last slot later takes nothing before that.
+                send: blocked.min(reduce).as_secs_f64(),
             }),
             computed_slots: contribution.computed as u32,
             detail: contribution.detail,
