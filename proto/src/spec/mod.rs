@@ -105,8 +105,9 @@ pub struct Cluster {
     /// Fraction bits of the fixed-point gradient: a slot's gradient is rounded to multiples of
     /// 2^-fraction_bits. A fast reduction has no use for them.
     pub fraction_bits: u32,
-    /// TCP connections from each rank to the next, which share out the gradient. More than one help
-    /// where a single one does not fill the network, as on long or busy ways; they change no bit.
+    /// TCP connections from each rank to the next, which share out the gradient and change no bit of
+    /// it. While one waits the other sends; more help where two do not fill the network, as on long
+    /// or busy ways.
     pub streams: u32,
 }
 
@@ -120,7 +121,7 @@ impl Default for Cluster {
             drain_below: 0.0,
             reduction: Reduction::Exact,
             fraction_bits: 40,
-            streams: 1,
+            streams: 2,
         }
     }
 }

@@ -104,8 +104,10 @@ fn all_reduces_are_measured_beside_the_way_into_the_sums_and_back() {
     let times = ["/exact/reduce_ms", "/fast/reduce_ms"].map(|field| positive(&all, field));
     let ratio = positive(&all, "/exact_over_fast");
     assert!((times[0] / times[1] / ratio - 1.0).abs() < 0.1, "{all}");
-    let one = figures(&Scratch::new().run(&[&bench[..], &["--reduction", "fast"]].concat()));
+    let alone = ["--reduction", "fast", "--streams", "3"];
+    let one = figures(&Scratch::new().run(&[&bench[..], &alone[..]].concat()));
     assert!(one["exact"].is_null() && one["exact_over_fast"].is_null(), "{one}");
+    assert_eq!(one["streams"], 3, "{one}");
     positive(&one, "/fast/reduce_ms");
 }
 
