@@ -1,12 +1,11 @@
 //! Slots in, gradients out: the model on the threads of one worker.
 //!
-//! Slots are the unit of parallelism. A slot runs in one lane, a small thread pool of its own; its
-//! bits do not depend on the lane's size (the kernels see to that), on the other lanes, or on the
-//! order in which lanes take slots.
+//! Each thread takes a slot; where there are fewer slots than threads, or at the end of a step, threads
+//! share the parts of one. A slot's bits depend neither on who computes its parts (the kernels see to
+//! that) nor on the other slots or their order.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use looptrain_proto::spec;
@@ -91,8 +90,7 @@ pub struct Engine {
     layout: Layout,
     threads: usize,
     recompute: Recompute,
-    /// Pools by number of lanes, made when first needed.
-    lanes: Mutex<HashMap<usize, Arc<Vec<ThreadPool>>>>,
+    pool: ThreadPool,
     weights: Option<Weights>,
     /// Memory of slots, for the next ones.
     workspaces: Mutex<Vec<Workspace>>,
@@ -102,14 +100,22 @@ pub struct Engine {
 
 impl Engine {
     /// An engine on `threads` threads of this machine; weights come with [`Engine::load`].
+    ///
+    /// # Panics
+    /// If the system cannot start the threads.
     #[must_use]
     pub fn new(model: &spec::Model, threads: usize) -> Self {
+        let threads = threads.max(1);
         Self {
             model: model.clone(),
             layout: Layout::new(model),
-            threads: threads.max(1),
+            threads,
             recompute: Recompute::None,
-            lanes: Mutex::default(),
+            pool: ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .thread_name(|thread| format!("engine-{thread}"))
+                .build()
+                .expect("the system can start the worker's threads"),
             weights: None,
             workspaces: Mutex::default(),
             gradients: Mutex::default(),
@@ -147,10 +153,9 @@ impl Engine {
     /// If the buffer is shorter than the layout.
     pub fn load(&mut self, weights: &[f32]) {
         let (layout, layers) = (&self.layout, self.model.num_hidden_layers);
-        let pools = self.pools(1);
         let into = self.weights.get_or_insert_with(|| Weights::new(layout, layers));
         let clock = &self.clock;
-        pools[0].install(|| clock.time(Section::Pack, || into.fill(layout, weights)));
+        self.pool.install(|| clock.time_pool(Section::Pack, || into.fill(layout, weights)));
     }
 
     /// The time that went into each section since the last call, added up over threads.
@@ -189,7 +194,7 @@ impl Engine {
         on_final: &(dyn Fn(usize, &[f32], usize) + Sync),
         on_slot: &(dyn Fn(usize, SlotOutput) + Sync),
     ) {
-        self.in_lanes(batches.len(), cancelled, &|slot| {
+        self.for_each(batches.len(), cancelled, &|slot| {
             let on_final = |gradient: &[f32], from| on_final(slot, gradient, from);
             on_slot(slot, self.slot(settings, &batches[slot], &on_final));
         });
@@ -208,7 +213,7 @@ impl Engine {
         cancelled: &AtomicBool,
     ) -> Vec<SlotStatistics> {
         let results = Mutex::new(vec![SlotStatistics::default(); batches.len()]);
-        self.in_lanes(batches.len(), cancelled, &|index| {
+        self.for_each(batches.len(), cancelled, &|index| {
             let (losses, gates) = self.losses(settings, &batches[index]);
             let beta = settings.entropy_weight;
             let statistics = stage_one(&losses, &gates, settings.loops, beta).statistics;
@@ -237,7 +242,7 @@ impl Engine {
     #[must_use]
     pub fn states(&self, settings: &StageSettings, ids: &[u32]) -> Vec<f32> {
         self.with_task(settings, 1, ids.len(), |task, workspace| {
-            self.pools(1)[0].install(|| task.states(ids, workspace).0.to_vec())
+            self.pool.install(|| task.states(ids, workspace).0.to_vec())
         })
     }
 
@@ -259,8 +264,8 @@ impl Engine {
         settings: &spec::Optimizer,
         learning_rate: f64,
     ) -> f64 {
-        self.pools(1)[0].install(|| {
-            self.clock.time(Section::Update, || {
+        self.pool.install(|| {
+            self.clock.time_pool(Section::Update, || {
                 optimizer::update(&self.layout, state, gradient, settings, learning_rate)
             })
         })
@@ -268,13 +273,13 @@ impl Engine {
 
     /// Runs something else in the pool of all threads.
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.pools(1)[0].install(work)
+        self.pool.install(work)
     }
 
     /// Euclidean norm of a flat gradient, as [`Engine::update`] takes it.
     #[must_use]
     pub fn norm(&self, gradient: &[f32]) -> f64 {
-        self.pools(1)[0].install(|| optimizer::global_norm(gradient))
+        self.pool.install(|| optimizer::global_norm(gradient))
     }
 
     /// Takes back the gradient of a slot that nobody reads any more, as memory for the next ones.
@@ -330,43 +335,19 @@ impl Engine {
         SlotOutput { gradient, statistics }
     }
 
-    /// `count` pools that share out the engine's threads.
-    fn pools(&self, count: usize) -> Arc<Vec<ThreadPool>> {
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let pools = lanes.entry(count).or_insert_with(|| {
-            let pool = |lane| {
-                let threads = self.threads / count + usize::from(lane < self.threads % count);
-                ThreadPoolBuilder::new()
-                    .num_threads(threads.max(1))
-                    .thread_name(move |thread| format!("lane-{lane}-{thread}"))
-                    .build()
-                    .expect("the system can start the worker's threads")
-            };
-            Arc::new((0..count).map(pool).collect())
-        });
-        Arc::clone(pools)
-    }
-
-    /// Runs `work(0..count)` in as many lanes as there are threads or pieces of work.
-    fn in_lanes(&self, count: usize, cancelled: &AtomicBool, work: &(dyn Fn(usize) + Sync)) {
-        if count == 0 {
-            return;
-        }
-        let pools = self.pools(self.threads.min(count));
+    /// Runs `work(0..count)`, as many at a time as there are threads. Threads that find nothing left to
+    /// begin help those that are under way.
+    fn for_each(&self, count: usize, cancelled: &AtomicBool, work: &(dyn Fn(usize) + Sync)) {
         let next = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for pool in pools.iter() {
-                scope.spawn(|| {
-                    pool.install(|| {
-                        while !cancelled.load(Ordering::Relaxed) {
-                            let index = next.fetch_add(1, Ordering::Relaxed);
-                            if index >= count {
-                                break;
-                            }
-                            work(index);
-                        }
-                    });
-                });
+        // Not as tasks of the pool: a thread that waits for parts of its own piece takes parts of
+        // others meanwhile, but must not begin another piece.
+        self.pool.broadcast(|_| {
+            while !cancelled.load(Ordering::Relaxed) {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= count {
+                    break;
+                }
+                work(index);
             }
         });
     }

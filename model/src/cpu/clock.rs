@@ -35,21 +35,34 @@ const SECTIONS: [(Section, &str); 8] = [
     (Section::Update, "update"),
 ];
 
-/// Adds up the time of each section, over all threads of the pools that it runs in.
+/// Adds up the time of each section over all threads. Parts of several slots may take turns on a
+/// thread, so what is timed is never more than a part.
 #[derive(Debug, Default)]
 pub(crate) struct Clock {
     nanoseconds: [AtomicU64; SECTIONS.len()],
 }
 
 impl Clock {
-    /// Runs `work` and counts its time, once for each thread of the current pool.
+    /// Runs `work`, which must not wait for other threads, and counts its time.
     pub(crate) fn time<R>(&self, section: Section, work: impl FnOnce() -> R) -> R {
         let start = Instant::now();
         let result = work();
-        let threads = rayon::current_num_threads() as u64;
-        let spent = start.elapsed().as_nanos() as u64 * threads;
-        self.nanoseconds[section as usize].fetch_add(spent, Ordering::Relaxed);
+        self.count(section, start.elapsed());
         result
+    }
+
+    /// Runs `work` on all threads of the current pool, which have nothing else to do, and counts its time
+    /// for each of them.
+    pub(crate) fn time_pool<R>(&self, section: Section, work: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = work();
+        self.count(section, start.elapsed() * rayon::current_num_threads() as u32);
+        result
+    }
+
+    fn count(&self, section: Section, spent: Duration) {
+        let spent = spent.as_nanos() as u64;
+        self.nanoseconds[section as usize].fetch_add(spent, Ordering::Relaxed);
     }
 
     /// The sections' names and times since the last call.

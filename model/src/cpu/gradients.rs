@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::clock::{Clock, Section};
 use super::product::{Left, Right, Shape, product};
 use crate::Layout;
 
@@ -144,8 +145,8 @@ pub(super) struct Part<'a> {
     pub(super) factors: Option<&'a [f32]>,
 }
 
-/// Adds `dy^T x` over `tokens` tokens to each weight's gradient.
-pub(super) fn accumulate(tokens: usize, parts: Vec<Part<'_>>) {
+/// Adds `dy^T x` over `tokens` tokens to each weight's gradient; the time counts as that section.
+pub(super) fn accumulate((clock, section): (&Clock, Section), tokens: usize, parts: Vec<Part<'_>>) {
     let mut strips = Vec::new();
     for Part { into, dy, stride, x, inputs, factors } in parts {
         for (strip, into) in into.chunks_mut(STRIP * inputs).enumerate() {
@@ -159,6 +160,6 @@ pub(super) fn accumulate(tokens: usize, parts: Vec<Part<'_>>) {
     }
     strips.into_par_iter().for_each(|(into, dy, x, inputs)| {
         let shape = Shape { m: into.len() / inputs, n: inputs, k: tokens };
-        product(shape, into, inputs, true, dy, Right::Rows(x, inputs));
+        clock.time(section, || product(shape, into, inputs, true, dy, Right::Rows(x, inputs)));
     });
 }

@@ -5,6 +5,7 @@
 
 use rayon::prelude::*;
 
+use super::clock::{Clock, Section};
 use super::gradients::{Part, accumulate};
 use super::simd;
 use super::weights::Matrix;
@@ -55,6 +56,7 @@ pub(super) struct Into<'a> {
 /// Cross-entropy of each row, `[R * N]`, in nats; with `into`, the gradients too. `logits` has
 /// [`logits_len`] elements.
 pub(super) fn cross_entropy(
+    clock: &Clock,
     head: &Matrix,
     rows: &Rows<'_>,
     logits: &mut [f32],
@@ -78,11 +80,13 @@ pub(super) fn cross_entropy(
         };
         match &mut into {
             None => blocks.into_par_iter().enumerate().for_each(|(block, (x, logits, losses))| {
-                head.apply(losses.len(), x, logits, stride);
-                for (row, loss) in losses.iter_mut().enumerate() {
-                    let logits = &logits[row * stride..row * stride + vocab];
-                    *loss = simd::log_sum_exp(logits) - logits[target(block, row)];
-                }
+                clock.time(Section::Head, || {
+                    head.apply(losses.len(), x, logits, stride);
+                    for (row, loss) in losses.iter_mut().enumerate() {
+                        let logits = &logits[row * stride..row * stride + vocab];
+                        *loss = simd::log_sum_exp(logits) - logits[target(block, row)];
+                    }
+                });
             }),
             Some(Into { shares, dstates, dhead }) => {
                 let (x, logits_of, losses_of) = blocks;
@@ -91,26 +95,30 @@ pub(super) fn cross_entropy(
                 let dstates = dstates[first * d..(first + count) * d].par_chunks_mut(BLOCK * d);
                 (x, logits_of, losses_of, shares, dstates).into_par_iter().enumerate().for_each(
                     |(block, (x, logits, losses, shares, dx))| {
-                        head.apply(losses.len(), x, logits, stride);
-                        // The softmax is divided by its sum where that takes fewest divisions: in the
-                        // states' gradient, and in the rows that the weight's is made from.
-                        for (row, (loss, share)) in losses.iter_mut().zip(&mut *shares).enumerate()
-                        {
-                            let logits = &mut logits[row * stride..row * stride + vocab];
-                            let target = target(block, row);
-                            let own = logits[target];
-                            let (max, sum) = simd::exp_and_sum(logits);
-                            *loss = max + sum.ln() - own;
-                            logits[target] -= sum;
-                            *share /= sum;
-                        }
-                        head.apply_backward(losses.len(), logits, stride, dx, false);
-                        for (dx, &factor) in dx.chunks_exact_mut(d).zip(&*shares) {
-                            simd::scale(dx, factor);
-                        }
+                        clock.time(Section::Head, || {
+                            head.apply(losses.len(), x, logits, stride);
+                            // The softmax is divided by its sum where that takes fewest divisions: in the
+                            // states' gradient, and in the rows that the weight's is made from.
+                            for (row, (loss, share)) in
+                                losses.iter_mut().zip(&mut *shares).enumerate()
+                            {
+                                let logits = &mut logits[row * stride..row * stride + vocab];
+                                let target = target(block, row);
+                                let own = logits[target];
+                                let (max, sum) = simd::exp_and_sum(logits);
+                                *loss = max + sum.ln() - own;
+                                logits[target] -= sum;
+                                *share /= sum;
+                            }
+                            head.apply_backward(losses.len(), logits, stride, dx, false);
+                            for (dx, &factor) in dx.chunks_exact_mut(d).zip(&*shares) {
+                                simd::scale(dx, factor);
+                            }
+                        });
                     },
                 );
                 accumulate(
+                    (clock, Section::Head),
                     count,
                     vec![Part {
                         into: dhead,

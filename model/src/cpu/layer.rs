@@ -63,6 +63,12 @@ pub(super) struct Call<'a> {
     pub(super) section: Section,
 }
 
+impl Call<'_> {
+    fn time<R>(&self, part: impl FnOnce() -> R) -> R {
+        self.clock.time(self.section, part)
+    }
+}
+
 /// What a layer's forward leaves for its backward.
 #[derive(Default)]
 pub(super) struct Saved {
@@ -156,13 +162,11 @@ fn join(heads: &[f32], dims: &Dims, first: usize, rows: &mut [f32]) {
 
 /// `x [N, d]` -> `y [N, d]`, both in rows.
 pub(super) fn forward(layer: &Layer, call: &Call<'_>, x: &[f32], y: &mut [f32], saved: &mut Saved) {
-    let Call { dims, clock, section, .. } = *call;
-    clock.time(section, || attention_inputs(layer, call, x, saved));
-    clock.time(Section::Attention, || {
-        let Saved { qkv, mixed, log_sums, .. } = saved;
-        attention::forward(qkv, &dims.attention, mixed, log_sums);
-    });
-    clock.time(section, || from_heads(layer, dims, x, y, saved));
+    let Call { dims, clock, .. } = *call;
+    attention_inputs(layer, call, x, saved);
+    let Saved { qkv, mixed, log_sums, .. } = saved;
+    attention::forward(clock, qkv, &dims.attention, mixed, log_sums);
+    from_heads(layer, call, x, y, saved);
 }
 
 /// Normed input, projections to queries, keys and values, rotation.
@@ -177,26 +181,30 @@ fn attention_inputs(layer: &Layer, call: &Call<'_>, x: &[f32], saved: &mut Saved
         .into_par_iter()
         .enumerate()
         .for_each(|(block, (x, qkv, inverses))| {
-            let rows = x.len() / d;
-            with_scratch([rows * d], |[normed]| {
-                for (row, normed) in normed.chunks_exact_mut(d).enumerate() {
-                    let x = &x[row * d..(row + 1) * d];
-                    inverses[row * NORMS] = simd::rms_norm(x, &layer.input_norm, None, normed, eps);
+            call.time(|| {
+                let rows = x.len() / d;
+                with_scratch([rows * d], |[normed]| {
+                    for (row, normed) in normed.chunks_exact_mut(d).enumerate() {
+                        let x = &x[row * d..(row + 1) * d];
+                        inverses[row * NORMS] =
+                            simd::rms_norm(x, &layer.input_norm, None, normed, eps);
+                    }
+                    layer.query.apply(rows, normed, qkv, 3 * d);
+                    layer.key.apply(rows, normed, &mut qkv[d..], 3 * d);
+                    layer.value.apply(rows, normed, &mut qkv[2 * d..], 3 * d);
+                });
+                for (row, qkv) in qkv.chunks_exact_mut(3 * d).enumerate() {
+                    let (q, rest) = qkv.split_at_mut(d);
+                    rotary.turn(block * size + row, q, rotary.scale());
+                    rotary.turn(block * size + row, &mut rest[..d], 1.0);
                 }
-                layer.query.apply(rows, normed, qkv, 3 * d);
-                layer.key.apply(rows, normed, &mut qkv[d..], 3 * d);
-                layer.value.apply(rows, normed, &mut qkv[2 * d..], 3 * d);
-            });
-            for (row, qkv) in qkv.chunks_exact_mut(3 * d).enumerate() {
-                let (q, rest) = qkv.split_at_mut(d);
-                rotary.turn(block * size + row, q, rotary.scale());
-                rotary.turn(block * size + row, &mut rest[..d], 1.0);
-            }
+            })
         });
 }
 
 /// Output projection, both residual additions, the MLP.
-fn from_heads(layer: &Layer, dims: &Dims, x: &[f32], y: &mut [f32], saved: &mut Saved) {
+fn from_heads(layer: &Layer, call: &Call<'_>, x: &[f32], y: &mut [f32], saved: &mut Saved) {
+    let Call { dims, .. } = *call;
     let (d, f, eps, size) = (dims.hidden, dims.inner, dims.eps, dims.block());
     let Saved { mixed, branch, middle, gates, mlp, inverses, .. } = saved;
     let mixed = &*mixed;
@@ -212,32 +220,35 @@ fn from_heads(layer: &Layer, dims: &Dims, x: &[f32], y: &mut [f32], saved: &mut 
         .into_par_iter()
         .enumerate()
         .for_each(|(block, (x, branch, middle, gates, mlp, inverses, y))| {
-            let rows = x.len() / d;
-            with_scratch([rows * d, rows * f], |[scratch, swiglu]| {
-                join(mixed, dims, block * size, scratch);
-                layer.output.apply(rows, scratch, branch, d);
-                for row in 0..rows {
-                    let (at, inverses) = (row * d..(row + 1) * d, &mut inverses[row * NORMS..]);
-                    let (x, middle) = (&x[at.clone()], &mut middle[at.clone()]);
-                    let weight = &layer.attention_norm;
-                    inverses[1] = simd::rms_norm(&branch[at.clone()], weight, Some(x), middle, eps);
-                    let weight = &layer.mlp_norm;
-                    inverses[2] = simd::rms_norm(middle, weight, None, &mut scratch[at], eps);
-                }
-                layer.gate.apply(rows, scratch, gates, 2 * f);
-                layer.up.apply(rows, scratch, &mut gates[f..], 2 * f);
-                for (gates, out) in gates.chunks_exact(2 * f).zip(swiglu.chunks_exact_mut(f)) {
-                    let (gate, up) = gates.split_at(f);
-                    simd::swiglu(gate, up, out);
-                }
-                layer.down.apply(rows, swiglu, mlp, d);
-                for row in 0..rows {
-                    let at = row * d..(row + 1) * d;
-                    let (middle, y) = (Some(&middle[at.clone()]), &mut y[at.clone()]);
-                    inverses[row * NORMS + 3] =
-                        simd::rms_norm(&mlp[at], &layer.output_norm, middle, y, eps);
-                }
-            });
+            call.time(|| {
+                let rows = x.len() / d;
+                with_scratch([rows * d, rows * f], |[scratch, swiglu]| {
+                    join(mixed, dims, block * size, scratch);
+                    layer.output.apply(rows, scratch, branch, d);
+                    for row in 0..rows {
+                        let (at, inverses) = (row * d..(row + 1) * d, &mut inverses[row * NORMS..]);
+                        let (x, middle) = (&x[at.clone()], &mut middle[at.clone()]);
+                        let weight = &layer.attention_norm;
+                        inverses[1] =
+                            simd::rms_norm(&branch[at.clone()], weight, Some(x), middle, eps);
+                        let weight = &layer.mlp_norm;
+                        inverses[2] = simd::rms_norm(middle, weight, None, &mut scratch[at], eps);
+                    }
+                    layer.gate.apply(rows, scratch, gates, 2 * f);
+                    layer.up.apply(rows, scratch, &mut gates[f..], 2 * f);
+                    for (gates, out) in gates.chunks_exact(2 * f).zip(swiglu.chunks_exact_mut(f)) {
+                        let (gate, up) = gates.split_at(f);
+                        simd::swiglu(gate, up, out);
+                    }
+                    layer.down.apply(rows, swiglu, mlp, d);
+                    for row in 0..rows {
+                        let at = row * d..(row + 1) * d;
+                        let (middle, y) = (Some(&middle[at.clone()]), &mut y[at.clone()]);
+                        inverses[row * NORMS + 3] =
+                            simd::rms_norm(&mlp[at], &layer.output_norm, middle, y, eps);
+                    }
+                });
+            })
         });
 }
 
@@ -252,22 +263,27 @@ pub(super) fn backward(
     work: &mut Work,
     gradients: &mut LayerGradients<'_>,
 ) {
-    let Call { dims, clock, section, .. } = *call;
+    let Call { dims, clock, .. } = *call;
     work.norms.fill(0.0);
-    clock.time(section, || back_to_heads(layer, dims, dy, saved, work));
-    clock.time(Section::Attention, || {
-        let Saved { qkv, mixed, log_sums, .. } = &*saved;
-        let saved = attention::Saved { qkv, mixed, log_sums };
-        attention::backward(saved, &dims.attention, &work.dmixed, &mut work.dheads);
-    });
-    clock.time(section, || back_to_input(layer, call, x, dy, saved, work));
-    clock.time(Section::WeightGradients, || weight_gradients(dims, saved, work, gradients));
+    back_to_heads(layer, call, dy, saved, work);
+    let Saved { qkv, mixed, log_sums, .. } = &*saved;
+    let from_forward = attention::Saved { qkv, mixed, log_sums };
+    attention::backward(clock, from_forward, &dims.attention, &work.dmixed, &mut work.dheads);
+    back_to_input(layer, call, x, dy, saved, work);
+    weight_gradients(call, saved, work, gradients);
 }
 
 /// From the gradient of the output to that of the heads' outputs: `mlp`, `gates` and `branch` become
 /// their own gradients, `middle` the MLP's normed input, `dy` the gradient of the stream between the
 /// branches.
-fn back_to_heads(layer: &Layer, dims: &Dims, dy: &mut [f32], saved: &mut Saved, work: &mut Work) {
+fn back_to_heads(
+    layer: &Layer,
+    call: &Call<'_>,
+    dy: &mut [f32],
+    saved: &mut Saved,
+    work: &mut Work,
+) {
+    let Call { dims, .. } = *call;
     let (d, f, size) = (dims.hidden, dims.inner, dims.block());
     let Saved { branch, middle, gates, mlp, inverses, .. } = saved;
     let Work { dmixed, swiglu, norms, .. } = work;
@@ -284,40 +300,43 @@ fn back_to_heads(layer: &Layer, dims: &Dims, dy: &mut [f32], saved: &mut Saved, 
     )
         .into_par_iter()
         .for_each(|(dy, mlp, gates, swiglu, middle, branch, dmixed, inverses, norms)| {
-            let rows = dy.len() / d;
-            let (_, norms) = norms.split_at_mut(d);
-            let (attention_norm, norms) = norms.split_at_mut(d);
-            let (mlp_norm, output_norm) = norms.split_at_mut(d);
-            for (row, mlp) in mlp.chunks_exact_mut(d).enumerate() {
-                let (inverse, dy) = (inverses[row * NORMS + 3], &dy[row * d..(row + 1) * d]);
-                simd::rms_norm_backward(mlp, &layer.output_norm, inverse, dy, output_norm);
-            }
-            layer.down.apply_backward(rows, mlp, d, swiglu, false);
-            for (gates, swiglu) in gates.chunks_exact_mut(2 * f).zip(swiglu.chunks_exact_mut(f)) {
-                let (gate, up) = gates.split_at_mut(f);
-                simd::swiglu_backward(gate, up, swiglu);
-            }
-            with_scratch([rows * d], |[dnormed]| {
-                layer.gate.apply_backward(rows, gates, 2 * f, dnormed, false);
-                layer.up.apply_backward(rows, &gates[f..], 2 * f, dnormed, true);
-                for row in 0..rows {
-                    let at = row * d..(row + 1) * d;
-                    let inverses = &inverses[row * NORMS..];
-                    let dy = &mut dy[at.clone()];
-                    simd::rms_norm_backward_add(
-                        &mut middle[at.clone()],
-                        &layer.mlp_norm,
-                        inverses[2],
-                        &dnormed[at.clone()],
-                        dy,
-                        mlp_norm,
-                    );
-                    let weight = &layer.attention_norm;
-                    let branch = &mut branch[at];
-                    simd::rms_norm_backward(branch, weight, inverses[1], dy, attention_norm);
+            call.time(|| {
+                let rows = dy.len() / d;
+                let (_, norms) = norms.split_at_mut(d);
+                let (attention_norm, norms) = norms.split_at_mut(d);
+                let (mlp_norm, output_norm) = norms.split_at_mut(d);
+                for (row, mlp) in mlp.chunks_exact_mut(d).enumerate() {
+                    let (inverse, dy) = (inverses[row * NORMS + 3], &dy[row * d..(row + 1) * d]);
+                    simd::rms_norm_backward(mlp, &layer.output_norm, inverse, dy, output_norm);
                 }
-            });
-            layer.output.apply_backward(rows, branch, d, dmixed, false);
+                layer.down.apply_backward(rows, mlp, d, swiglu, false);
+                for (gates, swiglu) in gates.chunks_exact_mut(2 * f).zip(swiglu.chunks_exact_mut(f))
+                {
+                    let (gate, up) = gates.split_at_mut(f);
+                    simd::swiglu_backward(gate, up, swiglu);
+                }
+                with_scratch([rows * d], |[dnormed]| {
+                    layer.gate.apply_backward(rows, gates, 2 * f, dnormed, false);
+                    layer.up.apply_backward(rows, &gates[f..], 2 * f, dnormed, true);
+                    for row in 0..rows {
+                        let at = row * d..(row + 1) * d;
+                        let inverses = &inverses[row * NORMS..];
+                        let dy = &mut dy[at.clone()];
+                        simd::rms_norm_backward_add(
+                            &mut middle[at.clone()],
+                            &layer.mlp_norm,
+                            inverses[2],
+                            &dnormed[at.clone()],
+                            dy,
+                            mlp_norm,
+                        );
+                        let weight = &layer.attention_norm;
+                        let branch = &mut branch[at];
+                        simd::rms_norm_backward(branch, weight, inverses[1], dy, attention_norm);
+                    }
+                });
+                layer.output.apply_backward(rows, branch, d, dmixed, false);
+            })
         });
 }
 
@@ -348,47 +367,58 @@ fn back_to_input(
         .into_par_iter()
         .enumerate()
         .for_each(|(block, (x, dy, qkv, normed, joined, inverses, norms))| {
-            let (rows, first) = (x.len() / d, block * size);
-            join(mixed, dims, first, joined);
-            split_gradients(dheads, dims, first, qkv);
-            for (row, qkv) in qkv.chunks_exact_mut(3 * d).enumerate() {
-                let (q, rest) = qkv.split_at_mut(d);
-                rotary.turn_back(first + row, q, rotary.scale());
-                rotary.turn_back(first + row, &mut rest[..d], 1.0);
-            }
-            with_scratch([rows * d], |[dnormed]| {
-                layer.query.apply_backward(rows, qkv, 3 * d, dnormed, false);
-                layer.key.apply_backward(rows, &qkv[d..], 3 * d, dnormed, true);
-                layer.value.apply_backward(rows, &qkv[2 * d..], 3 * d, dnormed, true);
-                normed.copy_from_slice(x);
-                for row in 0..rows {
-                    let at = row * d..(row + 1) * d;
-                    simd::rms_norm_backward_add(
-                        &mut normed[at.clone()],
-                        &layer.input_norm,
-                        inverses[row * NORMS],
-                        &dnormed[at.clone()],
-                        &mut dy[at],
-                        &mut norms[..d],
-                    );
+            call.time(|| {
+                let (rows, first) = (x.len() / d, block * size);
+                join(mixed, dims, first, joined);
+                split_gradients(dheads, dims, first, qkv);
+                for (row, qkv) in qkv.chunks_exact_mut(3 * d).enumerate() {
+                    let (q, rest) = qkv.split_at_mut(d);
+                    rotary.turn_back(first + row, q, rotary.scale());
+                    rotary.turn_back(first + row, &mut rest[..d], 1.0);
                 }
-            });
+                with_scratch([rows * d], |[dnormed]| {
+                    layer.query.apply_backward(rows, qkv, 3 * d, dnormed, false);
+                    layer.key.apply_backward(rows, &qkv[d..], 3 * d, dnormed, true);
+                    layer.value.apply_backward(rows, &qkv[2 * d..], 3 * d, dnormed, true);
+                    normed.copy_from_slice(x);
+                    for row in 0..rows {
+                        let at = row * d..(row + 1) * d;
+                        simd::rms_norm_backward_add(
+                            &mut normed[at.clone()],
+                            &layer.input_norm,
+                            inverses[row * NORMS],
+                            &dnormed[at.clone()],
+                            &mut dy[at],
+                            &mut norms[..d],
+                        );
+                    }
+                });
+            })
         });
 }
 
 /// Adds the gradients of the layer's weights, once all that they are sums of is there.
-fn weight_gradients(dims: &Dims, saved: &Saved, work: &Work, gradients: &mut LayerGradients<'_>) {
+fn weight_gradients(
+    call: &Call<'_>,
+    saved: &Saved,
+    work: &Work,
+    gradients: &mut LayerGradients<'_>,
+) {
+    let Call { dims, clock, .. } = *call;
     let (d, f) = (dims.hidden, dims.inner);
     let Saved { qkv, branch, middle, gates, mlp, .. } = saved;
     let Work { swiglu, normed, joined, norms, .. } = work;
-    for block in norms.chunks_exact(NORMS * d) {
-        for (sum, part) in gradients.norms().into_iter().zip(block.chunks_exact(d)) {
-            simd::add(sum, part);
+    clock.time(Section::WeightGradients, || {
+        for block in norms.chunks_exact(NORMS * d) {
+            for (sum, part) in gradients.norms().into_iter().zip(block.chunks_exact(d)) {
+                simd::add(sum, part);
+            }
         }
-    }
+    });
     let LayerGradients { query, key, value, output, gate, up, down, .. } = gradients;
     let part = |into, dy, stride, x, inputs| Part { into, dy, stride, x, inputs, factors: None };
     accumulate(
+        (clock, Section::WeightGradients),
         dims.tokens(),
         vec![
             part(&mut **query, &qkv[..], 3 * d, &normed[..], d),

@@ -211,21 +211,20 @@ impl Task<'_> {
         let [inputs, targets] = batch.ids();
         self.forward(&places, &inputs, workspace);
 
-        let statistics = self.clock.time(Section::Head, || {
-            let mut shares = exit::exit_shares(&workspace.gates, loops);
-            let rows =
-                head::Rows { states: &workspace.states, targets: &targets, hidden: d, vocab };
-            let into = head::Into {
-                shares: &mut shares,
-                dstates: &mut workspace.dstates,
-                dhead: gradients.head(),
-            };
-            let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
-            head::cross_entropy(&self.weights.head, &rows, logits, losses, Some(into));
-            let loss = exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight);
-            self.exit_gate_backward(&loss.dgates, workspace, &mut gradients);
-            loss.statistics
+        let clock = self.clock;
+        let mut shares = clock.time(Section::Head, || exit::exit_shares(&workspace.gates, loops));
+        let rows = head::Rows { states: &workspace.states, targets: &targets, hidden: d, vocab };
+        let into = head::Into {
+            shares: &mut shares,
+            dstates: &mut workspace.dstates,
+            dhead: gradients.head(),
+        };
+        let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
+        head::cross_entropy(clock, &self.weights.head, &rows, logits, losses, Some(into));
+        let loss = clock.time(Section::Head, || {
+            exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight)
         });
+        self.exit_gate_backward(&loss.dgates, workspace, &mut gradients);
         on_final(gradients.flat(), gradients.start_of_exit_gate());
 
         workspace.stream_gradient.fill(0.0);
@@ -235,9 +234,7 @@ impl Task<'_> {
             if places.keep != Keep::All && !is_last {
                 self.loop_forward(&places, r, workspace, Section::Recompute);
             }
-            self.clock.time(Section::Backward, || {
-                self.final_norm_backward(&places, r, workspace, gradients.norm());
-            });
+            self.final_norm_backward(&places, r, workspace, gradients.norm());
             for l in (0..layers).rev() {
                 let Workspace {
                     embedded,
@@ -264,7 +261,7 @@ impl Task<'_> {
                 }
             }
         }
-        self.clock.time(Section::Backward, || {
+        clock.time(Section::Backward, || {
             let embedding = gradients.embedding();
             // In token order: a row that occurs twice must always be summed in the same order.
             for (&id, dx) in inputs.iter().zip(workspace.stream_gradient.chunks_exact(d)) {
@@ -272,7 +269,7 @@ impl Task<'_> {
                 simd::add(&mut embedding[at..at + d], dx);
             }
         });
-        statistics
+        loss.statistics
     }
 
     /// Cross-entropies and gate logits of all loops, `[R * N]` each.
@@ -286,9 +283,7 @@ impl Task<'_> {
         let Workspace { states, gates, losses, logits, .. } = workspace;
         let Shape { hidden, vocab, .. } = self.shape;
         let rows = head::Rows { states, targets: &targets, hidden, vocab };
-        self.clock.time(Section::Head, || {
-            head::cross_entropy(&self.weights.head, &rows, logits, losses, None);
-        });
+        head::cross_entropy(self.clock, &self.weights.head, &rows, logits, losses, None);
         (losses.clone(), gates.clone())
     }
 
@@ -350,8 +345,8 @@ impl Task<'_> {
             inverses[of_loop.clone()].par_chunks_mut(size),
             gates[of_loop].par_chunks_mut(size),
         );
-        self.clock.time(section, || {
-            blocks.into_par_iter().for_each(|(x, states, inverses, gates)| {
+        blocks.into_par_iter().for_each(|(x, states, inverses, gates)| {
+            self.clock.time(section, || {
                 let rows = x.chunks_exact(d).zip(states.chunks_exact_mut(d));
                 for ((x, state), (inverse, gate)) in rows.zip(inverses.iter_mut().zip(gates)) {
                     *inverse = simd::rms_norm(x, &self.weights.norm, None, state, dims.eps);
@@ -377,14 +372,16 @@ impl Task<'_> {
         let partial: Vec<(Vec<f32>, f32)> = blocks
             .into_par_iter()
             .map(|(states, dstates, dgates)| {
-                let (mut dweight, mut dbias) = (vec![0.0; d], 0.0);
-                let rows = states.chunks_exact(d).zip(dstates.chunks_exact_mut(d));
-                for ((state, dstate), &dgate) in rows.zip(dgates) {
-                    simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
-                    simd::add_scaled(&mut dweight, state, dgate);
-                    dbias += dgate;
-                }
-                (dweight, dbias)
+                self.clock.time(Section::Head, || {
+                    let (mut dweight, mut dbias) = (vec![0.0; d], 0.0);
+                    let rows = states.chunks_exact(d).zip(dstates.chunks_exact_mut(d));
+                    for ((state, dstate), &dgate) in rows.zip(dgates) {
+                        simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
+                        simd::add_scaled(&mut dweight, state, dgate);
+                        dbias += dgate;
+                    }
+                    (dweight, dbias)
+                })
             })
             .collect();
         let [exit_weight, exit_bias] = gradients.exit_gate();
@@ -415,15 +412,17 @@ impl Task<'_> {
         )
             .into_par_iter()
             .map(|(x, gradient, dstate, inverses)| {
-                let mut dnorm = vec![0.0; d];
-                simd::add(gradient, dstate);
-                let rows = x.chunks_exact_mut(d).zip(gradient.chunks_exact_mut(d));
-                for ((x, gradient), &inverse) in rows.zip(inverses) {
-                    let weight = &self.weights.norm;
-                    simd::rms_norm_backward(x, weight, inverse, gradient, &mut dnorm);
-                    gradient.copy_from_slice(x);
-                }
-                dnorm
+                self.clock.time(Section::Backward, || {
+                    let mut dnorm = vec![0.0; d];
+                    simd::add(gradient, dstate);
+                    let rows = x.chunks_exact_mut(d).zip(gradient.chunks_exact_mut(d));
+                    for ((x, gradient), &inverse) in rows.zip(inverses) {
+                        let weight = &self.weights.norm;
+                        simd::rms_norm_backward(x, weight, inverse, gradient, &mut dnorm);
+                        gradient.copy_from_slice(x);
+                    }
+                    dnorm
+                })
             })
             .collect();
         partial.iter().for_each(|part| simd::add(dnorm, part));

@@ -68,10 +68,10 @@ fn attention_sees_the_past_alone() {
         rotary.turn(token, &mut row[d..2 * d], 1.0);
     }
     let (mut mixed, mut log_sums) = (vec![f32::NAN; n * d], vec![f32::NAN; n * dims.heads]);
-    attention::forward(&qkv, &dims, &mut mixed, &mut log_sums);
+    attention::forward(&Clock::default(), &qkv, &dims, &mut mixed, &mut log_sums);
     let saved = attention::Saved { qkv: &qkv, mixed: &mixed, log_sums: &log_sums };
     let mut dheads = vec![f32::NAN; 3 * n * d];
-    attention::backward(saved, &dims, &upstream, &mut dheads);
+    attention::backward(&Clock::default(), saved, &dims, &upstream, &mut dheads);
 
     let shape = [dims.sequences, dims.length, d];
     let leaves = [&q, &k, &v].map(|x| leaf(x, shape));
@@ -172,12 +172,19 @@ fn cross_entropy_of_all_loops_over_several_chunks() {
     let rows = head::Rows { states: &states, targets: &targets, hidden: d, vocab };
     let mut logits = vec![f32::NAN; head::logits_len(vocab, loops * tokens)];
     let mut alone = vec![f32::NAN; loops * tokens];
-    head::cross_entropy(&packed.head, &rows, &mut logits, &mut alone, None);
+    head::cross_entropy(&Clock::default(), &packed.head, &rows, &mut logits, &mut alone, None);
     let (mut losses, mut dstates) = (alone.clone(), vec![f32::NAN; states.len()]);
     let mut dhead = vec![0.0; vocab * d];
     let mut used = shares.clone();
     let into = head::Into { shares: &mut used, dstates: &mut dstates, dhead: &mut dhead };
-    head::cross_entropy(&packed.head, &rows, &mut logits, &mut losses, Some(into));
+    head::cross_entropy(
+        &Clock::default(),
+        &packed.head,
+        &rows,
+        &mut logits,
+        &mut losses,
+        Some(into),
+    );
 
     let (x, w) = (leaf(&states, [loops * tokens, d]), leaf(weight, [vocab, d]));
     let ids: Vec<i64> = targets.iter().chain(&targets).map(|&id| i64::from(id)).collect();
