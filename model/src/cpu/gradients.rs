@@ -59,31 +59,20 @@ impl<'a> Gradients<'a> {
     }
 
     pub(super) fn layer(&mut self, layer: usize) -> LayerGradients<'_> {
-        let [
-            input_norm,
-            query,
-            key,
-            value,
-            output,
-            attention_norm,
-            mlp_norm,
-            gate,
-            up,
-            down,
-            output_norm,
-        ] = self.places::<OF_A_LAYER>(1 + layer * OF_A_LAYER);
+        let mut places = self.places::<OF_A_LAYER>(1 + layer * OF_A_LAYER).into_iter();
+        let mut next = || places.next().expect("a layer has all its tensors");
         LayerGradients {
-            input_norm,
-            query,
-            key,
-            value,
-            output,
-            attention_norm,
-            mlp_norm,
-            gate,
-            up,
-            down,
-            output_norm,
+            input_norm: next(),
+            query: next(),
+            key: next(),
+            value: next(),
+            output: next(),
+            attention_norm: next(),
+            mlp_norm: next(),
+            gate: next(),
+            up: next(),
+            down: next(),
+            output_norm: next(),
         }
     }
 
