@@ -123,6 +123,12 @@ impl Engine {
         }
     }
 
+    /// Threads that it computes on.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
     /// What backward computes again from now on.
     pub fn set_recompute(&mut self, recompute: Recompute) {
         self.recompute = recompute;

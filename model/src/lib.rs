@@ -1,11 +1,13 @@
 //! LoopLM: the model, its loss, its gradients and its optimizer.
 //!
-//! [`Engine`] is what a worker drives: slots of tokens in, flat gradients out, updates in place.
+//! [`Trainer`] is what a worker drives: slots of tokens in, flat gradients out, updates in place, on the
+//! CPU ([`Engine`]) or on a GPU.
 //! Everything here is a function of weights, tokens and settings; nothing knows of networks or stores.
 //! How long parts of the work take is measured, and nothing depends on it.
 
 pub mod composite;
 mod cpu;
+mod cuda;
 mod engine;
 mod exit;
 mod generate;
@@ -13,11 +15,14 @@ mod layout;
 mod numerics;
 mod optimizer;
 mod state;
+mod trainer;
 
 pub use cpu::KernelLevel;
+pub use cuda::DeviceError;
 pub use engine::{Engine, Recompute, SlotBatch, SlotOutput, StageSettings};
 pub use exit::{SlotStatistics, StageOne, exit_shares, log_exit_pdf, stage_one};
 pub use generate::{Sampling, generate};
 pub use layout::{Layout, TensorEntry};
 pub use numerics::numerics;
 pub use state::TrainState;
+pub use trainer::{Device, MemoryNeed, Trainer};

@@ -9,13 +9,56 @@ use std::sync::atomic::AtomicBool;
 
 use looptrain_proto::{Digest, Step, spec};
 
-use crate::{Engine, KernelLevel, SlotBatch, StageSettings, TrainState};
+use crate::optimizer::StepSize;
+use crate::{
+    Device, DeviceError, Engine, KernelLevel, Layout, Recompute, SlotBatch, StageSettings,
+    TrainState,
+};
 
-/// Kernel level and probe of this machine, such as `avx512-1f2e3d4c5b6a7980`.
-#[must_use]
-pub fn numerics() -> String {
-    let hex: String = probe().0[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{}-{hex}", KernelLevel::detect().name())
+/// Kernel level and probe of this machine, such as `avx512-1f2e3d4c5b6a7980`; of a GPU its architecture,
+/// the version of the library that multiplies matrices, and a probe.
+///
+/// # Errors
+/// When the device cannot be used.
+pub fn numerics(device: Device) -> Result<String, DeviceError> {
+    let (name, probe) = match device {
+        Device::Cpu => (KernelLevel::detect().name().to_owned(), probe()),
+        _ => probe_of_device(device)?,
+    };
+    let hex: String = probe.0[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("{name}-{hex}"))
+}
+
+/// The same two of a device, with a small model of sizes that it takes.
+fn probe_of_device(device: Device) -> Result<(String, Digest), DeviceError> {
+    let model = spec::Model {
+        hidden_size: 64,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        intermediate_size: 160,
+        vocab_size: 264,
+        rms_norm_eps: 1e-6,
+        initializer_range: 0.05,
+    };
+    let engine = device.engine(&model)?.expect("this device is not the CPU");
+    engine.put(&TrainState::initial(&model, 1))?;
+    engine.clear()?;
+    let (sequences, sequence_length) = (1, 80);
+    let tokens = (0..=80).map(|i| (i * 7919 + 13) % 264).collect();
+    let settings = StageSettings { loops: 2, entropy_weight: 0.05, rope_base: 1e4 };
+    let batch = SlotBatch { tokens, sequences, sequence_length };
+    engine.queue_slot(&settings, Recompute::None, &batch, &mut |_| {})?.statistics()?;
+    let norm = engine.norm()?;
+    let optimizer = spec::Optimizer::default();
+    let size = StepSize { settings: &optimizer, step: Step(12_345), learning_rate: 1e-3 };
+    engine.update(&size, norm, 1.0)?;
+    let parameters = Layout::new(&model).parameters();
+    let mut weights = vec![0f32; parameters];
+    engine.read(0..parameters, [&mut weights, &mut [], &mut []])?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&norm.to_le_bytes());
+    hasher.update(bytemuck::cast_slice(&weights));
+    Ok((engine.arithmetic(), hasher.finalize().into()))
 }
 
 /// Digest of the gradient of one slot, and of the weights after a late update with it, of a small

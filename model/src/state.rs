@@ -4,6 +4,7 @@ use chacha20::ChaCha8Rng;
 use chacha20::rand_core::SeedableRng;
 use looptrain_proto::{Step, spec};
 use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
 
 use crate::Layout;
 
@@ -29,14 +30,18 @@ impl TrainState {
     pub fn initial(model: &spec::Model, seed: u64) -> Self {
         let layout = Layout::new(model);
         let mut weights = vec![0.0; layout.parameters()];
+        let mut rest = weights.as_mut_slice();
+        let mut places = Vec::new();
         for tensor in layout.tensors() {
-            let values = &mut weights[tensor.range()];
-            match tensor.shape.len() {
-                1 if tensor.name.ends_with(".bias") => {}
-                1 => values.fill(1.0),
-                _ => fill_normal(values, seed, &tensor.name, model.initializer_range),
-            }
+            let (values, after) = std::mem::take(&mut rest).split_at_mut(tensor.len);
+            places.push((tensor, values));
+            rest = after;
         }
+        places.into_par_iter().for_each(|(tensor, values)| match tensor.shape.len() {
+            1 if tensor.name.ends_with(".bias") => {}
+            1 => values.fill(1.0),
+            _ => fill_normal(values, seed, &tensor.name, model.initializer_range),
+        });
         let zeros = vec![0.0; layout.parameters()];
         Self { step: Step(0), weights, first_moment: zeros.clone(), second_moment: zeros }
     }

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use looptrain_model::Device;
 
 pub(crate) use bench::{
     Bench, CheckpointBench, CommitBench, DataBench, Kernels, OrchestrationBench, Recomputed,
@@ -155,6 +156,9 @@ pub(crate) struct Train {
     /// Worker processes to start; overrides cluster.workers
     #[arg(long)]
     pub(crate) workers: Option<u32>,
+    /// Where the workers compute; with a GPU, the first of them on that one and the others on the next
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     /// CPU threads that the workers share; all of the machine's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,
@@ -189,6 +193,9 @@ pub(crate) struct Worker {
     /// Name of this worker, unique in the run; host name and process id by default
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// Where to compute: on this machine's CPU or on a GPU, by the number that the driver gives it
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     /// Compute threads; all of the machine's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_THREADS))]
     pub(crate) threads: Option<u32>,

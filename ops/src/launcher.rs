@@ -13,6 +13,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use looptrain_model::Device;
 use looptrain_proto::Spec;
 use looptrain_worker::available_memory;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -34,6 +35,8 @@ const RESTARTS: u32 = 5;
 pub(crate) struct Fleet {
     /// The coordinator's address.
     pub(crate) coordinator: SocketAddr,
+    /// Where the first worker computes; the others on the devices after it.
+    pub(crate) device: Device,
     /// Compute threads of each worker; one worker per entry.
     pub(crate) threads: Vec<u32>,
     /// Bytes of memory that each of them may use; the spec says it otherwise.
@@ -56,6 +59,7 @@ impl Fleet {
         let memory = memory.or_else(|| unsaid.then(available_memory).flatten());
         Self {
             coordinator,
+            device: Device::Cpu,
             threads: (0..workers).map(|worker| share(worker).max(1)).collect(),
             memory: memory.map(|memory| memory / u64::from(workers)),
         }
@@ -75,7 +79,7 @@ impl Fleet {
                 program,
                 self.coordinator,
                 index,
-                (threads, self.memory),
+                Share { device: self.device.after(index), threads, memory: self.memory },
                 kill,
             ));
         }
@@ -87,12 +91,20 @@ impl Fleet {
     }
 }
 
+/// What one worker may use.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    device: Device,
+    threads: u32,
+    memory: Option<u64>,
+}
+
 /// Runs one worker, starting it again after crashes; returns how it ended.
 async fn keep_alive(
     program: PathBuf,
     coordinator: SocketAddr,
     index: usize,
-    share: (u32, Option<u64>),
+    share: Share,
     kill: CancellationToken,
 ) -> Result<String> {
     for start in 0.. {
@@ -129,13 +141,14 @@ fn spawn(
     program: &PathBuf,
     coordinator: SocketAddr,
     name: &str,
-    (threads, memory): (u32, Option<u64>),
+    Share { device, threads, memory }: Share,
 ) -> Result<Child> {
     let gibibytes = |memory| format!("--memory={}", memory as f64 / (1u64 << 30) as f64);
     Command::new(program)
         .arg("worker")
         .args(["--coordinator", &format!("http://{coordinator}")])
         .args(["--name", name])
+        .args(["--device", &device.to_string()])
         .args(["--threads", &threads.to_string()])
         .args(memory.map(gibibytes))
         .arg("--quiet")

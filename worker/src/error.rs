@@ -1,5 +1,6 @@
 //! Why a worker ends without having finished.
 
+use looptrain_model::DeviceError;
 use looptrain_proto::SpecError;
 
 use crate::data::DataError;
@@ -17,6 +18,9 @@ pub enum WorkerError {
         /// What is wrong.
         reason: String,
     },
+    /// The device where it computes cannot be used, or has failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Nobody answers there.
     #[error("no coordinator answers at {url} after {seconds:.0} s: {reason}; is it running?")]
     Connect {

@@ -33,6 +33,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use looptrain_model::Trainer;
 use looptrain_proto::v1::{Join, Welcome};
 use looptrain_proto::{Digest, Incarnation, PROTOCOL_VERSION, Spec};
 use looptrain_storage::{Checkpoints, Store};
@@ -201,7 +202,8 @@ fn spec_of(welcome: &Welcome, url: &str) -> Result<Spec, WorkerError> {
 }
 
 async fn introduce(settings: &WorkerSettings, peers: SocketAddr) -> Result<Join, WorkerError> {
-    let numerics = tokio::task::spawn_blocking(looptrain_model::numerics);
+    let device = settings.device;
+    let numerics = tokio::task::spawn_blocking(move || looptrain_model::numerics(device));
     Ok(Join {
         protocol_version: PROTOCOL_VERSION,
         name: settings.name.clone(),
@@ -209,7 +211,7 @@ async fn introduce(settings: &WorkerSettings, peers: SocketAddr) -> Result<Join,
         process_id: std::process::id(),
         threads: u32::try_from(settings.threads).unwrap_or(u32::MAX),
         peer_address: settings::reachable(peers, &settings.coordinator)?.to_string(),
-        numerics: numerics.await.map_err(|_| WorkerError::Compute)?,
+        numerics: numerics.await.map_err(|_| WorkerError::Compute)??,
         held: None,
     })
 }
@@ -232,7 +234,10 @@ async fn furnish(
     metrics::observe(&reading);
     let moments = settings.moments.clone();
     let memory = machine::memory_of(settings.memory, &spec);
-    let compute = Compute::start(Arc::clone(&spec), settings.threads, memory, moments.clone())?;
+    let (device, threads, model) = (settings.device, settings.threads, spec.model.clone());
+    let trainer = tokio::task::spawn_blocking(move || Trainer::new(device, &model, threads));
+    let trainer = trainer.await.map_err(|_| WorkerError::Compute)??;
+    let compute = Compute::start(Arc::clone(&spec), trainer, memory, moments.clone())?;
     // Ends with the listener, which hands the joiners on.
     tokio::spawn(transfer::serve(joiners, compute.shelf().clone(), moments.clone()));
     Ok(Work {

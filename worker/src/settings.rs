@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use looptrain_model::Device;
 use looptrain_storage::{Reading, ReadingOptions, Store};
 use tokio_util::sync::CancellationToken;
 
@@ -38,7 +39,9 @@ pub struct WorkerSettings {
     pub coordinator: String,
     /// Unique in the run.
     pub name: String,
-    /// Threads that compute.
+    /// Where it computes.
+    pub device: Device,
+    /// Threads that compute; beside a GPU, those that add up what comes from it.
     pub threads: usize,
     /// Bytes of memory that this worker may use; without it, what the spec says, or the machine.
     pub memory: Option<u64>,
@@ -77,6 +80,7 @@ impl WorkerSettings {
         Self {
             coordinator: coordinator.into(),
             name: name.into(),
+            device: Device::Cpu,
             threads: 1,
             memory: None,
             peer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),

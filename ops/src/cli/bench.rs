@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use looptrain_model::Device;
 use looptrain_proto::spec::{Cluster, Reduction};
 
 use super::MAX_THREADS;
@@ -189,8 +190,8 @@ pub(crate) struct StepBench {
     #[arg(long, value_enum)]
     pub(crate) reduction: Option<Reduced>,
     /// Where it is computed
-    #[arg(long, default_value = "cpu", value_parser = device)]
-    pub(crate) device: String,
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
 }
 
 /// What backward computes again.
@@ -220,16 +221,6 @@ pub(crate) enum Reduced {
     Exact,
     /// In floating point, and nothing else
     None,
-}
-
-fn device(text: &str) -> Result<String, String> {
-    match text.split_once(':') {
-        None if text == "cpu" => Ok(text.to_owned()),
-        Some(("cuda", number)) if number.parse::<u32>().is_ok() => {
-            Err("this build has no GPU support; leave --device out, or write cpu".to_owned())
-        }
-        _ => Err("write cpu, or cuda:N for the GPU of that number".to_owned()),
-    }
 }
 
 #[derive(Debug, Args)]

@@ -39,6 +39,7 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         Started::Running(running) => {
             let threads = args.threads.unwrap_or_else(all_threads);
             let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
+            let fleet = Fleet { device: args.device, ..fleet };
             with_workers(running, fleet, &run).await?
         }
     };

@@ -35,9 +35,13 @@ pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
     let name = args.name.unwrap_or_else(|| format!("{}-{}", host_name(), std::process::id()));
     let threads = args.threads.unwrap_or_else(all_threads);
     if !args.quiet {
-        print_line(&format!("{name} joins {}; compute threads: {threads}", args.coordinator));
+        print_line(&format!(
+            "{name} joins {}; device: {}; compute threads: {threads}",
+            args.coordinator, args.device
+        ));
     }
     let mut settings = WorkerSettings::new(args.coordinator, name);
+    settings.device = args.device;
     settings.threads = threads as usize;
     settings.memory = args.memory;
     settings.peer_listen = args.peer_listen;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use looptrain_model::SlotBatch;
+use looptrain_model::{Device, SlotBatch, Trainer};
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{Reading, Store};
 use tokio::sync::mpsc;
@@ -81,9 +81,10 @@ pub async fn bare_steps(
         work.push((step, batches));
     }
     let memory = memory_of(None, &spec);
-    let compute = Compute::start(spec, threads, memory, Moments::default())?;
+    let trainer = Trainer::new(Device::Cpu, &spec.model, threads).map_err(WorkerError::from)?;
+    let compute = Compute::start(spec, trainer, memory, Moments::default())?;
     let steps = compute.submit(move |bench| {
-        bench.initialise();
+        bench.initialise()?;
         take(bench, work)
     });
     Ok(steps.await??)
@@ -96,20 +97,23 @@ pub struct FixedSteps {
     pub steps: Vec<BareStep>,
     /// The time that went into each section of the engine after the warm-up, added up over threads.
     pub sections: Vec<(&'static str, Duration)>,
+    /// Most bytes taken from the device, if it is not the CPU.
+    pub device_bytes: Option<u64>,
 }
 
-/// Runs all steps of the spec from its initial weights on `threads` threads, each on the slots given,
-/// of which the first `warm_up` steps do not count for the sections. Neither store nor datasets of
-/// the spec are used.
+/// Runs all steps of the spec from its initial weights with a trainer, each on the slots given, of
+/// which the first `warm_up` steps do not count for the sections. Neither store nor datasets of
+/// the spec are used. On a device one more step follows, for the sections: its kernels run one after
+/// the other, so that each has its time.
 ///
 /// # Errors
-/// When a value leaves the fixed-point range.
+/// When a value leaves the fixed-point range, or the device fails.
 ///
 /// # Panics
 /// When there are not as many slots as the spec says, or they are not of the size that it says.
 pub async fn fixed_steps(
     spec: Spec,
-    threads: usize,
+    trainer: Trainer,
     slots: &[SlotBatch],
     warm_up: u64,
 ) -> Result<FixedSteps, BareError> {
@@ -122,16 +126,22 @@ pub async fn fixed_steps(
     let slots: Vec<Slot> = slots.iter().map(slot).collect();
     let last = spec.total_steps().0;
     let memory = memory_of(None, &spec);
-    let compute = Compute::start(Arc::new(spec), threads, memory, Moments::default())?;
+    let compute = Compute::start(Arc::new(spec), trainer, memory, Moments::default())?;
     let steps = compute.submit(move |bench| {
-        bench.initialise();
+        bench.initialise()?;
         let work = |steps: std::ops::RangeInclusive<u64>| {
             steps.map(|step| (Step(step), slots.clone())).collect()
         };
         let mut steps = take(bench, work(1..=warm_up))?;
         bench.take_sections();
         steps.extend(take(bench, work(warm_up + 1..=last))?);
-        Ok::<_, ComputeError>(FixedSteps { steps, sections: bench.take_sections() })
+        let device_bytes = bench.device_bytes();
+        if device_bytes.is_some() {
+            // Once more, for the sections.
+            bench.measure(true);
+            take(bench, work(last + 1..=last + 1))?;
+        }
+        Ok::<_, ComputeError>(FixedSteps { steps, sections: bench.take_sections(), device_bytes })
     });
     Ok(steps.await??)
 }
@@ -176,7 +186,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_batch_that_stays_the_same_is_learnt() {
-        let spec = tiny_spec("memory://not-there");
+        for device in [Device::Cpu, Device::Emulated] {
+            learn_on(device).await;
+        }
+    }
+
+    async fn learn_on(device: Device) {
+        let mut spec = tiny_spec("memory://not-there");
+        if device == Device::Emulated {
+            (spec.model.hidden_size, spec.model.num_attention_heads) = (32, 2);
+            (spec.model.intermediate_size, spec.model.vocab_size) = (40, 304);
+        }
         let stage = &spec.stages[0];
         let (sequences, length) = (stage.slot_sequences, stage.sequence_length);
         let slots: Vec<SlotBatch> = (0..stage.slots)
@@ -185,7 +205,8 @@ mod tests {
                 SlotBatch { tokens: tokens.collect(), sequences, sequence_length: length }
             })
             .collect();
-        let steps = fixed_steps(spec, 2, &slots, 1).await.unwrap().steps;
+        let trainer = Trainer::new(device, &spec.model, 2).unwrap();
+        let steps = fixed_steps(spec, trainer, &slots, 1).await.unwrap().steps;
         assert_eq!(steps.len(), 4);
         assert!(steps.windows(2).all(|pair| pair[1].loss < pair[0].loss), "{steps:?}");
     }

@@ -1,7 +1,6 @@
 //! What the compute thread owns, and its jobs: plain blocking functions.
 //!
-//! Invariants: the engine's weights are those of the held state; the prepared update, if there is
-//! one, leads from the held step to the next; kept slot outputs belong to that next step and the
+//! Invariants: the prepared update, if there is one, leads from the held step to the next; kept slot outputs belong to that next step and the
 //! held weights.
 
 use std::collections::BTreeMap;
@@ -10,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use looptrain_model::{
-    Engine, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState,
+    DeviceError, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState, Trainer,
 };
 use looptrain_proto::spec::{NonFinite, Reduction};
 use looptrain_proto::v1::StepStatistics;
@@ -35,6 +34,8 @@ pub(super) const KEPT_BYTES: usize = 512 << 20;
 pub(crate) enum ComputeError {
     #[error("the computation was abandoned")]
     Cancelled,
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error("{what} is {value} at {place}: {remedy}")]
     NotFinite { place: String, what: String, value: f64, remedy: String },
     #[error("this worker holds {}, so it cannot {action} step {step}", describe(*held))]
@@ -89,10 +90,9 @@ struct Kept {
 pub(crate) struct Bench {
     spec: Arc<Spec>,
     layout: Layout,
-    engine: Engine,
+    trainer: Trainer,
     /// What backward computes again, of each stage.
     recompute: Vec<Recompute>,
-    state: Option<TrainState>,
     prepared: Option<Prepared>,
     kept: Kept,
     /// The buffer of the last step, to be used again.
@@ -106,16 +106,15 @@ pub(crate) struct Bench {
 impl Bench {
     pub(super) fn new(
         spec: Arc<Spec>,
-        threads: usize,
+        trainer: Trainer,
         memory: Option<u64>,
         shelf: Shelf,
         moments: Moments,
     ) -> Self {
         Self {
             layout: Layout::new(&spec.model),
-            engine: Engine::new(&spec.model, threads),
-            recompute: recompute::of_stages(&spec, threads, memory),
-            state: None,
+            recompute: recompute::of_stages(&spec, &trainer, memory),
+            trainer,
             prepared: None,
             kept: Kept::default(),
             spare: None,
@@ -128,7 +127,17 @@ impl Bench {
 
     /// The time that went into each section of the engine since the last call, added up over threads.
     pub(crate) fn take_sections(&self) -> Vec<(&'static str, Duration)> {
-        self.engine.take_sections()
+        self.trainer.take_sections()
+    }
+
+    /// See [`Trainer::measure`].
+    pub(crate) fn measure(&self, on: bool) {
+        self.trainer.measure(on);
+    }
+
+    /// See [`Trainer::device_bytes`].
+    pub(crate) fn device_bytes(&self) -> Option<u64> {
+        self.trainer.device_bytes()
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -137,7 +146,7 @@ impl Bench {
 
     /// The committed step whose state is here.
     pub(crate) fn held(&self) -> Option<Step> {
-        self.state.as_ref().map(|state| state.step)
+        self.trainer.held()
     }
 
     /// The step whose reduced gradient waits for its commit.
@@ -145,36 +154,38 @@ impl Bench {
         self.prepared.as_ref().map(|prepared| prepared.step)
     }
 
-    /// The held state, if it is what `action` on `step` needs.
-    fn state_of(
+    /// Checks that the held state is what `action` on `step` needs.
+    fn must_hold(
         &self,
         needed: Option<Step>,
         action: &'static str,
         step: Step,
-    ) -> Result<&TrainState, ComputeError> {
-        let wrong = ComputeError::WrongStep { held: self.held(), action, step };
-        self.state.as_ref().filter(|state| Some(state.step) == needed).ok_or(wrong)
+    ) -> Result<(), ComputeError> {
+        let held = self.held();
+        match held.is_some() && held == needed {
+            true => Ok(()),
+            false => Err(ComputeError::WrongStep { held, action, step }),
+        }
     }
 
     /// Takes the initial state of the run's seed.
-    pub(crate) fn initialise(&mut self) {
-        self.adopt(TrainState::initial(&self.spec.model, self.spec.run.seed));
+    pub(crate) fn initialise(&mut self) -> Result<(), ComputeError> {
+        self.adopt(TrainState::initial(&self.spec.model, self.spec.run.seed))
     }
 
     /// Takes a state from elsewhere; whatever was prepared on another one is forgotten.
-    pub(crate) fn adopt(&mut self, state: TrainState) {
-        self.engine.load(&state.weights);
-        self.state = Some(state);
+    pub(crate) fn adopt(&mut self, state: TrainState) -> Result<(), ComputeError> {
         self.prepared = None;
         self.kept = Kept::default();
         self.shelf.clear();
+        Ok(self.trainer.adopt(state)?)
     }
 
     /// Puts a copy of the held state where joiners can fetch it; the updates of later commits
     /// follow.
     pub(crate) fn offer(&self, step: Step) -> Result<(), ComputeError> {
-        let state = self.state_of(Some(step), "offer", step)?;
-        self.shelf.put(state.clone());
+        self.must_hold(Some(step), "offer", step)?;
+        self.shelf.put(self.trainer.state()?.into_owned());
         Ok(())
     }
 
@@ -189,8 +200,8 @@ impl Bench {
 
     /// Digest of the held weights.
     pub(crate) fn weights_digest(&self, step: Step) -> Result<Digest, ComputeError> {
-        let state = self.state_of(Some(step), "vouch for", step)?;
-        Ok(state::digest(&self.layout, &state.weights))
+        self.must_hold(Some(step), "vouch for", step)?;
+        Ok(state::digest(&self.layout, &self.trainer.weights()?))
     }
 
     /// Whether the committed state of `step` is here; a prepared update that leads to it is
@@ -220,10 +231,10 @@ impl Bench {
         ready: &UnboundedSender<Bucket>,
     ) -> Result<Contribution, ComputeError> {
         let start = Instant::now();
-        self.state_of(step.0.checked_sub(1).map(Step), "compute", step)?;
+        self.must_hold(step.0.checked_sub(1).map(Step), "compute", step)?;
         let number = self.spec.stage_of(step);
         let stage = &self.spec.stages[number];
-        self.engine.set_recompute(self.recompute[number]);
+        self.trainer.set_recompute(self.recompute[number]);
         let parameters = self.layout.parameters();
         if self.kept.step != step {
             self.kept = Kept { step, ..Kept::default() };
@@ -232,7 +243,7 @@ impl Bench {
 
         let (arithmetic, beside) = (arithmetic(&self.spec, stage), sums::tail_len(stage.loops));
         let sums = Sums::zeroed(arithmetic, parameters, beside, self.spare.take());
-        let gathering = self.engine.run(|| Gathering::new(sums, given.len(), ready));
+        let gathering = self.trainer.run(|| Gathering::new(sums, given.len(), ready));
         let bad = Mutex::new(Vec::new());
         let adding =
             Adding { spec: &self.spec, layout: &self.layout, step, stage, first_slot, bad: &bad };
@@ -242,7 +253,7 @@ impl Bench {
         for (place, given) in given.into_iter().enumerate() {
             let slot = first_slot + place as u32;
             match self.kept.outputs.get(&slot) {
-                Some(output) => self.engine.run(|| adding.take(&gathering, place, output))?,
+                Some(output) => self.trainer.run(|| adding.take(&gathering, place, output))?,
                 None => {
                     if self.spec.run.audit {
                         used.push(audit::use_of(&self.spec, slot, &given));
@@ -256,7 +267,7 @@ impl Bench {
         self.kept.used.extend(used.into_iter().map(|used| (used.slot, used)));
         if !missing.is_empty() {
             let shared = Mutex::new((&mut self.kept.outputs, Ok(()), 0));
-            self.engine.gradients_as_final(
+            let computed = self.trainer.gradients_as_final(
                 &StageSettings::from(stage),
                 &missing,
                 cancelled,
@@ -274,13 +285,14 @@ impl Bench {
                     if kept.len() < room {
                         kept.insert(first_slot + places[index] as u32, output);
                     } else {
-                        self.engine.recycle(output.gradient);
+                        self.trainer.recycle(output.gradient);
                     }
                     *done += 1;
                 },
             );
             let (_, result, done) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
             result?;
+            computed?;
             if done < missing.len() {
                 return Err(ComputeError::Cancelled);
             }
@@ -300,7 +312,7 @@ impl Bench {
         step: Step,
         mut reduced: Sums,
     ) -> Result<Report, ComputeError> {
-        self.state_of(step.0.checked_sub(1).map(Step), "prepare", step)?;
+        self.must_hold(step.0.checked_sub(1).map(Step), "prepare", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
         let parameters = self.layout.parameters();
         let (found, expected) = (reduced.shape(), (parameters, sums::tail_len(stage.loops)));
@@ -317,8 +329,8 @@ impl Bench {
             None => vec![0.0; parameters],
         };
         let divisor = f64::from(stage.slots);
-        let digest = self.engine.run(|| reduced.settle(divisor, &mut gradient));
-        let norm = self.engine.norm(&gradient);
+        let digest = self.trainer.run(|| reduced.settle(divisor, &mut gradient));
+        let norm = self.trainer.norm(&gradient);
         if skip {
             gradient.fill(f32::NAN);
         }
@@ -338,19 +350,16 @@ impl Bench {
     /// Applies the reduced gradient of the step after the held one.
     pub(crate) fn update(&mut self, step: Step, gradient: Vec<f32>) -> Result<(), ComputeError> {
         let start = Instant::now();
-        let wrong = ComputeError::WrongStep { held: self.held(), action: "update to", step };
-        let before = self.state.as_mut().filter(|state| state.step.next() == step);
-        let state = before.ok_or(wrong)?;
+        self.must_hold(step.0.checked_sub(1).map(Step), "update to", step)?;
         let _span = tracing::info_span!("optimizer", %step).entered();
         if gradient.first().is_some_and(|value| value.is_nan()) {
-            state.step = step;
+            self.trainer.skip();
         } else {
             let rate = self.spec.learning_rate(step);
-            self.engine.update(state, &gradient, &self.spec.optimizer, rate);
-            self.engine.load(&state.weights);
+            self.trainer.update(&gradient, &self.spec.optimizer, rate)?;
         }
         for output in std::mem::take(&mut self.kept).outputs.into_values() {
-            self.engine.recycle(output.gradient);
+            self.trainer.recycle(output.gradient);
         }
         self.shelf.add(step, gradient);
         self.optimizer_seconds = start.elapsed().as_secs_f64();
@@ -364,14 +373,14 @@ impl Bench {
         batches: &[SlotBatch],
         cancelled: &AtomicBool,
     ) -> Result<(Vec<i64>, u64), ComputeError> {
-        self.state_of(Some(step), "evaluate", step)?;
+        self.must_hold(Some(step), "evaluate", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
         let mut totals = vec![0; sums::statistics_len(stage.loops)];
         let mut tokens = 0;
         if batches.is_empty() {
             return Ok((totals, tokens));
         }
-        let all = self.engine.evaluate(&StageSettings::from(stage), batches, cancelled);
+        let all = self.trainer.evaluate(&StageSettings::from(stage), batches, cancelled)?;
         if cancelled.load(Ordering::Relaxed) {
             return Err(ComputeError::Cancelled);
         }
@@ -398,8 +407,8 @@ impl Bench {
         part: usize,
         parts: usize,
     ) -> Result<Part, ComputeError> {
-        let state = self.state_of(Some(step), "save", step)?;
-        Ok(Part::copy(&self.layout, state, part, parts))
+        self.must_hold(Some(step), "save", step)?;
+        Ok(Part::copy(&self.layout, &*self.trainer.state()?, part, parts))
     }
 }
 

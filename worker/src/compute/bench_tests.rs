@@ -1,19 +1,19 @@
 #![allow(clippy::unwrap_used)]
 
+use looptrain_model::Device;
 use tokio::sync::mpsc;
 
 use super::*;
 use crate::testing::tiny_spec;
 
+fn bench_of(spec: Spec, threads: usize, moments: Moments) -> Bench {
+    let trainer = Trainer::new(Device::Cpu, &spec.model, threads).unwrap();
+    Bench::new(Arc::new(spec), trainer, None, Shelf::default(), moments)
+}
+
 fn bench(threads: usize) -> Bench {
-    let mut bench = Bench::new(
-        Arc::new(tiny_spec("memory://")),
-        threads,
-        None,
-        Shelf::default(),
-        Moments::default(),
-    );
-    bench.initialise();
+    let mut bench = bench_of(tiny_spec("memory://"), threads, Moments::default());
+    bench.initialise().unwrap();
     bench
 }
 
@@ -91,9 +91,8 @@ fn a_gradient_of_several_buckets_has_the_same_bits_for_any_split_and_threads() {
     let mut spec = tiny_spec("memory://");
     spec.model.vocab_size = 90_000;
     let bench = |threads| {
-        let (shelf, moments) = (Shelf::default(), Moments::default());
-        let mut bench = Bench::new(Arc::new(spec.clone()), threads, None, shelf, moments);
-        bench.initialise();
+        let mut bench = bench_of(spec.clone(), threads, Moments::default());
+        bench.initialise().unwrap();
         bench
     };
     let whole = share(&mut bench(2), 1, 0..4);
@@ -118,8 +117,8 @@ fn a_retry_with_other_slots_reuses_what_is_there_and_gives_the_same_bits() {
 fn what_a_slot_was_computed_from_is_told_also_when_its_gradient_is_of_an_earlier_try() {
     let mut spec = tiny_spec("memory://");
     spec.run.audit = true;
-    let mut bench = Bench::new(Arc::new(spec), 1, None, Shelf::default(), Moments::default());
-    bench.initialise();
+    let mut bench = bench_of(spec, 1, Moments::default());
+    bench.initialise().unwrap();
     let first = given(&mut bench, 1, batches(1..3)).0;
     let told = |used: &SlotUse| (used.slot, used.sequences.iter().map(|(_, at)| *at).collect());
     let expected = |slots: std::ops::Range<u32>| -> Vec<(u32, Vec<u64>)> {
@@ -144,8 +143,8 @@ fn what_is_kept_of_an_abandoned_step_tells_what_it_was_computed_from() {
     let cancelled = Arc::new(AtomicBool::new(false));
     let after_the_first = Arc::clone(&cancelled);
     let moments = Moments::watched_by(move |_| after_the_first.store(true, Ordering::Relaxed));
-    let mut bench = Bench::new(Arc::new(spec), 1, None, Shelf::default(), moments);
-    bench.initialise();
+    let mut bench = bench_of(spec, 1, moments);
+    bench.initialise().unwrap();
     let abandoned = contributed(&mut bench, 1, 0, batches(0..4), &cancelled);
     assert!(matches!(abandoned, Err(ComputeError::Cancelled)));
     assert_eq!(bench.kept.outputs.len(), 1);
@@ -225,7 +224,7 @@ fn a_number_that_is_none_is_traced_to_its_slot() {
     let mut bench = bench(1);
     let mut state = TrainState::initial(&bench.spec.model, 7);
     state.weights.fill(f32::NAN);
-    bench.adopt(state);
+    bench.adopt(state).unwrap();
     let text = refused(&mut bench, 1, 2);
     assert!(
         text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5 of stage"),
@@ -252,14 +251,14 @@ fn skipping(threads: usize, reduction: Reduction) -> (Bench, Vec<Slot>) {
     let mut spec = tiny_spec("memory://");
     spec.optimizer.non_finite = NonFinite::Skip;
     spec.cluster.reduction = reduction;
-    let mut bench = Bench::new(Arc::new(spec), threads, None, Shelf::default(), Moments::default());
+    let mut bench = bench_of(spec, threads, Moments::default());
     let mut state = TrainState::initial(&bench.spec.model, 7);
     let tensors = bench.layout.tensors().iter();
     let embedding = tensors.clone().find(|tensor| tensor.name.contains("embed_tokens")).unwrap();
     let embedding = embedding.range();
     let poison = embedding.len() / 300 * 299;
     state.weights[embedding][poison] = f32::NAN;
-    bench.adopt(state);
+    bench.adopt(state).unwrap();
     let mut batches = batches(0..4);
     batches.iter_mut().flat_map(|slot| &mut slot.batch.tokens).for_each(|token| *token %= 299);
     batches[2].batch.tokens[0] = 299;
@@ -292,9 +291,9 @@ fn a_bad_slot_changes_nothing_but_the_step(reduction: Reduction) {
         let (again, _) = given(&mut left, 0, batches[..cut].to_vec());
         assert_eq!((again.computed, again.detail), (0, a.detail));
     }
-    let before = whole.state.clone().unwrap();
+    let before = whole.trainer.state().unwrap().into_owned();
     whole.commit(Step(1)).unwrap();
-    let after = whole.state.clone().unwrap();
+    let after = whole.trainer.state().unwrap().into_owned();
     assert_eq!(after.step, Step(1));
     let bits = |state: &TrainState| -> Vec<u32> {
         let buffers = [&state.weights, &state.first_moment, &state.second_moment];
@@ -306,8 +305,8 @@ fn a_bad_slot_changes_nothing_but_the_step(reduction: Reduction) {
 fn fast(threads: usize) -> Bench {
     let mut spec = tiny_spec("memory://");
     spec.cluster.reduction = Reduction::Fast;
-    let mut bench = Bench::new(Arc::new(spec), threads, None, Shelf::default(), Moments::default());
-    bench.initialise();
+    let mut bench = bench_of(spec, threads, Moments::default());
+    bench.initialise().unwrap();
     bench
 }
 
@@ -357,7 +356,57 @@ fn a_fast_gradient_that_is_no_number_is_traced_to_its_slot() {
     let mut bench = fast(1);
     let mut state = TrainState::initial(&bench.spec.model, 7);
     state.weights.fill(f32::NAN);
-    bench.adopt(state);
+    bench.adopt(state).unwrap();
+    let text = refused(&mut bench, 1, 2);
+    assert!(text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5"), "{text}");
+}
+
+/// A bench on the GPU's kernels.
+fn on_device(reduction: Reduction) -> Bench {
+    let mut spec = tiny_spec("memory://");
+    spec.cluster.reduction = reduction;
+    (spec.model.hidden_size, spec.model.intermediate_size) = (32, 40);
+    spec.model.vocab_size = 304;
+    let trainer = Trainer::new(Device::Emulated, &spec.model, 2).unwrap();
+    Bench::new(Arc::new(spec), trainer, None, Shelf::default(), Moments::default())
+}
+
+#[test]
+fn on_a_device_any_split_and_any_new_start_lead_to_the_same_bits() {
+    let mut whole = on_device(Reduction::Exact);
+    whole.initialise().unwrap();
+    let mut ranks = [(); 2].map(|()| on_device(Reduction::Exact));
+    ranks.iter_mut().for_each(|rank| rank.initialise().unwrap());
+    for step in 1..=3 {
+        let [left, right] = &mut ranks;
+        let cut = step as u32;
+        let all = share(&mut whole, step, 0..4);
+        let (a, b) = (share(left, step, 0..cut), share(right, step, cut..4));
+        let both = reduced(a, b);
+        assert!(both == all, "cut at {cut}");
+        for bench in [&mut whole, left, right] {
+            bench.prepare(Step(step), both.clone()).unwrap();
+            bench.commit(Step(step)).unwrap();
+        }
+        // One rank is lost, and another takes its place with the state of those that are left.
+        let state = left.trainer.state().unwrap().into_owned();
+        assert_eq!(state.step, Step(step));
+        *right = on_device(Reduction::Exact);
+        right.adopt(state).unwrap();
+        let digests = [&whole, left, right].map(|bench| bench.weights_digest(Step(step)).unwrap());
+        assert!(digests[0] == digests[1] && digests[1] == digests[2]);
+    }
+    let evaluated =
+        whole.evaluate(Step(3), &[batches(0..1).remove(0).batch], &AtomicBool::new(false));
+    assert_eq!(evaluated.unwrap().1, 16);
+}
+
+#[test]
+fn on_a_device_a_slot_without_numbers_is_named_as_on_the_cpu() {
+    let mut bench = on_device(Reduction::Exact);
+    let mut state = TrainState::initial(&bench.spec.model, 7);
+    state.weights.fill(f32::NAN);
+    bench.adopt(state).unwrap();
     let text = refused(&mut bench, 1, 2);
     assert!(text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5"), "{text}");
 }

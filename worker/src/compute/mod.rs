@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 
+use looptrain_model::Trainer;
 use looptrain_proto::Spec;
 use tokio::sync::oneshot;
 
@@ -33,10 +34,10 @@ pub(crate) struct Compute {
 }
 
 impl Compute {
-    /// A thread that computes on `threads` threads, in so many bytes of memory if it is known.
+    /// A thread that computes with a trainer, in so many bytes of memory if it is known.
     pub(crate) fn start(
         spec: Arc<Spec>,
-        threads: usize,
+        trainer: Trainer,
         memory: Option<u64>,
         moments: Moments,
     ) -> Result<Self, WorkerError> {
@@ -46,7 +47,7 @@ impl Compute {
         thread::Builder::new()
             .name("looptrain-compute".into())
             .spawn(move || {
-                let mut bench = Bench::new(spec, threads, memory, filled, moments);
+                let mut bench = Bench::new(spec, trainer, memory, filled, moments);
                 for job in queue {
                     job(&mut bench);
                 }
@@ -84,11 +85,15 @@ impl Compute {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use looptrain_model::Device;
+
     use super::*;
     use crate::testing::tiny_spec;
 
     fn start() -> Result<Compute, WorkerError> {
-        Compute::start(Arc::new(tiny_spec("memory://")), 1, None, Moments::default())
+        let spec = Arc::new(tiny_spec("memory://"));
+        let trainer = Trainer::new(Device::Cpu, &spec.model, 1)?;
+        Compute::start(spec, trainer, None, Moments::default())
     }
 
     #[tokio::test]

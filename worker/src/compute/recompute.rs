@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use looptrain_model::{Engine, Recompute, StageSettings};
+use looptrain_model::{Recompute, StageSettings, Trainer};
 use looptrain_proto::{Spec, spec};
 
 use super::bench::KEPT_BYTES;
@@ -34,7 +34,8 @@ struct Need {
 }
 
 impl Need {
-    fn of(spec: &Spec, stage: &spec::Stage, threads: usize) -> Self {
+    fn of(spec: &Spec, stage: &spec::Stage, trainer: &Trainer) -> Self {
+        let need = trainer.memory();
         let parameters = spec.model.parameters();
         let gradient = parameters * size_of::<f32>() as u64;
         // Whole gradients, as many as there is room for.
@@ -43,10 +44,14 @@ impl Need {
             .min(KEPT_BYTES as u64 / gradient * gradient);
         let settings = StageSettings::from(stage);
         let (sequences, length) = (stage.slot_sequences, stage.sequence_length);
-        let bytes = |mode| Engine::slot_bytes(&spec.model, &settings, sequences, length, mode);
+        let size = [sequences, length];
+        let bytes = |mode| trainer.slot_bytes(&spec.model, &settings, size, mode);
         Self {
-            held: parameters * BYTES_PER_PARAMETER + kept,
-            slots: u64::from(stage.slots).min(threads.max(1) as u64),
+            held: match need.per_parameter {
+                Some(bytes) => parameters * bytes,
+                None => parameters * BYTES_PER_PARAMETER + kept,
+            },
+            slots: u64::from(stage.slots).min(need.slots_at_once as u64),
             slot: MODES.map(bytes),
         }
     }
@@ -82,11 +87,16 @@ fn choose(wanted: spec::Recompute, need: &Need, memory: Option<u64>) -> Choice {
     Choice { mode, fits: fits(&mode) }
 }
 
-/// The mode of each stage of the spec for a worker of so many threads and bytes of memory; each is
-/// logged with its figures, as a warning when they say that the memory is not enough.
-pub(super) fn of_stages(spec: &Spec, threads: usize, memory: Option<u64>) -> Vec<Recompute> {
+/// The mode of each stage of the spec for a trainer on a machine of so many bytes of memory, or on a
+/// device, which has its own; each is logged with its figures, as a warning when they say that the
+/// memory is not enough.
+pub(super) fn of_stages(spec: &Spec, trainer: &Trainer, memory: Option<u64>) -> Vec<Recompute> {
+    let memory = match trainer.memory().per_parameter {
+        Some(_) => trainer.memory().available,
+        None => memory,
+    };
     let of_stage = |stage: &spec::Stage| {
-        let need = Need::of(spec, stage, threads);
+        let need = Need::of(spec, stage, trainer);
         let Choice { mode, fits } = choose(spec.compute.recompute, &need, memory);
         let told = Told { stage: &stage.name, mode, need, memory };
         if fits {
@@ -141,8 +151,14 @@ impl fmt::Display for Told<'_> {
 
 #[cfg(test)]
 mod tests {
+    use looptrain_model::Device;
+
     use super::*;
     use crate::testing::tiny_spec;
+
+    fn trainer(spec: &Spec, threads: usize) -> Trainer {
+        Trainer::new(Device::Cpu, &spec.model, threads).expect("the CPU is always there")
+    }
 
     const NEED: Need = Need { held: 100, slots: 2, slot: [50, 20, 5] };
 
@@ -185,7 +201,7 @@ mod tests {
         let spec = tiny_spec("memory://");
         let stage = &spec.stages[0];
         assert_eq!(stage.slots, 4);
-        let slots = |threads| Need::of(&spec, stage, threads).slots;
+        let slots = |threads| Need::of(&spec, stage, &trainer(&spec, threads)).slots;
         assert_eq!([0, 1, 3, 4, 64].map(slots), [1, 1, 3, 4, 4]);
     }
 
@@ -197,11 +213,12 @@ mod tests {
         spec.stages.push(longer);
         // More layers than one, so that keeping one of them is less than keeping a loop.
         spec.model.num_hidden_layers = 8;
-        let [short, long] = [0, 1].map(|stage| Need::of(&spec, &spec.stages[stage], 2));
+        let trainer = trainer(&spec, 2);
+        let [short, long] = [0, 1].map(|stage| Need::of(&spec, &spec.stages[stage], &trainer));
         assert!(long.slot.is_sorted_by(|more, less| more > less), "{long:?}");
         let memory = long.total(Recompute::Loop);
         assert!(short.total(Recompute::None) < memory);
-        let modes = of_stages(&spec, 2, Some(memory));
+        let modes = of_stages(&spec, &trainer, Some(memory));
         assert_eq!(modes, [Recompute::None, Recompute::Loop]);
     }
 

@@ -73,6 +73,7 @@ impl From<ComputeError> for Failure {
     fn from(error: ComputeError) -> Self {
         match error {
             ComputeError::Cancelled => Self::Abandoned,
+            ComputeError::Device(error) => Self::Fatal(error.into()),
             ComputeError::NotFinite { .. } => Self::Told(Cause::NonFinite, error.to_string()),
             ComputeError::WrongStep { .. } | ComputeError::Shape { .. } => {
                 Self::Told(Cause::Internal, error.to_string())

@@ -106,7 +106,7 @@ impl Work {
     async fn reach(&self, step: Step) -> Result<Digest, Failure> {
         if !self.compute.submit(move |bench| bench.reach(step)).await? {
             if step == Step(0) {
-                self.compute.submit(Bench::initialise).await?;
+                self.compute.submit(Bench::initialise).await??;
             } else {
                 self.reach_from_elsewhere(step).await?;
             }
@@ -122,7 +122,7 @@ impl Work {
         let [weights, first_moment, second_moment] =
             <[_; 3]>::try_from(buffers).map_err(|_| FetchError::NotOffered { item })?;
         let state = TrainState { step, weights, first_moment, second_moment };
-        Ok(self.compute.submit(move |bench| bench.adopt(state)).await?)
+        Ok(self.compute.submit(move |bench| bench.adopt(state)).await??)
     }
 
     /// Fetches and applies the update to `step`; false when no member has committed it yet.
@@ -196,8 +196,8 @@ impl Work {
             return Err(StateError::OtherTrajectory { step, theirs, ours }.into());
         }
         let adopted = self.compute.submit(move |bench| {
-            bench.adopt(state::from_tensors(bench.layout(), step, tensors)?);
-            Ok::<_, StateError>(())
+            bench.adopt(state::from_tensors(bench.layout(), step, tensors)?)?;
+            Ok::<_, Failure>(())
         });
         adopted.await??;
         let seconds = start.elapsed().as_secs_f64();

@@ -15,7 +15,7 @@ mod plain;
 use anyhow::{Result, ensure};
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
-use looptrain_model::SlotBatch;
+use looptrain_model::{Device, SlotBatch, Trainer};
 use looptrain_proto::Spec;
 use looptrain_worker::bench::{BareStep, FixedSteps, fixed_steps};
 use serde_json::{Map, Value, json};
@@ -38,19 +38,31 @@ pub(super) async fn run(args: StepBench) -> Result<Value> {
     let spec = spec(&args, slots)?;
     let batches = batches(&spec);
     let workers = threads as usize;
-    // Before and after, for a machine has moods.
-    let before = matrix::rate(workers)?;
-    let (shape, count) = (spec.clone(), WARM_UP as usize);
-    let FixedSteps { steps, sections } = match reduction {
-        Reduced::Exact => fixed_steps(spec, workers, &batches, WARM_UP.into()).await?,
-        Reduced::None => {
+    let (shape, count, device) = (spec.clone(), WARM_UP as usize, args.device);
+    let trainer = Trainer::new(device, &spec.model, workers)?;
+    // Before and after, for a machine has moods; a device has its matrices to itself only before.
+    let before = match trainer.device_rate()? {
+        Some(rate) => rate / 1e9,
+        None => matrix::rate(workers)?,
+    };
+    let fixed = match (reduction, device) {
+        (Reduced::Exact, _) => fixed_steps(spec, trainer, &batches, WARM_UP.into()).await?,
+        (Reduced::None, Device::Cpu) => {
             let kernels = args.kernels;
             let steps = move || plain::steps(&spec, workers, kernels, &batches, count);
             tokio::task::spawn_blocking(steps).await??
         }
+        (Reduced::None, _) => {
+            let steps = move || plain::steps_on_device(&spec, trainer, &batches);
+            tokio::task::spawn_blocking(steps).await??
+        }
     };
+    let FixedSteps { steps, sections, device_bytes } = fixed;
     let peak = peak_bytes();
-    let matrix = matrix::rate(workers)?.max(before);
+    let matrix = match device {
+        Device::Cpu => matrix::rate(workers)?.max(before),
+        _ => before,
+    };
     let (first, last) = (steps[0].loss, steps[steps.len() - 1].loss);
     let measured = &steps[count..];
     let samples = |of: fn(&BareStep) -> f64| Samples::new(measured.iter().map(of).collect());
@@ -60,7 +72,11 @@ pub(super) async fn run(args: StepBench) -> Result<Value> {
 
     let tokens = shape.stages[0].step_tokens();
     let gflop = operations(&shape) / 1e9;
-    let per_thread = f64::from(threads) * measured.len() as f64;
+    // Those of a device are of the one step in which its kernels run one after the other.
+    let per_thread = match device {
+        Device::Cpu => f64::from(threads) * measured.len() as f64,
+        _ => 1.0,
+    };
     let sections: Map<String, Value> = sections
         .into_iter()
         .map(|(name, time)| (name.to_owned(), seconds(time.as_secs_f64() / per_thread)))
@@ -81,7 +97,7 @@ pub(super) async fn run(args: StepBench) -> Result<Value> {
         },
         "slots": slots,
         "threads": threads,
-        "device": args.device,
+        "device": device.to_string(),
         "kernels": named(&args.kernels),
         "recompute": named(&args.recompute),
         "reduction": named(&reduction),
@@ -101,6 +117,7 @@ pub(super) async fn run(args: StepBench) -> Result<Value> {
         "matrix_gflop_per_second": rounded(matrix),
         "share_of_matrix_rate": rounded(gflop / median / matrix),
         "peak_bytes": peak,
+        "device_peak_bytes": device_bytes,
         "first_loss": first,
         "loss": last,
         "machine": machine(),
@@ -134,6 +151,11 @@ fn reduction(args: &StepBench) -> Result<Reduced> {
         Kernels::Composite => Reduced::None,
     };
     let reduction = args.reduction.unwrap_or(usual);
+    ensure!(
+        (args.kernels, args.device) == (Kernels::Composite, Device::Cpu)
+            || args.kernels == Kernels::Fused,
+        "composite kernels run on the CPU; leave --device out"
+    );
     ensure!(
         (args.kernels, reduction) != (Kernels::Composite, Reduced::Exact),
         "no worker computes with composite kernels; leave --reduction out, and measure the fused ones \
@@ -290,6 +312,7 @@ mod tests {
             (&["--heads", "3"][..], "3 heads do not divide"),
             (&["--kernels", "composite", "--reduction", "exact"], "leave --reduction out"),
             (&["--kernels", "composite", "--recompute", "loop"], "leave --recompute out"),
+            (&["--kernels", "composite", "--device", "cuda:0"], "leave --device out"),
         ] {
             let error = refused(given);
             assert!(error.contains(words), "{given:?}: {error}");

@@ -4,14 +4,14 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use looptrain_model::{
-    Engine, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState, composite,
+    Engine, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState, Trainer, composite,
 };
-use looptrain_proto::{Spec, spec};
+use looptrain_proto::{Spec, Step, spec};
 use looptrain_worker::bench::{BareStep, FixedSteps};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -27,11 +27,7 @@ pub(super) fn steps(
 ) -> Result<FixedSteps> {
     let settings = StageSettings::from(&spec.stages[0]);
     let mut engine = Engine::new(&spec.model, threads);
-    engine.set_recompute(match spec.compute.recompute {
-        spec::Recompute::Loop => Recompute::Loop,
-        spec::Recompute::Layer => Recompute::Layer,
-        spec::Recompute::None | spec::Recompute::Auto => Recompute::None,
-    });
+    engine.set_recompute(recompute(spec));
     let lanes = match kernels {
         Kernels::Fused => Vec::new(),
         Kernels::Composite => lanes(threads, slots.len())?,
@@ -73,7 +69,45 @@ pub(super) fn steps(
             loss,
         });
     }
-    Ok(FixedSteps { steps, sections: engine.take_sections() })
+    Ok(FixedSteps { steps, sections: engine.take_sections(), device_bytes: None })
+}
+
+/// The same on a device, which the gradient never leaves, and one step more for the sections.
+pub(super) fn steps_on_device(
+    spec: &Spec,
+    mut trainer: Trainer,
+    slots: &[SlotBatch],
+) -> Result<FixedSteps> {
+    let settings = StageSettings::from(&spec.stages[0]);
+    trainer.set_recompute(recompute(spec));
+    trainer.adopt(TrainState::initial(&spec.model, spec.run.seed))?;
+    let mut steps = Vec::new();
+    let total = spec.total_steps().0 as usize;
+    for index in 0..=total {
+        trainer.measure(index == total);
+        let start = Instant::now();
+        let rate = spec.learning_rate(Step(index.min(total - 1) as u64 + 1));
+        let loss = trainer.step_on_device(&settings, slots, &spec.optimizer, rate)?;
+        let step = BareStep {
+            compute: start.elapsed(),
+            prepare: Duration::ZERO,
+            update: Duration::ZERO,
+            loss: loss.context("the CPU has other steps")?,
+        };
+        if index < total {
+            steps.push(step);
+        }
+    }
+    let (sections, device_bytes) = (trainer.take_sections(), trainer.device_bytes());
+    Ok(FixedSteps { steps, sections, device_bytes })
+}
+
+fn recompute(spec: &Spec) -> Recompute {
+    match spec.compute.recompute {
+        spec::Recompute::Loop => Recompute::Loop,
+        spec::Recompute::Layer => Recompute::Layer,
+        spec::Recompute::None | spec::Recompute::Auto => Recompute::None,
+    }
 }
 
 /// The gradients and losses of slots, added up.

@@ -1,0 +1,521 @@
+//! A CUDA device: kernels compiled by NVRTC, products by cuBLASLt, memory copied beside the work.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use cudarc::cublaslt::{result as lt, sys as lt_sys};
+use cudarc::driver::{result, sys};
+use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
+use rayon::prelude::*;
+
+use super::driver::{
+    Address, Argument, DeviceError, Driver, Launch, MARKS, Mark, Product, ProductKind,
+};
+use super::kernels::{NAMES, SOURCE, Sizes};
+use super::libraries;
+
+/// What products may use beside their matrices, in bytes. It decides how they are summed, so it is
+/// part of what fixes the bits.
+const WORKSPACE: usize = 64 << 20;
+
+/// Bytes on their way to the host at a time; there are two such buffers.
+const STAGE: usize = 32 << 20;
+
+/// The least compute capability: bf16 matrices and asynchronous copies.
+const LEAST: (i32, i32) = (8, 0);
+
+/// How a product is done: fixed once for its shape.
+struct Plan {
+    description: lt_sys::cublasLtMatmulDesc_t,
+    layouts: [lt_sys::cublasLtMatrixLayout_t; 3],
+    algorithm: lt_sys::cublasLtMatmulAlgo_t,
+}
+
+/// Memory of the host that the device copies to.
+struct Stage {
+    memory: [*mut u8; 2],
+    /// When each has been filled.
+    filled: [sys::CUevent; 2],
+}
+
+/// One device, and what is compiled for it.
+pub(super) struct Device {
+    name: String,
+    /// Compute capability, such as 90 for 9.0.
+    architecture: i32,
+    /// Bytes that were free when nothing was allocated yet.
+    memory: u64,
+    context: sys::CUcontext,
+    queue: sys::CUstream,
+    /// Beside the queue: copies to the host.
+    copies: sys::CUstream,
+    functions: HashMap<&'static str, sys::CUfunction>,
+    products: lt_sys::cublasLtHandle_t,
+    workspace: Address,
+    /// The least alignment of rows, in bytes.
+    alignment: u32,
+    plans: Mutex<HashMap<Product, Plan>>,
+    marks: Mutex<(usize, Vec<sys::CUevent>)>,
+    stage: Mutex<Stage>,
+    /// Bytes of each allocation, and the most that there were of all.
+    allocated: Mutex<(HashMap<u64, u64>, u64)>,
+    /// Whether each kernel and product is waited for, to take its time.
+    measuring: AtomicBool,
+    times: Mutex<BTreeMap<&'static str, Duration>>,
+}
+
+// SAFETY: handles of the driver and of cuBLASLt may be used from any thread, once the thread has the
+// context, which every method sees to; what is not safe to share is behind a mutex.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+/// What went wrong in a call of the driver.
+fn told(device: &str, what: &str, error: result::DriverError) -> DeviceError {
+    let words = error.error_string().ok().and_then(|text| text.to_str().ok()).unwrap_or("");
+    DeviceError(format!("{device}: {what}: {words} ({:?})", error.0))
+}
+
+impl Device {
+    /// The device of that number, with kernels compiled for a model of these sizes.
+    ///
+    /// # Errors
+    /// When there is no driver, no such device, no library that is needed, or a device that is too old.
+    pub(super) fn new(ordinal: usize, sizes: &Sizes) -> Result<Self, DeviceError> {
+        libraries::load()?;
+        let label = format!("cuda:{ordinal}");
+        let fail = |what: &'static str| move |error| told(&format!("cuda:{ordinal}"), what, error);
+        result::init().map_err(fail("cannot start the driver"))?;
+        let count = result::device::get_count().map_err(fail("cannot count devices"))?;
+        if ordinal >= count.max(0) as usize {
+            return Err(DeviceError(format!(
+                "{label} does not exist: the driver shows {count} devices (CUDA_VISIBLE_DEVICES narrows that)"
+            )));
+        }
+        let device = result::device::get(ordinal as i32).map_err(fail("cannot open the device"))?;
+        let name = result::device::get_name(device).map_err(fail("cannot read its name"))?;
+        let name = format!("{label} ({name})");
+        use sys::CUdevice_attribute as Attribute;
+        let capability = [
+            Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        ]
+        // SAFETY: the device is one that the driver named.
+        .map(|attribute| unsafe { result::device::get_attribute(device, attribute) });
+        let [major, minor] = capability;
+        let major = major.map_err(fail("cannot read its compute capability"))?;
+        let minor = minor.map_err(fail("cannot read its compute capability"))?;
+        if (major, minor) < LEAST {
+            return Err(DeviceError(format!(
+                "{name} has compute capability {major}.{minor}; bf16 needs 8.0 or more"
+            )));
+        }
+        // SAFETY: as above; the context is current on this thread from here on.
+        let context = unsafe {
+            let context = result::primary_ctx::retain(device).map_err(fail("has no context"))?;
+            result::ctx::set_current(context).map_err(fail("has no context"))?;
+            context
+        };
+        let architecture = major * 10 + minor;
+        let (free, _) = result::mem_get_info().map_err(fail("does not tell its memory"))?;
+        let image = compile(sizes, architecture)?;
+        // SAFETY: the image is one that NVRTC has made, and stays loaded.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
+            .map_err(fail("cannot load the kernels"))?;
+        let functions = functions(&name, module, sizes)?;
+        use result::stream::{StreamKind, create};
+        let stream = || create(StreamKind::NonBlocking).map_err(fail("cannot make a stream"));
+        let event = || {
+            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+                .map_err(fail("cannot make an event"))
+        };
+        let pinned = || {
+            // SAFETY: the memory is written to before it is read.
+            unsafe { result::malloc_host(STAGE, 0) }
+                .map(|memory| memory.cast::<u8>())
+                .map_err(fail("cannot lock memory of the host"))
+        };
+        let products = lt::create_handle()
+            .map_err(|error| DeviceError(format!("{name}: cuBLASLt does not start: {error}")))?;
+        let row = (sizes.hidden * size_of::<u16>()) as u32;
+        Ok(Self {
+            architecture,
+            memory: free.saturating_sub(WORKSPACE) as u64,
+            context,
+            queue: stream()?,
+            copies: stream()?,
+            functions,
+            products,
+            // SAFETY: given back with the process; nothing reads it before it is written.
+            workspace: unsafe { result::malloc_sync(WORKSPACE) }
+                .map(Address)
+                .map_err(fail("has no memory for products"))?,
+            alignment: 1 << row.trailing_zeros().min(8),
+            plans: Mutex::default(),
+            marks: Mutex::new((0, (0..MARKS).map(|_| event()).collect::<Result<_, _>>()?)),
+            stage: Mutex::new(Stage {
+                memory: [pinned()?, pinned()?],
+                filled: [event()?, event()?],
+            }),
+            allocated: Mutex::default(),
+            measuring: AtomicBool::new(false),
+            times: Mutex::default(),
+            name,
+        })
+    }
+
+    /// Makes the context this thread's, and tells what a failed call was about.
+    fn call<R>(
+        &self,
+        what: &str,
+        call: impl FnOnce() -> Result<R, result::DriverError>,
+    ) -> Result<R, DeviceError> {
+        // SAFETY: the context lives as long as the process.
+        unsafe { result::ctx::set_current(self.context) }
+            .and_then(|()| call())
+            .map_err(|error| told(&self.name, what, error))
+    }
+
+    /// Waits for what has just been queued, if times are taken; a fault is then told by its name.
+    fn measured(&self, name: &'static str, start: Instant) -> Result<(), DeviceError> {
+        if self.measuring.load(Ordering::Relaxed) {
+            // SAFETY: the stream lives as long as the device.
+            self.call(name, || unsafe { result::stream::synchronize(self.queue) })?;
+            let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+            *times.entry(name).or_default() += start.elapsed();
+        }
+        Ok(())
+    }
+
+    fn plan(&self, product: Product) -> Result<Plan, lt::CublasError> {
+        use lt_sys::cublasLtMatmulDescAttributes_t as Description;
+        use lt_sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        let Product { kind, rows, outputs, inputs, single } = product;
+        // cuBLAS counts by columns: our rows are its columns, so the sides change places.
+        let (transposed, [m, n], a, b) = match kind {
+            ProductKind::Forward => ([1, 0], [outputs, rows], [inputs, outputs], [inputs, rows]),
+            ProductKind::Input => ([0, 0], [inputs, rows], [inputs, outputs], [outputs, rows]),
+            ProductKind::Weight => ([0, 1], [inputs, outputs], [inputs, rows], [outputs, rows]),
+        };
+        let half = lt_sys::cudaDataType::CUDA_R_16BF;
+        let float = lt_sys::cudaDataType::CUDA_R_32F;
+        let to = if single || kind == ProductKind::Weight { float } else { half };
+        let layout = |of, [rows, columns]: [usize; 2]| {
+            lt::create_matrix_layout(of, rows as u64, columns as u64, rows as i64)
+        };
+        let layouts = [layout(half, a)?, layout(half, b)?, layout(to, [m, n])?];
+        let description =
+            lt::create_matmul_desc(lt_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, float)?;
+        let preference = lt::create_matmul_pref()?;
+        let bytes = WORKSPACE;
+        // SAFETY: the attributes have the types of the values that are given for them.
+        let found = unsafe {
+            for (attribute, value) in [
+                (Description::CUBLASLT_MATMUL_DESC_TRANSA, transposed[0]),
+                (Description::CUBLASLT_MATMUL_DESC_TRANSB, transposed[1]),
+            ] {
+                let value: i32 = value;
+                let at = std::ptr::from_ref(&value).cast::<c_void>();
+                lt::set_matmul_desc_attribute(description, attribute, at, size_of::<i32>())?;
+            }
+            let at = std::ptr::from_ref(&bytes).cast::<c_void>();
+            let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            lt::set_matmul_pref_attribute(preference, attribute, at, size_of::<usize>())?;
+            for attribute in [
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            ] {
+                let at = std::ptr::from_ref(&self.alignment).cast::<c_void>();
+                lt::set_matmul_pref_attribute(preference, attribute, at, size_of::<u32>())?;
+            }
+            let [a, b, c] = layouts;
+            let handle = self.products;
+            let found = lt::get_matmul_algo_heuristic(handle, description, a, b, c, c, preference);
+            lt::destroy_matmul_pref(preference)?;
+            found?
+        };
+        Ok(Plan { description, layouts, algorithm: found.algo })
+    }
+}
+
+/// Machine code of the kernels.
+fn compile(sizes: &Sizes, architecture: i32) -> Result<Vec<u8>, DeviceError> {
+    let source = CString::new(SOURCE).expect("the source has no zero byte");
+    let failed = |error: nvrtc::NvrtcError| DeviceError(format!("NVRTC fails: {error:?}"));
+    let program = nvrtc::create_program(&source, Some(c"looptrain.cu")).map_err(failed)?;
+    let mut options = sizes.definitions().to_vec();
+    // Hopper's own instructions have to be asked for.
+    let own = if architecture == 90 { "a" } else { "" };
+    options.push(format!("--gpu-architecture=sm_{architecture}{own}"));
+    options.extend(["--std=c++17", "-default-device"].map(String::from));
+    // SAFETY: the program is the one made above, and the buffer has the size that NVRTC names.
+    unsafe {
+        if let Err(error) = nvrtc::compile_program(program, &options) {
+            let log = nvrtc::get_program_log(program).unwrap_or_default();
+            let log: Vec<u8> = log.into_iter().map(|byte| byte as u8).collect();
+            return Err(DeviceError(format!(
+                "NVRTC does not compile the kernels for sm_{architecture}: {error:?}\n{}",
+                String::from_utf8_lossy(&log)
+            )));
+        }
+        let mut len = 0;
+        nvrtc_sys::nvrtcGetCUBINSize(program, &mut len).result().map_err(failed)?;
+        let mut image = vec![0u8; len];
+        nvrtc_sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result().map_err(failed)?;
+        nvrtc::destroy_program(program).map_err(failed)?;
+        Ok(image)
+    }
+}
+
+fn functions(
+    device: &str,
+    module: sys::CUmodule,
+    sizes: &Sizes,
+) -> Result<HashMap<&'static str, sys::CUfunction>, DeviceError> {
+    use sys::CUfunction_attribute_enum as Attribute;
+    let [forward, backward] = sizes.attention_shared();
+    let function = |name: &'static str| {
+        let shared = match name {
+            "attention" => forward,
+            "attention_backward_keys" | "attention_backward_queries" => backward,
+            _ => 0,
+        };
+        // SAFETY: the module is loaded and stays so.
+        let found = unsafe {
+            let name = CString::new(name).expect("a name has no zero byte");
+            result::module::get_function(module, name).and_then(|function| {
+                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                if shared > 0 {
+                    result::function::set_function_attribute(function, attribute, shared as i32)?;
+                }
+                Ok(function)
+            })
+        };
+        let found = found.map_err(|error| told(device, &format!("no kernel `{name}`"), error))?;
+        Ok((name, found))
+    };
+    NAMES.into_iter().map(function).collect()
+}
+
+impl Driver for Device {
+    fn allocate(&self, bytes: usize) -> Result<Address, DeviceError> {
+        // SAFETY: nothing reads the memory before it is written, as the engine sees to.
+        let address = self.call("", || unsafe { result::malloc_sync(bytes) });
+        let address = address.map_err(|error| {
+            let free = result::mem_get_info().map_or(0, |(free, _)| free);
+            let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+            DeviceError(format!(
+                "{}: no memory for {:.2} GiB more, {:.2} GiB are free; make slots smaller \
+                 (stages.N.slot_sequences) or set compute.recompute to layer{}",
+                self.name,
+                gib(bytes),
+                gib(free),
+                error.0
+            ))
+        })?;
+        let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let (all, peak) = &mut *allocated;
+        all.insert(address, bytes as u64);
+        *peak = (*peak).max(all.values().sum());
+        Ok(Address(address))
+    }
+
+    fn free(&self, address: Address) {
+        self.allocated.lock().unwrap_or_else(PoisonError::into_inner).0.remove(&address.0);
+        // SAFETY: the engine gives back what it was given, once.
+        let freed = self.call("cannot free memory", || unsafe { result::free_sync(address.0) });
+        // A device that cannot do that has failed, which the next call tells.
+        drop(freed);
+    }
+
+    fn zero(&self, to: Address, bytes: usize) -> Result<(), DeviceError> {
+        // SAFETY: the engine names memory that it has.
+        self.call("cannot clear memory", || unsafe {
+            result::memset_d8_async(to.0, 0, bytes, self.queue)
+        })
+    }
+
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), DeviceError> {
+        // SAFETY: as in `zero`.
+        self.call("cannot copy memory", || unsafe {
+            result::memcpy_dtod_async(to.0, from.0, bytes, self.queue)
+        })
+    }
+
+    fn upload(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
+        // SAFETY: as in `zero`; the host's memory is pageable, so the driver has read it when it returns.
+        self.call("cannot copy to the device", || unsafe {
+            result::memcpy_htod_async(to.0, bytes, self.queue)
+        })
+    }
+
+    fn launch(&self, launch: Launch, arguments: &[Argument]) -> Result<(), DeviceError> {
+        let function = self.functions[launch.kernel];
+        let mut words: Vec<u64> = arguments.iter().map(Argument::word).collect();
+        let mut pointers: Vec<*mut c_void> =
+            words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
+        let [x, y, z] = launch.grid;
+        let start = Instant::now();
+        // SAFETY: the arguments are those that the kernel is declared with, which the tests see to on the
+        // CPU; they name memory of the engine.
+        let launched = self.call(launch.kernel, || unsafe {
+            let block = (launch.threads, 1, 1);
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                block,
+                launch.shared,
+                self.queue,
+                &mut pointers,
+            )
+        });
+        launched.and_then(|()| self.measured(launch.kernel, start))
+    }
+
+    fn product(
+        &self,
+        product: Product,
+        left: Address,
+        right: Address,
+        out: Address,
+    ) -> Result<(), DeviceError> {
+        let failed = |error: lt::CublasError| {
+            DeviceError(format!("{}: cuBLASLt fails on {product:?}: {error}", self.name))
+        };
+        self.call("has no context", || Ok(()))?;
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = match plans.entry(product) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(self.plan(product).map_err(failed)?)
+            }
+        };
+        let start = Instant::now();
+        let add = if product.kind == ProductKind::Weight { 1f32 } else { 0.0 };
+        let [a, b, c] = plan.layouts;
+        let pointer = |address: Address| address.0 as *mut c_void;
+        // SAFETY: the plan is for these shapes, and the engine names memory that it has.
+        unsafe {
+            lt::matmul(
+                self.products,
+                plan.description,
+                std::ptr::from_ref(&1f32).cast(),
+                std::ptr::from_ref(&add).cast(),
+                pointer(right),
+                a,
+                pointer(left),
+                b,
+                pointer(out),
+                c,
+                pointer(out),
+                c,
+                &plan.algorithm,
+                pointer(self.workspace),
+                WORKSPACE,
+                self.queue.cast(),
+            )
+        }
+        .map_err(failed)?;
+        let name = match product.kind {
+            ProductKind::Forward => "product",
+            ProductKind::Input => "product of inputs' gradients",
+            ProductKind::Weight => "product of weights' gradients",
+        };
+        self.measured(name, start)
+    }
+
+    fn measure(&self, on: bool) {
+        self.measuring.store(on, Ordering::Relaxed);
+    }
+
+    fn arithmetic(&self) -> String {
+        // SAFETY: takes nothing and changes nothing.
+        let version = unsafe { lt_sys::cublasLtGetVersion() };
+        format!("sm{}-cublas{version}", self.architecture)
+    }
+
+    fn memory(&self) -> Option<u64> {
+        Some(self.memory)
+    }
+
+    fn peak_bytes(&self) -> u64 {
+        self.allocated.lock().unwrap_or_else(PoisonError::into_inner).1 + WORKSPACE as u64
+    }
+
+    fn take_times(&self) -> Vec<(&'static str, Duration)> {
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *times).into_iter().collect()
+    }
+
+    fn mark(&self) -> Result<Mark, DeviceError> {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (next, events) = &mut *marks;
+        let mark = *next;
+        *next = (*next + 1) % MARKS;
+        // SAFETY: event and stream live as long as the device.
+        self.call("cannot mark the queue", || unsafe {
+            result::event::record(events[mark], self.queue)
+        })?;
+        Ok(Mark(mark))
+    }
+
+    fn download(&self, after: Mark, from: Address, to: &mut [u8]) -> Result<(), DeviceError> {
+        let event = self.marks.lock().unwrap_or_else(PoisonError::into_inner).1[after.0];
+        let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        let fetch = |number: usize, len: usize| {
+            let side = number % 2;
+            // SAFETY: the staged memory is ours under the lock, is as long, and was read before.
+            self.call("cannot copy from the device", || unsafe {
+                let memory = std::slice::from_raw_parts_mut(stage.memory[side], len);
+                let from = from.0 + (number * STAGE) as u64;
+                result::memcpy_dtoh_async(memory, from, self.copies)?;
+                result::event::record(stage.filled[side], self.copies)
+            })
+        };
+        // SAFETY: event and stream live as long as the device.
+        self.call("cannot wait for the queue", || unsafe {
+            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            result::stream::wait_event(self.copies, event, flags)
+        })?;
+        let lens: Vec<usize> = to.chunks(STAGE).map(<[u8]>::len).collect();
+        if let Some(first) = lens.first() {
+            fetch(0, *first)?;
+        }
+        for (number, to) in to.chunks_mut(STAGE).enumerate() {
+            if let Some(len) = lens.get(number + 1) {
+                fetch(number + 1, *len)?;
+            }
+            let side = number % 2;
+            // SAFETY: as above; the copy is waited for before it is read.
+            let staged = self.call("fails", || unsafe {
+                result::event::synchronize(stage.filled[side])?;
+                Ok(std::slice::from_raw_parts(stage.memory[side], to.len()))
+            })?;
+            let parts = to.par_chunks_mut(1 << 20).zip(staged.par_chunks(1 << 20));
+            parts.for_each(|(to, staged)| to.copy_from_slice(staged));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: all of these were made in `new`, and nobody uses them any more.
+        let _ = self.call("", || unsafe {
+            result::stream::synchronize(self.queue)?;
+            result::stream::destroy(self.queue)?;
+            result::stream::destroy(self.copies)?;
+            result::free_sync(self.workspace.0)?;
+            let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+            for memory in stage.memory.into_iter().filter(|memory| !memory.is_null()) {
+                result::free_host(memory.cast())?;
+            }
+            Ok(())
+        });
+    }
+}

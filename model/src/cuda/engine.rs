@@ -1,0 +1,414 @@
+//! The training state on a device, and what is done with it.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use looptrain_proto::spec;
+
+use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
+use super::kernels::{MOST_LOOPS, Sizes};
+use super::memory::{Memory, Places, SlotSizes, Workspace};
+use super::slot::{Buffers, Final, Task};
+use crate::optimizer::StepSize;
+use crate::{Layout, Recompute, SlotBatch, SlotStatistics, StageSettings, TrainState};
+
+/// Blocks of kernels over flat buffers: enough for any device to be busy, and always as many, for the
+/// sums' sake.
+const FLAT_BLOCKS: u32 = 1024;
+const FLAT_THREADS: u32 = 256;
+
+/// Weights, moments and gradient in the memory of one device.
+pub(crate) struct CudaEngine {
+    driver: Arc<dyn Driver>,
+    model: spec::Model,
+    sizes: Sizes,
+    layout: Layout,
+    places: Places,
+    weights: Memory,
+    first_moment: Memory,
+    second_moment: Memory,
+    narrow: Memory,
+    gradient: Memory,
+    squares: Memory,
+    /// Memory of the last slot, for the next one.
+    workspace: Mutex<Option<Workspace>>,
+}
+
+impl CudaEngine {
+    /// Room for a model on a device whose kernels are compiled for it.
+    pub(super) fn new(
+        driver: Arc<dyn Driver>,
+        model: &spec::Model,
+        sizes: Sizes,
+    ) -> Result<Self, DeviceError> {
+        let layout = Layout::new(model);
+        let places = Places::new(&layout, model.num_hidden_layers);
+        let floats = |len: usize| {
+            let memory = Memory::new(&driver, len * size_of::<f32>())?;
+            driver.zero(memory.base, len * size_of::<f32>())?;
+            Ok(memory)
+        };
+        Ok(Self {
+            weights: floats(places.len)?,
+            first_moment: floats(places.len)?,
+            second_moment: floats(places.len)?,
+            gradient: floats(places.len)?,
+            narrow: Memory::new(&driver, places.len * size_of::<u16>())?,
+            squares: Memory::new(&driver, FLAT_BLOCKS as usize * size_of::<f64>())?,
+            driver,
+            model: model.clone(),
+            sizes,
+            layout,
+            places,
+            workspace: Mutex::default(),
+        })
+    }
+
+    /// On the device of that number.
+    ///
+    /// # Errors
+    /// As [`Device::new`], and when the model has sizes that the kernels do not take or does not fit.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(ordinal: usize, model: &spec::Model) -> Result<Self, DeviceError> {
+        let sizes = Sizes::of(model)?;
+        Self::new(Arc::new(super::device::Device::new(ordinal, &sizes)?), model, sizes)
+    }
+
+    /// There are none.
+    ///
+    /// # Errors
+    /// Always.
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn on_device(ordinal: usize, _model: &spec::Model) -> Result<Self, DeviceError> {
+        Err(DeviceError(format!(
+            "cuda:{ordinal}: this program was built without GPUs; build it with --features cuda"
+        )))
+    }
+
+    /// On the CPU, by the kernels' emulator.
+    #[cfg(any(test, feature = "emulator"))]
+    pub(crate) fn emulated(model: &spec::Model) -> Result<Self, DeviceError> {
+        let sizes = Sizes::of(model)?;
+        Self::new(Arc::new(super::emulator::Emulator::new(&sizes)), model, sizes)
+    }
+
+    /// Bytes held for each parameter: weights and two moments and the gradient in f32, and the weights
+    /// in bf16.
+    pub(crate) const BYTES_PER_PARAMETER: u64 = 4 * 4 + 2;
+
+    /// See [`Driver::measure`].
+    pub(crate) fn measure(&self, on: bool) {
+        self.driver.measure(on);
+    }
+
+    /// See [`Driver::take_times`].
+    pub(crate) fn take_times(&self) -> Vec<(&'static str, Duration)> {
+        self.driver.take_times()
+    }
+
+    /// What decides the bits, beside the kernels' source.
+    pub(crate) fn arithmetic(&self) -> String {
+        self.driver.arithmetic()
+    }
+
+    /// Bytes of memory that the device had for the state and the slots, if it tells.
+    pub(crate) fn memory(&self) -> Option<u64> {
+        self.driver.memory()
+    }
+
+    /// Bytes of a slot under way.
+    pub(crate) fn slot_bytes(
+        &self,
+        settings: &StageSettings,
+        [sequences, length]: [usize; 2],
+        recompute: Recompute,
+    ) -> u64 {
+        let (loops, layers) = (settings.loops, self.model.num_hidden_layers);
+        let slot = SlotSizes { sequences, length, loops, layers, recompute, forward_only: false };
+        Workspace::bytes(slot, &self.sizes) as u64
+    }
+
+    /// Puts a state on the device.
+    pub(crate) fn put(&self, state: &TrainState) -> Result<(), DeviceError> {
+        self.upload(&self.weights, &state.weights)?;
+        self.upload(&self.first_moment, &state.first_moment)?;
+        self.upload(&self.second_moment, &state.second_moment)?;
+        self.driver.launch(
+            self.flat("as_bf16"),
+            &[
+                self.weights.base.into(),
+                self.narrow.base.into(),
+                Argument::Count(self.places.len as u64),
+            ],
+        )
+    }
+
+    /// Fills buffers in layout order with elements of weights and moments.
+    pub(crate) fn read(
+        &self,
+        elements: Range<usize>,
+        to: [&mut [f32]; 3],
+    ) -> Result<(), DeviceError> {
+        let after = self.driver.mark()?;
+        let from = [&self.weights, &self.first_moment, &self.second_moment];
+        from.into_iter().zip(to).try_for_each(|(from, to)| match to.is_empty() {
+            true => Ok(()),
+            false => self.download(after, from, elements.clone(), to),
+        })
+    }
+
+    /// Sets the sum of gradients to zero.
+    pub(crate) fn clear(&self) -> Result<(), DeviceError> {
+        self.driver.zero(self.gradient.base, self.places.len * size_of::<f32>())
+    }
+
+    /// Puts a gradient in the place of the sum.
+    pub(crate) fn put_gradient(&self, gradient: &[f32]) -> Result<(), DeviceError> {
+        self.upload(&self.gradient, gradient)
+    }
+
+    /// Queues a slot, whose gradient is added to the sum. `on_final` is called with the first element of
+    /// those that are final at some moment, from the end to the beginning.
+    pub(crate) fn queue_slot(
+        &self,
+        settings: &StageSettings,
+        recompute: Recompute,
+        batch: &SlotBatch,
+        on_final: &mut dyn FnMut(Final),
+    ) -> Result<Queued<'_>, DeviceError> {
+        self.with_task(settings, recompute, batch, false, |task| {
+            task.gradient(settings, batch, on_final)?;
+            self.queued(task)
+        })
+    }
+
+    /// A slot's means, without a gradient.
+    pub(crate) fn evaluate(
+        &self,
+        settings: &StageSettings,
+        batch: &SlotBatch,
+    ) -> Result<SlotStatistics, DeviceError> {
+        self.with_task(settings, Recompute::None, batch, true, |task| {
+            task.losses(settings, batch)?;
+            self.queued(task)
+        })?
+        .statistics()
+    }
+
+    /// Elements of the sum of gradients, in layout order, once that moment has come.
+    pub(crate) fn read_gradient(
+        &self,
+        after: Mark,
+        elements: Range<usize>,
+        to: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        self.download(after, &self.gradient, elements, to)
+    }
+
+    /// Euclidean norm of the sum of gradients.
+    pub(crate) fn norm(&self) -> Result<f64, DeviceError> {
+        self.driver.launch(
+            self.flat("squares"),
+            &[
+                self.gradient.base.into(),
+                Argument::Count(self.places.len as u64),
+                self.squares.base.into(),
+            ],
+        )?;
+        let mut sums = vec![0f64; FLAT_BLOCKS as usize];
+        let after = self.driver.mark()?;
+        self.driver.download(after, self.squares.base, bytemuck::cast_slice_mut(&mut sums))?;
+        Ok(sums.iter().sum::<f64>().sqrt())
+    }
+
+    /// One step of AdamW with `share` of the sum of gradients, which makes a gradient of that norm.
+    pub(crate) fn update(
+        &self,
+        step: &StepSize<'_>,
+        norm: f64,
+        share: f64,
+    ) -> Result<(), DeviceError> {
+        let base = step.clipped(norm);
+        let float = size_of::<f32>();
+        for tensor in self.layout.tensors() {
+            let shift = match tensor.offset >= self.places.head_in_layout {
+                true => self.places.head - self.places.head_in_layout,
+                false => 0,
+            };
+            let (at, count) = (tensor.offset + shift, tensor.len as u64);
+            let update = step.of_tensor(&base, tensor.decay);
+            let blocks = tensor.len.div_ceil(8 * FLAT_THREADS as usize).min(8192) as u32;
+            self.driver.launch(
+                Launch { kernel: "adamw", grid: [blocks, 1, 1], threads: FLAT_THREADS, shared: 0 },
+                &[
+                    self.weights.base.plus(at * float).into(),
+                    self.first_moment.base.plus(at * float).into(),
+                    self.second_moment.base.plus(at * float).into(),
+                    self.gradient.base.plus(at * float).into(),
+                    self.narrow.base.plus(at * size_of::<u16>()).into(),
+                    Argument::Count(count),
+                    ((f64::from(update.clip) * share) as f32).into(),
+                    update.beta1.into(),
+                    update.beta2.into(),
+                    update.epsilon.into(),
+                    update.step_size.into(),
+                    update.inverse_root.into(),
+                    update.keep.into(),
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Floating-point operations a second of a large product, the best of some.
+    pub(crate) fn matrix_rate(&self) -> Result<f64, DeviceError> {
+        const SIDE: usize = 8192;
+        const TRIES: usize = 10;
+        let bytes = SIDE * SIDE * size_of::<u16>();
+        let matrices = [(); 3].map(|()| Memory::new(&self.driver, bytes));
+        let [left, right, out] = matrices;
+        let (left, right, out) = (left?, right?, out?);
+        // Numbers between 1 and 2 of either sign: zeros would be multiplied faster.
+        let mut state = 1u32;
+        let mut numbers = vec![0u16; SIDE * SIDE];
+        for number in &mut numbers {
+            state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+            *number = 0x3f80 | (state >> 25) as u16 | (state >> 8 & 0x8000) as u16;
+        }
+        self.driver.upload(left.base, bytemuck::cast_slice(&numbers))?;
+        self.driver.upload(right.base, bytemuck::cast_slice(&numbers))?;
+        let product = Product {
+            kind: ProductKind::Forward,
+            rows: SIDE,
+            outputs: SIDE,
+            inputs: SIDE,
+            single: false,
+        };
+        let mut best = f64::INFINITY;
+        for _ in 0..TRIES {
+            self.finish()?;
+            let start = Instant::now();
+            for _ in 0..TRIES {
+                self.driver.product(product, left.base, right.base, out.base)?;
+            }
+            self.finish()?;
+            best = best.min(start.elapsed().as_secs_f64() / TRIES as f64);
+        }
+        Ok(2.0 * (SIDE as f64).powi(3) / best)
+    }
+
+    /// See [`Driver::peak_bytes`].
+    pub(crate) fn peak_bytes(&self) -> u64 {
+        self.driver.peak_bytes()
+    }
+
+    /// Waits until all that is queued is done.
+    pub(crate) fn finish(&self) -> Result<(), DeviceError> {
+        let after = self.driver.mark()?;
+        self.driver.download(after, self.squares.base, &mut [0; 8])
+    }
+
+    fn flat(&self, kernel: &'static str) -> Launch {
+        Launch { kernel, grid: [FLAT_BLOCKS, 1, 1], threads: FLAT_THREADS, shared: 0 }
+    }
+
+    fn upload(&self, to: &Memory, values: &[f32]) -> Result<(), DeviceError> {
+        for (run, at) in self.places.runs() {
+            let to = to.base.plus(at * size_of::<f32>());
+            self.driver.upload(to, bytemuck::cast_slice(&values[run]))?;
+        }
+        Ok(())
+    }
+
+    fn download(
+        &self,
+        after: Mark,
+        from: &Memory,
+        elements: Range<usize>,
+        to: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        for (run, at) in self.places.runs() {
+            let (first, end) = (run.start.max(elements.start), run.end.min(elements.end));
+            if first < end {
+                let from = from.base.plus((at + first - run.start) * size_of::<f32>());
+                let to = &mut to[first - elements.start..end - elements.start];
+                self.driver.download(after, from, bytemuck::cast_slice_mut(to))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn with_task<R>(
+        &self,
+        settings: &StageSettings,
+        recompute: Recompute,
+        batch: &SlotBatch,
+        forward_only: bool,
+        work: impl FnOnce(&Task<'_>) -> Result<R, DeviceError>,
+    ) -> Result<R, DeviceError> {
+        let SlotBatch { sequences, sequence_length: length, .. } = *batch;
+        let (loops, layers) = (settings.loops, self.model.num_hidden_layers);
+        if loops > MOST_LOOPS {
+            return Err(DeviceError(format!("{loops} loops: the GPU takes up to {MOST_LOOPS}")));
+        }
+        let sizes = SlotSizes { sequences, length, loops, layers, recompute, forward_only };
+        let mut spare = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let workspace = match spare.take() {
+            Some(workspace) if workspace.sizes == sizes => workspace,
+            other => {
+                // Given back before the new one is asked for.
+                drop(other);
+                Workspace::new(&self.driver, sizes, &self.sizes)?
+            }
+        };
+        let buffers = Buffers {
+            weights: self.weights.base,
+            narrow: self.narrow.base,
+            gradient: self.gradient.base,
+        };
+        let result = work(&Task {
+            driver: &*self.driver,
+            model: &self.sizes,
+            places: &self.places,
+            buffers,
+            work: &workspace,
+            eps: self.model.rms_norm_eps as f32,
+        });
+        *spare = Some(workspace);
+        result
+    }
+
+    fn queued(&self, task: &Task<'_>) -> Result<Queued<'_>, DeviceError> {
+        let SlotSizes { loops, .. } = task.work.sizes;
+        let (tokens, sums) = (task.work.sizes.tokens(), task.work.sums);
+        Ok(Queued { driver: &*self.driver, sums, tokens, loops, after: self.driver.mark()? })
+    }
+}
+
+/// A slot whose work is queued; its sums are there until the next one's.
+pub(crate) struct Queued<'a> {
+    driver: &'a dyn Driver,
+    sums: Address,
+    tokens: usize,
+    loops: usize,
+    after: Mark,
+}
+
+impl Queued<'_> {
+    /// Waits for the slot; gives its means.
+    pub(crate) fn statistics(self) -> Result<SlotStatistics, DeviceError> {
+        let width = 3 + 2 * self.loops;
+        let mut sums = vec![0f64; self.tokens.div_ceil(Workspace::EXIT_THREADS) * width];
+        self.driver.download(self.after, self.sums, bytemuck::cast_slice_mut(&mut sums))?;
+        let mean = |column: usize| {
+            sums.chunks_exact(width).map(|row| row[column]).sum::<f64>() / self.tokens as f64
+        };
+        Ok(SlotStatistics {
+            loss: mean(0),
+            entropy: mean(1),
+            loss_per_loop: (3..3 + self.loops).map(mean).collect(),
+            exit_pdf: (3 + self.loops..3 + 2 * self.loops).map(mean).collect(),
+        })
+    }
+}

@@ -1,0 +1,113 @@
+// Cross-entropy of logits, the exit distribution and the Stage I loss.
+//
+// With gate logits g and lambda = sigmoid(g): p(t) = lambda_t prod_{j<t} (1 - lambda_j), p(R) the
+// rest; the loss is sum_t p(t) L_t - beta H(p) (Ouro, arXiv 2510.25741, section 3). A token's part
+// is taken in double precision, in logs, so that nothing has to be clamped.
+
+#define MOST_LOOPS 32
+
+// losses = logsumexp(logits) - logit of the target; dlogits = share (softmax - one-hot), unless it is
+// null. One block to a row.
+extern "C" __global__ void cross_entropy(const float* logits, const int* targets, const float* shares, float* losses, bf16* dlogits) {
+    __shared__ float room[32], rooms[32];
+    const size_t row = blockIdx.x;
+    const float* line = logits + row * VOCAB;
+    float top = -INFINITE, sum = 0.0f;
+    for (int at = threadIdx.x * 4; at < VOCAB; at += blockDim.x * 4) {
+        const float4 x = *reinterpret_cast<const float4*>(line + at);
+        const float most = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+        if (most > top) {
+            sum *= exponential(top - most);
+            top = most;
+        }
+        sum += exponential(x.x - top) + exponential(x.y - top) + exponential(x.z - top) + exponential(x.w - top);
+    }
+    float all = top;
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, by));
+    if (threadIdx.x % 32 == 0) rooms[threadIdx.x / 32] = all;
+    __syncthreads();
+    for (int warp = 0; warp < blockDim.x / 32; warp++) all = fmaxf(all, rooms[warp]);
+    sum = block_sum(top == -INFINITE ? 0.0f : sum * exponential(top - all), room);
+    const float log_sum = all + logf(sum);
+    const int target = targets[row];
+    if (threadIdx.x == 0) losses[row] = log_sum - line[target];
+    if (dlogits == nullptr) return;
+    const float share = shares[row];
+    bf16* to = dlogits + row * VOCAB;
+    for (int at = threadIdx.x * 4; at < VOCAB; at += blockDim.x * 4) {
+        const float4 x = *reinterpret_cast<const float4*>(line + at);
+        const float p[4] = {exponential(x.x - log_sum), exponential(x.y - log_sum), exponential(x.z - log_sum), exponential(x.w - log_sum)};
+        uint2 raw;
+        raw.x = pack(share * (p[0] - (at == target)), share * (p[1] - (at + 1 == target)));
+        raw.y = pack(share * (p[2] - (at + 2 == target)), share * (p[3] - (at + 3 == target)));
+        *reinterpret_cast<uint2*>(to + at) = raw;
+    }
+}
+
+// ln(1 + e^x).
+__device__ __forceinline__ double softplus(double x) { return (x > 0.0 ? x : 0.0) + log1p(exp(x > 0.0 ? -x : x)); }
+
+// Logs of the exit distribution of one token.
+__device__ __forceinline__ void log_exit_pdf(const float* gates, int token, int tokens, int loops, double* logs) {
+    double stay = 0.0;
+    for (int t = 0; t + 1 < loops; t++) {
+        const double gate = gates[static_cast<size_t>(t) * tokens + token];
+        logs[t] = stay - softplus(-gate);
+        stay -= softplus(gate);
+    }
+    logs[loops - 1] = stay;
+}
+
+// p(t) / N for each loop and token: the gradient of the mean loss by each cross-entropy.
+extern "C" __global__ void exit_shares(const float* gates, int tokens, int loops, float* shares) {
+    const int token = blockIdx.x * blockDim.x + threadIdx.x;
+    if (token >= tokens) return;
+    double logs[MOST_LOOPS];
+    log_exit_pdf(gates, token, tokens, loops, logs);
+    for (int t = 0; t < loops; t++) shares[static_cast<size_t>(t) * tokens + token] = exp(logs[t]) / tokens;
+}
+
+// Gradients of the mean loss by the gate logits, and this block's sums over its tokens: loss, entropy,
+// all gates' gradients, each loop's cross-entropy, each exit's probability.
+extern "C" __global__ void stage_one(const float* losses, const float* gates, int tokens, int loops, double beta, float* dgates, double* sums) {
+    __shared__ double room[32];
+    const int token = blockIdx.x * blockDim.x + threadIdx.x;
+    const bool exists = token < tokens;
+    double logs[MOST_LOOPS], loss = 0.0, entropy = 0.0, slope = 0.0;
+    if (exists) {
+        log_exit_pdf(gates, token, tokens, loops, logs);
+        double later = 0.0;
+        for (int t = loops - 1; t >= 0; t--) {
+            const size_t at = static_cast<size_t>(t) * tokens + token;
+            const double p = exp(logs[t]), a = losses[at] + beta * logs[t];
+            loss += p * a;
+            entropy -= p * logs[t];
+            float dgate = 0.0f;
+            if (t + 1 < loops) {
+                const double gate = gates[at], leave = exp(-softplus(-gate)), stay = exp(-softplus(gate));
+                dgate = (stay * p * a - leave * later) / tokens;
+            }
+            dgates[at] = dgate;
+            slope += dgate;
+            later += p * a;
+        }
+    }
+    double* own = sums + static_cast<size_t>(blockIdx.x) * (3 + 2 * loops);
+    loss = block_sum(loss, room);
+    entropy = block_sum(entropy, room);
+    slope = block_sum(slope, room);
+    if (threadIdx.x == 0) own[0] = loss, own[1] = entropy, own[2] = slope;
+    for (int t = 0; t < loops; t++) {
+        const double of_loop = block_sum(exists ? double(losses[static_cast<size_t>(t) * tokens + token]) : 0.0, room);
+        const double p = block_sum(exists ? exp(logs[t]) : 0.0, room);
+        if (threadIdx.x == 0) own[3 + t] = of_loop, own[3 + loops + t] = p;
+    }
+}
+
+// Adds the gates' gradients, which `stage_one` left as sums of its blocks, to that of the bias.
+extern "C" __global__ void gate_bias_backward(const double* sums, int blocks, int width, float* dbias) {
+    double sum = 0.0;
+    for (int block = 0; block < blocks; block++) sum += sums[static_cast<size_t>(block) * width + 2];
+    dbias[0] += sum;
+}

@@ -1,0 +1,28 @@
+//! The model on a GPU: CUDA kernels and matrix products, forward and backward.
+//!
+//! - [`driver`]: what is needed of a device; [`device`]: the real one, through CUDA's driver, NVRTC and
+//!   cuBLASLt, all of which are looked for when a device is asked for and not before.
+//! - [`kernels`]: the kernels' source and the sizes that they are compiled for.
+//! - [`memory`]: what lies where; [`slot`]: a slot from tokens to gradient, as a queue of kernels.
+//! - [`engine`]: the training state on the device.
+//!
+//! Matrices and activations are bf16; weights, moments, the residual stream, norms, softmax, losses and
+//! all sums are f32 or wider. No two blocks add to the same number, so the bits do not depend on
+//! their order.
+
+#[cfg(feature = "cuda")]
+mod device;
+mod driver;
+#[cfg(any(test, feature = "emulator"))]
+mod emulator;
+mod engine;
+mod kernels;
+#[cfg(feature = "cuda")]
+mod libraries;
+mod memory;
+mod slot;
+#[cfg(test)]
+mod tests;
+
+pub use driver::DeviceError;
+pub(crate) use engine::CudaEngine;

@@ -1,0 +1,562 @@
+//! The training state, where it is computed with: in this process's memory, or on a device.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use looptrain_proto::{Step, spec};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::cuda::{CudaEngine, DeviceError};
+use crate::optimizer::{self, StepSize};
+use crate::{
+    Engine, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings, TrainState,
+};
+
+/// Where a worker computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The threads of this machine.
+    #[default]
+    Cpu,
+    /// The NVIDIA GPU of that number, as the driver counts those that it shows this process.
+    Cuda(usize),
+    /// The GPU's kernels on the CPU, compiled by the system's C++ compiler: slow, for tests.
+    #[cfg(any(test, feature = "emulator"))]
+    Emulated,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            #[cfg(any(test, feature = "emulator"))]
+            Self::Emulated => f.write_str("emulated"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        match (text, number) {
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Some(number)) => Ok(Self::Cuda(number)),
+            _ => Err("write cpu, or cuda:N for the GPU of that number".to_owned()),
+        }
+    }
+}
+
+impl Device {
+    /// The device so many numbers further; the CPU is one for all.
+    #[must_use]
+    pub fn after(self, count: usize) -> Self {
+        match self {
+            Self::Cuda(number) => Self::Cuda(number + count),
+            other => other,
+        }
+    }
+
+    pub(crate) fn engine(self, model: &spec::Model) -> Result<Option<CudaEngine>, DeviceError> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(number) => CudaEngine::on_device(number, model).map(Some),
+            #[cfg(any(test, feature = "emulator"))]
+            Self::Emulated => CudaEngine::emulated(model).map(Some),
+        }
+    }
+}
+
+/// A model's training state and the engine that computes with it.
+///
+/// What is handed out and taken in lies in the process's memory, flat, in [`Layout`] order, wherever
+/// the state is.
+pub struct Trainer {
+    layout: Layout,
+    place: Place,
+}
+
+enum Place {
+    Host { engine: Box<Engine>, state: Option<TrainState> },
+    Device(Box<OnDevice>),
+}
+
+/// A state on a device; the threads add up what comes from it.
+struct OnDevice {
+    engine: CudaEngine,
+    recompute: Recompute,
+    held: Option<Step>,
+    pool: ThreadPool,
+    /// Gradients that nobody reads any more, as memory for the next.
+    spare: Mutex<Vec<Vec<f32>>>,
+}
+
+impl Trainer {
+    /// A trainer of a model without a state yet, on a device, with so many threads of this machine.
+    ///
+    /// # Errors
+    /// When the device cannot be used, or not for this model.
+    ///
+    /// # Panics
+    /// If the system cannot start the threads.
+    pub fn new(device: Device, model: &spec::Model, threads: usize) -> Result<Self, DeviceError> {
+        let place = match device.engine(model)? {
+            None => Place::Host { engine: Box::new(Engine::new(model, threads)), state: None },
+            Some(engine) => Place::Device(Box::new(OnDevice {
+                engine,
+                recompute: Recompute::None,
+                held: None,
+                pool: ThreadPoolBuilder::new()
+                    .num_threads(threads.max(1))
+                    .thread_name(|thread| format!("trainer-{thread}"))
+                    .build()
+                    .expect("the system can start the worker's threads"),
+                spare: Mutex::default(),
+            })),
+        };
+        Ok(Self { layout: Layout::new(model), place })
+    }
+
+    /// The table of the model's tensors.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The committed step whose state is here.
+    #[must_use]
+    pub fn held(&self) -> Option<Step> {
+        match &self.place {
+            Place::Host { state, .. } => state.as_ref().map(|state| state.step),
+            Place::Device(on) => on.held,
+        }
+    }
+
+    /// Takes a state in place of the held one.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn adopt(&mut self, new: TrainState) -> Result<(), DeviceError> {
+        match &mut self.place {
+            Place::Host { engine, state } => {
+                engine.load(&new.weights);
+                *state = Some(new);
+            }
+            Place::Device(on) => {
+                on.held = None;
+                on.engine.put(&new)?;
+                on.held = Some(new.step);
+            }
+        }
+        Ok(())
+    }
+
+    /// The held state; that of a device is copied from there.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn state(&self) -> Result<Cow<'_, TrainState>, DeviceError> {
+        match &self.place {
+            Place::Host { state, .. } => {
+                Ok(Cow::Borrowed(state.as_ref().expect("a state has been adopted")))
+            }
+            Place::Device(on) => {
+                let step = on.held.expect("a state has been adopted");
+                let all = 0..self.layout.parameters();
+                let mut buffers = [(); 3].map(|()| vec![0.0; all.len()]);
+                let [weights, first, second] = &mut buffers;
+                on.pool.install(|| on.engine.read(all, [weights, first, second]))?;
+                let [weights, first_moment, second_moment] = buffers;
+                Ok(Cow::Owned(TrainState { step, weights, first_moment, second_moment }))
+            }
+        }
+    }
+
+    /// The held weights; those of a device are copied from there.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn weights(&self) -> Result<Cow<'_, [f32]>, DeviceError> {
+        match &self.place {
+            Place::Host { state, .. } => {
+                Ok(Cow::Borrowed(&state.as_ref().expect("a state has been adopted").weights))
+            }
+            Place::Device(on) => {
+                let all = 0..self.layout.parameters();
+                let mut weights = vec![0.0; all.len()];
+                on.pool.install(|| on.engine.read(all, [&mut weights, &mut [], &mut []]))?;
+                Ok(Cow::Owned(weights))
+            }
+        }
+    }
+
+    /// What backward computes again from now on.
+    pub fn set_recompute(&mut self, recompute: Recompute) {
+        match &mut self.place {
+            Place::Host { engine, .. } => engine.set_recompute(recompute),
+            Place::Device(on) => on.recompute = recompute,
+        }
+    }
+
+    /// See [`Engine::gradients_as_final`]. On a device slots are computed one after the other; what one
+    /// leaves is handed on while the next is computed.
+    ///
+    /// # Errors
+    /// When the device fails; slots may have been handed on before.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn gradients_as_final(
+        &self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+        on_final: &(dyn Fn(usize, &[f32], usize) + Sync),
+        on_slot: &(dyn Fn(usize, SlotOutput) + Sync),
+    ) -> Result<(), DeviceError> {
+        match &self.place {
+            Place::Host { engine, .. } => {
+                engine.gradients_as_final(settings, batches, cancelled, on_final, on_slot);
+                Ok(())
+            }
+            Place::Device(on) => on.gradients(
+                self.layout.parameters(),
+                settings,
+                batches,
+                cancelled,
+                on_final,
+                on_slot,
+            ),
+        }
+    }
+
+    /// See [`Engine::evaluate`].
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn evaluate(
+        &self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+    ) -> Result<Vec<SlotStatistics>, DeviceError> {
+        match &self.place {
+            Place::Host { engine, .. } => Ok(engine.evaluate(settings, batches, cancelled)),
+            Place::Device(on) => {
+                let one = |batch| match cancelled.load(Ordering::Relaxed) {
+                    true => Ok(SlotStatistics::default()),
+                    false => on.engine.evaluate(settings, batch),
+                };
+                batches.iter().map(one).collect()
+            }
+        }
+    }
+
+    /// A whole step on the device, whose gradient never leaves it: the mean of the slots' gradients, in
+    /// single precision, clipped and applied. Gives the mean loss; `None` on the CPU.
+    ///
+    /// # Errors
+    /// When the device fails; the state is then lost.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn step_on_device(
+        &mut self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        optimizer: &spec::Optimizer,
+        learning_rate: f64,
+    ) -> Result<Option<f64>, DeviceError> {
+        let Place::Device(on) = &mut self.place else { return Ok(None) };
+        let step = on.held.take().expect("a state has been adopted").next();
+        on.engine.clear()?;
+        let mut loss = 0.0;
+        for batch in batches {
+            let slot = on.engine.queue_slot(settings, on.recompute, batch, &mut |_| {})?;
+            loss += slot.statistics()?.loss;
+        }
+        let share = 1.0 / batches.len() as f64;
+        let norm = share * on.engine.norm()?;
+        let size = StepSize { settings: optimizer, step, learning_rate };
+        on.engine.update(&size, norm, share)?;
+        on.engine.finish()?;
+        on.held = Some(step);
+        Ok(Some(loss * share))
+    }
+
+    /// Clips the gradient and applies AdamW; the held state is then that of the next step. Returns the
+    /// gradient's norm before clipping.
+    ///
+    /// # Errors
+    /// When the device fails; the state is then lost.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn update(
+        &mut self,
+        gradient: &[f32],
+        settings: &spec::Optimizer,
+        learning_rate: f64,
+    ) -> Result<f64, DeviceError> {
+        match &mut self.place {
+            Place::Host { engine, state } => {
+                let state = state.as_mut().expect("a state has been adopted");
+                let norm = engine.update(state, gradient, settings, learning_rate);
+                engine.load(&state.weights);
+                Ok(norm)
+            }
+            Place::Device(on) => {
+                let step = on.held.take().expect("a state has been adopted").next();
+                on.engine.put_gradient(gradient)?;
+                let norm = on.engine.norm()?;
+                on.engine.update(&StepSize { settings, step, learning_rate }, norm, 1.0)?;
+                on.engine.finish()?;
+                on.held = Some(step);
+                Ok(norm)
+            }
+        }
+    }
+
+    /// Goes to the next step with the state as it is.
+    ///
+    /// # Panics
+    /// If no state is held.
+    pub fn skip(&mut self) {
+        let held = match &mut self.place {
+            Place::Host { state, .. } => state.as_mut().map(|state| &mut state.step),
+            Place::Device(on) => on.held.as_mut(),
+        };
+        let step = held.expect("a state has been adopted");
+        *step = step.next();
+    }
+
+    /// Runs something in the pool of all threads.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match &self.place {
+            Place::Host { engine, .. } => engine.run(work),
+            Place::Device(on) => on.pool.install(work),
+        }
+    }
+
+    /// Euclidean norm of a flat gradient.
+    #[must_use]
+    pub fn norm(&self, gradient: &[f32]) -> f64 {
+        self.run(|| optimizer::global_norm(gradient))
+    }
+
+    /// Takes back the gradient of a slot that nobody reads any more, as memory for the next ones.
+    pub fn recycle(&self, gradient: Vec<f32>) {
+        match &self.place {
+            Place::Host { engine, .. } => engine.recycle(gradient),
+            Place::Device(on) => on.recycle(gradient),
+        }
+    }
+
+    /// The time that went into each section since the last call: on the CPU added up over threads; on a
+    /// device by kernel, once [`Trainer::measure`] has been called.
+    #[must_use]
+    pub fn take_sections(&self) -> Vec<(&'static str, Duration)> {
+        match &self.place {
+            Place::Host { engine, .. } => engine.take_sections(),
+            Place::Device(on) => on.engine.take_times(),
+        }
+    }
+
+    /// Has a device take the time of each kernel, one after the other, which is slower. On the CPU times
+    /// are always taken.
+    pub fn measure(&self, on: bool) {
+        if let Place::Device(device) = &self.place {
+            device.engine.measure(on);
+        }
+    }
+
+    /// Floating-point operations a second of a large product of bf16 matrices on the device; `None` on the CPU.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn device_rate(&self) -> Result<Option<f64>, DeviceError> {
+        match &self.place {
+            Place::Host { .. } => Ok(None),
+            Place::Device(on) => on.engine.matrix_rate().map(Some),
+        }
+    }
+
+    /// Most bytes that were taken from the device at a time; `None` on the CPU.
+    #[must_use]
+    pub fn device_bytes(&self) -> Option<u64> {
+        match &self.place {
+            Place::Host { .. } => None,
+            Place::Device(on) => Some(on.engine.peak_bytes()),
+        }
+    }
+
+    /// What steps need of the memory that the state is in.
+    #[must_use]
+    pub fn memory(&self) -> MemoryNeed {
+        match &self.place {
+            Place::Host { engine, .. } => {
+                MemoryNeed { available: None, per_parameter: None, slots_at_once: engine.threads() }
+            }
+            Place::Device(on) => MemoryNeed {
+                available: on.engine.memory(),
+                per_parameter: Some(CudaEngine::BYTES_PER_PARAMETER),
+                slots_at_once: 1,
+            },
+        }
+    }
+
+    /// Bytes that a slot takes while it is under way.
+    #[must_use]
+    pub fn slot_bytes(
+        &self,
+        model: &spec::Model,
+        settings: &StageSettings,
+        [sequences, length]: [usize; 2],
+        recompute: Recompute,
+    ) -> u64 {
+        match &self.place {
+            Place::Host { .. } => Engine::slot_bytes(model, settings, sequences, length, recompute),
+            Place::Device(on) => on.engine.slot_bytes(settings, [sequences, length], recompute),
+        }
+    }
+}
+
+/// What a trainer needs of the memory that its state is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryNeed {
+    /// Bytes that there were before the state was there, of a device that tells.
+    pub available: Option<u64>,
+    /// Bytes held for each parameter by a device; without one it is up to whoever holds the rest.
+    pub per_parameter: Option<u64>,
+    /// Most slots under way at a time.
+    pub slots_at_once: usize,
+}
+
+impl OnDevice {
+    fn recycle(&self, gradient: Vec<f32>) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that is being filled and one that is being read.
+        if spare.len() < 2 {
+            spare.push(gradient);
+        }
+    }
+
+    fn gradients(
+        &self,
+        parameters: usize,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        cancelled: &AtomicBool,
+        on_final: &(dyn Fn(usize, &[f32], usize) + Sync),
+        on_slot: &(dyn Fn(usize, SlotOutput) + Sync),
+    ) -> Result<(), DeviceError> {
+        // No more than one slot waits while another is handed on, so that memory stays bounded.
+        let (done, to_hand_on) = sync_channel::<(usize, SlotOutput)>(0);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for (slot, output) in to_hand_on {
+                    self.pool.install(|| on_slot(slot, output));
+                }
+            });
+            for (slot, batch) in batches.iter().enumerate() {
+                if cancelled.load(Ordering::Relaxed) {
+                    break;
+                }
+                let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                let mut gradient = spare.unwrap_or_default();
+                gradient.resize(parameters, 0.0);
+                let statistics = self.slot(settings, batch, &mut gradient, &|gradient, from| {
+                    on_final(slot, gradient, from);
+                })?;
+                // The receiver is gone only when it has panicked, which the scope passes on.
+                let _ = done.send((slot, SlotOutput { gradient, statistics }));
+            }
+            drop(done);
+            Ok(())
+        })
+    }
+
+    /// One slot's gradient, read from the device from its end to its beginning as it becomes final.
+    fn slot(
+        &self,
+        settings: &StageSettings,
+        batch: &SlotBatch,
+        gradient: &mut [f32],
+        on_final: &(dyn Fn(&[f32], usize) + Sync),
+    ) -> Result<SlotStatistics, DeviceError> {
+        self.engine.clear()?;
+        // All is queued before anything is waited for.
+        let mut finals = Vec::new();
+        let queued = self.engine.queue_slot(settings, self.recompute, batch, &mut |part| {
+            finals.push(part);
+        })?;
+        let mut end = gradient.len();
+        for (from, after) in finals {
+            self.pool.install(|| {
+                self.engine.read_gradient(after, from..end, &mut gradient[from..end])?;
+                if from > 0 {
+                    on_final(gradient, from);
+                }
+                Ok::<_, DeviceError>(())
+            })?;
+            end = from;
+        }
+        queued.statistics()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_written_as_it_is_read() {
+        for device in [Device::Cpu, Device::Cuda(0), Device::Cuda(11)] {
+            assert_eq!(device.to_string().parse(), Ok(device));
+        }
+        assert_eq!(
+            [Device::Cpu.after(2), Device::Cuda(1).after(2)],
+            [Device::Cpu, Device::Cuda(3)]
+        );
+        for bad in ["gpu", "cuda", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
+            assert!(bad.parse::<Device>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_told_with_what_helps() {
+        let model = looptrain_proto::spec::Model {
+            hidden_size: 64,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            intermediate_size: 64,
+            vocab_size: 64,
+            rms_norm_eps: 1e-6,
+            initializer_range: 0.02,
+        };
+        // No machine has so many.
+        let error = Trainer::new(Device::Cuda(4095), &model, 1).err().expect("no such device");
+        let told = error.to_string();
+        assert!(told.contains("--device cpu") || told.contains("cuda:4095"), "{told}");
+        let odd = spec::Model { hidden_size: 60, ..model };
+        let error = Trainer::new(Device::Emulated, &odd, 1).err().expect("an odd size");
+        assert!(error.to_string().contains("model.hidden_size = 60"), "{error}");
+    }
+}
