@@ -18,11 +18,11 @@ mod state;
 mod trainer;
 
 pub use cpu::KernelLevel;
-pub use cuda::DeviceError;
+pub use cuda::{DeviceError, DeviceSums};
 pub use engine::{Engine, Recompute, SlotBatch, SlotOutput, StageSettings};
 pub use exit::{SlotStatistics, StageOne, exit_shares, log_exit_pdf, stage_one};
 pub use generate::{Sampling, generate};
 pub use layout::{Layout, TensorEntry};
 pub use numerics::numerics;
 pub use state::TrainState;
-pub use trainer::{Device, MemoryNeed, Trainer};
+pub use trainer::{Device, MemoryNeed, SummedSlot, Trainer};

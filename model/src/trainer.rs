@@ -12,7 +12,7 @@ use std::time::Duration;
 use looptrain_proto::{Step, spec};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::cuda::{CudaEngine, DeviceError};
+use crate::cuda::{CudaEngine, DeviceError, DeviceSums};
 use crate::optimizer::{self, StepSize};
 use crate::{
     Engine, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings, TrainState,
@@ -269,6 +269,113 @@ impl Trainer {
         }
     }
 
+    /// Whether the sums of slots can stay where the state is: on a device.
+    #[must_use]
+    pub fn can_sum(&self) -> bool {
+        matches!(self.place, Place::Device(_))
+    }
+
+    /// Computes slots and adds their gradients up on the device, one after the other; when `on_slot` gives
+    /// false, the rest is not computed.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// On the CPU, and if no state is held.
+    pub fn sum_slots(
+        &self,
+        settings: &StageSettings,
+        batches: &[SlotBatch],
+        sums: DeviceSums,
+        cancelled: &AtomicBool,
+        on_slot: &mut dyn FnMut(SummedSlot) -> bool,
+    ) -> Result<(), DeviceError> {
+        let on = self.device();
+        if matches!(sums, DeviceSums::Fast { .. }) || batches.is_empty() {
+            on.engine.clear()?;
+        }
+        for (slot, batch) in batches.iter().enumerate() {
+            if cancelled.load(Ordering::Relaxed) {
+                break;
+            }
+            if matches!(sums, DeviceSums::Exact { .. }) {
+                on.engine.clear()?;
+            }
+            let queued = on.engine.queue_slot(settings, on.recompute, batch, &mut |_| {})?;
+            let statistics = queued.statistics()?;
+            let outside = on.engine.add_to_sums(sums, slot == 0)?;
+            if outside.is_some() {
+                // What it left must not be taken for that of the slots after it.
+                on.engine.clear()?;
+            }
+            if !on_slot(SummedSlot { slot, statistics, outside }) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the mean over `divisor` slots of the sums the gradient that waits for
+    /// [`Trainer::update_from_sums`]; gives the sums' digest and the gradient's norm.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// On the CPU.
+    pub fn settle_sums(
+        &self,
+        sums: DeviceSums,
+        divisor: f64,
+    ) -> Result<([u64; 2], f64), DeviceError> {
+        let on = self.device();
+        Ok((on.engine.settle(sums, divisor)?, on.engine.norm()?))
+    }
+
+    /// As [`Trainer::update`], with the gradient that waits on the device.
+    ///
+    /// # Errors
+    /// When the device fails; the state is then lost.
+    ///
+    /// # Panics
+    /// On the CPU, and if no state is held.
+    pub fn update_from_sums(
+        &mut self,
+        norm: f64,
+        settings: &spec::Optimizer,
+        learning_rate: f64,
+    ) -> Result<(), DeviceError> {
+        let Place::Device(on) = &mut self.place else { panic!("the gradient is on a device") };
+        let step = on.held.take().expect("a state has been adopted").next();
+        on.engine.update(&StepSize { settings, step, learning_rate }, norm, 1.0)?;
+        on.engine.finish()?;
+        on.held = Some(step);
+        Ok(())
+    }
+
+    /// The gradient that waits on the device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// On the CPU.
+    pub fn waiting_gradient(&self) -> Result<Vec<f32>, DeviceError> {
+        let on = self.device();
+        let mut gradient = vec![0.0; self.layout.parameters()];
+        let all = 0..gradient.len();
+        on.pool.install(|| on.engine.gradient(all, &mut gradient))?;
+        Ok(gradient)
+    }
+
+    fn device(&self) -> &OnDevice {
+        match &self.place {
+            Place::Host { .. } => panic!("the sums are on a device"),
+            Place::Device(on) => on,
+        }
+    }
+
     /// A whole step on the device, whose gradient never leaves it: the mean of the slots' gradients, in
     /// single precision, clipped and applied. Gives the mean loss; `None` on the CPU.
     ///
@@ -436,6 +543,17 @@ impl Trainer {
             Place::Device(on) => on.engine.slot_bytes(settings, [sequences, length], recompute),
         }
     }
+}
+
+/// A slot whose gradient has been added up on a device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SummedSlot {
+    /// Its index among those given.
+    pub slot: usize,
+    /// Means over its tokens.
+    pub statistics: SlotStatistics,
+    /// The first element that has no place in the sums, and its value: the sums have no meaning then.
+    pub outside: Option<(usize, f32)>,
 }
 
 /// What a trainer needs of the memory that its state is in.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -113,6 +114,20 @@ impl Device {
                 "{name} has compute capability {major}.{minor}; bf16 needs 8.0 or more"
             )));
         }
+        let room = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        // SAFETY: as above.
+        let room = unsafe { result::device::get_attribute(device, room) };
+        let room = room.map_err(fail("cannot read the size of its shared memory"))?;
+        let [forward, backward] = sizes.attention_shared();
+        let needed = forward.max(backward);
+        if i64::from(room) < i64::from(needed) {
+            return Err(DeviceError(format!(
+                "{name} gives a block {} KiB of shared memory; attention with heads of {} takes {} KiB",
+                room >> 10,
+                sizes.head_dim,
+                needed >> 10
+            )));
+        }
         // SAFETY: as above; the context is current on this thread from here on.
         let context = unsafe {
             let context = result::primary_ctx::retain(device).map_err(fail("has no context"))?;
@@ -121,7 +136,7 @@ impl Device {
         };
         let architecture = major * 10 + minor;
         let (free, _) = result::mem_get_info().map_err(fail("does not tell its memory"))?;
-        let image = compile(sizes, architecture)?;
+        let image = kernels(sizes, architecture)?;
         // SAFETY: the image is one that NVRTC has made, and stays loaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
             .map_err(fail("cannot load the kernels"))?;
@@ -243,23 +258,77 @@ impl Device {
     }
 }
 
-/// Machine code of the kernels.
-fn compile(sizes: &Sizes, architecture: i32) -> Result<Vec<u8>, DeviceError> {
-    let source = CString::new(SOURCE).expect("the source has no zero byte");
-    let failed = |error: nvrtc::NvrtcError| DeviceError(format!("NVRTC fails: {error:?}"));
-    let program = nvrtc::create_program(&source, Some(c"looptrain.cu")).map_err(failed)?;
+/// Machine code of the kernels: from the cache, or compiled and put there, so that the next worker on
+/// this machine starts some seconds earlier.
+fn kernels(sizes: &Sizes, architecture: i32) -> Result<Vec<u8>, DeviceError> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both are written to, and nothing else.
+    unsafe { nvrtc_sys::nvrtcVersion(&mut major, &mut minor) }
+        .result()
+        .map_err(|error| DeviceError(format!("NVRTC fails: {error:?}")))?;
+    let options = options(sizes, architecture);
+    let mut key = blake3::Hasher::new_derive_key("looptrain kernels v1");
+    key.update(format!("{major}.{minor} {}", options.join(" ")).as_bytes());
+    key.update(SOURCE.as_bytes());
+    let file = cache().map(|folder| folder.join(format!("{}.cubin", key.finalize().to_hex())));
+    if let Some(image) = file.as_ref().and_then(|file| cached(file)) {
+        return Ok(image);
+    }
+    let image = compile(&options)?;
+    // Without a cache the next start takes longer, that is all.
+    let _ = file.map(|file| keep(&file, &image));
+    Ok(image)
+}
+
+/// Where compiled kernels are kept.
+fn cache() -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let base = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
+    Some(base?.join("looptrain").join("kernels"))
+}
+
+/// What was kept, if it is whole: the hash of the image comes before it.
+fn cached(file: &Path) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(file).ok()?;
+    let image = (bytes.len() > blake3::OUT_LEN).then(|| bytes.split_off(blake3::OUT_LEN))?;
+    (blake3::hash(&image).as_bytes() == bytes.as_slice()).then_some(image)
+}
+
+fn keep(file: &Path, image: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    // Under a name of its own first: two workers may come here at a time.
+    let part = file.with_extension(format!("{}.part", std::process::id()));
+    let hash = blake3::hash(image);
+    std::fs::write(&part, [hash.as_bytes(), image].concat())?;
+    std::fs::rename(&part, file)
+}
+
+/// The compiler's options.
+fn options(sizes: &Sizes, architecture: i32) -> Vec<String> {
     let mut options = sizes.definitions().to_vec();
     // Hopper's own instructions have to be asked for.
     let own = if architecture == 90 { "a" } else { "" };
     options.push(format!("--gpu-architecture=sm_{architecture}{own}"));
     options.extend(["--std=c++17", "-default-device"].map(String::from));
+    options
+}
+
+/// Has NVRTC compile the kernels.
+fn compile(options: &[String]) -> Result<Vec<u8>, DeviceError> {
+    let source = CString::new(SOURCE).expect("the source has no zero byte");
+    let failed = |error: nvrtc::NvrtcError| DeviceError(format!("NVRTC fails: {error:?}"));
+    let program = nvrtc::create_program(&source, Some(c"looptrain.cu")).map_err(failed)?;
     // SAFETY: the program is the one made above, and the buffer has the size that NVRTC names.
     unsafe {
-        if let Err(error) = nvrtc::compile_program(program, &options) {
+        if let Err(error) = nvrtc::compile_program(program, options) {
             let log = nvrtc::get_program_log(program).unwrap_or_default();
             let log: Vec<u8> = log.into_iter().map(|byte| byte as u8).collect();
             return Err(DeviceError(format!(
-                "NVRTC does not compile the kernels for sm_{architecture}: {error:?}\n{}",
+                "NVRTC does not compile the kernels ({}): {error:?}\n{}",
+                options.join(" "),
                 String::from_utf8_lossy(&log)
             )));
         }
@@ -517,5 +586,47 @@ impl Drop for Device {
             }
             Ok(())
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// NVRTC needs neither a driver nor a GPU, and sees what the kernels' emulator does not: Hopper's own
+    /// instructions. `tests/run` installs it and names it here.
+    #[test]
+    fn the_kernels_compile_for_every_kind_of_device() {
+        let Some(library) = std::env::var_os("LOOPTRAIN_TEST_NVRTC") else {
+            assert!(std::env::var_os("CI").is_none(), "CI has NVRTC");
+            println!("left out: LOOPTRAIN_TEST_NVRTC names no libnvrtc.so");
+            return;
+        };
+        // SAFETY: NVRTC may be loaded at any time; it stays, for it is asked for by its name from here on.
+        std::mem::forget(unsafe { libloading::Library::new(library) }.expect("NVRTC loads"));
+        for (hidden, heads, architecture) in
+            [(2048, 16, 80), (2048, 16, 90), (2048, 16, 100), (768, 12, 90), (64, 4, 80)]
+        {
+            let head_dim = hidden / heads;
+            let sizes = Sizes { hidden, inner: 2 * hidden, vocab: 512, heads, head_dim };
+            let image = compile(&options(&sizes, architecture));
+            let len = image.unwrap_or_else(|error| panic!("{error}")).len();
+            assert!(len > 50_000, "{len} bytes for {architecture}");
+        }
+    }
+
+    #[test]
+    fn kept_kernels_are_read_when_they_are_whole() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("deeper").join("kernels.cubin");
+        assert_eq!(cached(&file), None);
+        keep(&file, b"an image").expect("the folder can be written to");
+        assert_eq!(cached(&file).as_deref(), Some(&b"an image"[..]));
+        let mut bytes = std::fs::read(&file).expect("the file is there");
+        bytes.pop();
+        std::fs::write(&file, &bytes).expect("the folder can be written to");
+        assert_eq!(cached(&file), None, "cut short");
+        std::fs::write(&file, &bytes[..9]).expect("the folder can be written to");
+        assert_eq!(cached(&file), None);
     }
 }

@@ -1,7 +1,7 @@
 //! The training state on a device, and what is done with it.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use looptrain_proto::spec;
@@ -18,6 +18,23 @@ use crate::{Layout, Recompute, SlotBatch, SlotStatistics, StageSettings, TrainSt
 const FLAT_BLOCKS: u32 = 1024;
 const FLAT_THREADS: u32 = 256;
 
+/// How slots are summed on a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum DeviceSums {
+    /// As integers, multiples of 1 / `scale`.
+    Exact {
+        /// A power of two.
+        scale: f64,
+        /// The largest magnitude that has a place.
+        limit: f32,
+    },
+    /// As f32, in the order of the slots.
+    Fast {
+        /// The largest magnitude that a sum may have.
+        limit: f32,
+    },
+}
+
 /// Weights, moments and gradient in the memory of one device.
 pub(crate) struct CudaEngine {
     driver: Arc<dyn Driver>,
@@ -31,6 +48,9 @@ pub(crate) struct CudaEngine {
     narrow: Memory,
     gradient: Memory,
     squares: Memory,
+    /// The sums of slots in fixed point, and the first value without a place or the sums' digest.
+    sums: OnceLock<Memory>,
+    notes: Memory,
     /// Memory of the last slot, for the next one.
     workspace: Mutex<Option<Workspace>>,
 }
@@ -56,6 +76,8 @@ impl CudaEngine {
             gradient: floats(places.len)?,
             narrow: Memory::new(&driver, places.len * size_of::<u16>())?,
             squares: Memory::new(&driver, FLAT_BLOCKS as usize * size_of::<f64>())?,
+            sums: OnceLock::new(),
+            notes: Memory::new(&driver, 2 * size_of::<u64>())?,
             driver,
             model: model.clone(),
             sizes,
@@ -163,6 +185,88 @@ impl CudaEngine {
         self.driver.zero(self.gradient.base, self.places.len * size_of::<f32>())
     }
 
+    /// Adds the gradient of a slot, the step's first or another, to the step's sums; gives the first
+    /// element, in layout order, that has no place there, and its value. In single precision the slots'
+    /// gradients are one sum already, which is looked at.
+    pub(crate) fn add_to_sums(
+        &self,
+        sums: DeviceSums,
+        first: bool,
+    ) -> Result<Option<(usize, f32)>, DeviceError> {
+        let none = u64::MAX;
+        self.driver.upload(self.notes.base, &none.to_le_bytes())?;
+        let count = self.padded();
+        let (gradient, fault) = (self.gradient.base.into(), self.notes.base.into());
+        match sums {
+            DeviceSums::Exact { scale, limit } => self.driver.launch(
+                self.flat("exact_add"),
+                &[
+                    gradient,
+                    count,
+                    scale.into(),
+                    limit.into(),
+                    Argument::Int(first.into()),
+                    self.fixed()?.into(),
+                    fault,
+                ],
+            )?,
+            DeviceSums::Fast { limit } => self
+                .driver
+                .launch(self.flat("check_sums"), &[gradient, count, limit.into(), fault])?,
+        }
+        let mut found = [0u8; 8];
+        let after = self.driver.mark()?;
+        self.driver.download(after, self.notes.base, &mut found)?;
+        let found = u64::from_le_bytes(found);
+        if found == none {
+            return Ok(None);
+        }
+        let mut value = [0f32];
+        let from = self.gradient.base.plus(found as usize * size_of::<f32>());
+        self.driver.download(after, from, bytemuck::cast_slice_mut(&mut value))?;
+        let shift = self.places.head - self.places.head_in_layout;
+        let found = found as usize;
+        let element = if found >= self.places.head { found - shift } else { found };
+        Ok(Some((element, value[0])))
+    }
+
+    /// Makes the mean over `divisor` slots of the step's sums the gradient; gives their digest.
+    pub(crate) fn settle(&self, sums: DeviceSums, divisor: f64) -> Result<[u64; 2], DeviceError> {
+        self.driver.zero(self.notes.base, 2 * size_of::<u64>())?;
+        let (gradient, digest) = (self.gradient.base.into(), self.notes.base.into());
+        let count = self.padded();
+        match sums {
+            DeviceSums::Exact { scale, .. } => self.driver.launch(
+                self.flat("exact_settle"),
+                &[self.fixed()?.into(), count, scale.into(), divisor.into(), gradient, digest],
+            )?,
+            DeviceSums::Fast { .. } => self.driver.launch(
+                self.flat("fast_settle"),
+                &[gradient, count, (divisor as f32).into(), digest],
+            )?,
+        }
+        let mut found = [0u64; 2];
+        let after = self.driver.mark()?;
+        self.driver.download(after, self.notes.base, bytemuck::cast_slice_mut(&mut found))?;
+        Ok(found)
+    }
+
+    /// Elements of the flat buffers, for kernels that take four at a time: the buffers are so long.
+    fn padded(&self) -> Argument {
+        Argument::Count(self.places.len as u64)
+    }
+
+    /// Where the sums in fixed point are; there is room from the first step on that needs it.
+    fn fixed(&self) -> Result<Address, DeviceError> {
+        if let Some(sums) = self.sums.get() {
+            return Ok(sums.base);
+        }
+        let bytes = self.places.len * size_of::<i64>();
+        let sums = Memory::new(&self.driver, bytes)?;
+        self.driver.zero(sums.base, bytes)?;
+        Ok(self.sums.get_or_init(|| sums).base)
+    }
+
     /// Puts a gradient in the place of the sum.
     pub(crate) fn put_gradient(&self, gradient: &[f32]) -> Result<(), DeviceError> {
         self.upload(&self.gradient, gradient)
@@ -203,6 +307,16 @@ impl CudaEngine {
         elements: Range<usize>,
         to: &mut [f32],
     ) -> Result<(), DeviceError> {
+        self.download(after, &self.gradient, elements, to)
+    }
+
+    /// The same, once all that is queued is done.
+    pub(crate) fn gradient(
+        &self,
+        elements: Range<usize>,
+        to: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        let after = self.driver.mark()?;
         self.download(after, &self.gradient, elements, to)
     }
 

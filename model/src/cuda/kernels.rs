@@ -12,10 +12,11 @@ pub(super) const SOURCE: &str = concat!(
     include_str!("kernels/swiglu.cu"),
     include_str!("kernels/head.cu"),
     include_str!("kernels/optimizer.cu"),
+    include_str!("kernels/sums.cu"),
 );
 
 /// All kernels' names.
-pub(super) const NAMES: [&str; 24] = [
+pub(super) const NAMES: [&str; 28] = [
     "embed",
     "stream_norm",
     "residual_norm",
@@ -40,6 +41,10 @@ pub(super) const NAMES: [&str; 24] = [
     "squares",
     "adamw",
     "as_bf16",
+    "exact_add",
+    "check_sums",
+    "exact_settle",
+    "fast_settle",
 ];
 
 /// Rows of a tile of attention.

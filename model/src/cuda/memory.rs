@@ -7,7 +7,7 @@ use super::kernels::Sizes;
 use crate::{Layout, Recompute};
 
 /// Elements that a flat buffer is shifted by from the head on, so that its rows are aligned.
-const ALIGNED: usize = 8;
+const ALIGNED: usize = 128;
 
 /// Places of tensors in the device's flat buffers, in elements. They are those of [`Layout`], but for
 /// the head, which begins a few elements later.
@@ -21,6 +21,8 @@ pub(super) struct Places {
     pub(super) head: usize,
     /// The head's first element in the layout.
     pub(super) head_in_layout: usize,
+    /// The head's elements.
+    head_len: usize,
     /// Elements of a device's flat buffer.
     pub(super) len: usize,
 }
@@ -67,13 +69,14 @@ impl Places {
             exit_bias: after(2),
             head,
             head_in_layout,
-            len: layout.parameters() + head - head_in_layout,
+            head_len: layout.parameters() - head_in_layout,
+            len: (layout.parameters() + head - head_in_layout).next_multiple_of(ALIGNED),
         }
     }
 
     /// The two runs of elements of a buffer in layout order, and where each begins on the device.
     pub(super) fn runs(&self) -> [(std::ops::Range<usize>, usize); 2] {
-        let parameters = self.len - (self.head - self.head_in_layout);
+        let parameters = self.head_in_layout + self.head_len;
         [(0..self.head_in_layout, 0), (self.head_in_layout..parameters, self.head)]
     }
 }

@@ -26,3 +26,4 @@ mod tests;
 
 pub use driver::DeviceError;
 pub(crate) use engine::CudaEngine;
+pub use engine::DeviceSums;

@@ -8,6 +8,7 @@ use looptrain_proto::spec;
 use super::CudaEngine;
 use super::driver::Driver;
 use super::emulator::Emulator;
+use super::engine::DeviceSums;
 use super::kernels::{NAMES, Sizes};
 use crate::optimizer::StepSize;
 use crate::{
@@ -125,6 +126,13 @@ fn compare(head_dim: usize, sequences: usize, length: usize) {
     let settings = spec::Optimizer::default();
     let size = StepSize { settings: &settings, step: state.step.next(), learning_rate: 1e-2 };
     engine.update(&size, 1.0, 1.0).expect("an update");
+    for sums in [
+        DeviceSums::Exact { scale: 2f64.powi(40), limit: 1e3 },
+        DeviceSums::Fast { limit: f32::MAX },
+    ] {
+        assert_eq!(engine.add_to_sums(sums, true).expect("sums"), None);
+        engine.settle(sums, 1.0).expect("means");
+    }
     let unused: Vec<_> = {
         let launched = emulator.launched.lock().expect("no panic");
         NAMES.into_iter().filter(|name| !launched.contains(name)).collect()
@@ -145,6 +153,43 @@ fn heads_of_32_in_several_blocks() {
 #[test]
 fn heads_of_128_in_two_blocks() {
     compare(128, 1, 70);
+}
+
+#[test]
+fn sums_name_the_first_value_without_a_place_and_every_bit_shows_in_their_digest() {
+    let model = model(16);
+    let (engine, _) = emulated(&model);
+    let parameters = Layout::new(&model).parameters();
+    let values = |slot: usize| -> Vec<f32> {
+        (0..parameters).map(|i| ((i * 7 + slot * 31) % 1009) as f32 / 64.0 - 5.0).collect()
+    };
+    let exact = DeviceSums::Exact { scale: 2f64.powi(20), limit: 100.0 };
+    let sum = |sums, slots: &[Vec<f32>]| {
+        for (number, slot) in slots.iter().enumerate() {
+            engine.put_gradient(slot).expect("a gradient");
+            assert_eq!(engine.add_to_sums(sums, number == 0).expect("sums"), None);
+        }
+        let digest = engine.settle(sums, slots.len() as f64).expect("means");
+        let mut means = vec![0f32; parameters];
+        engine.gradient(0..parameters, &mut means).expect("means");
+        (digest, means)
+    };
+    let (slots, turned) = ([values(0), values(1)], [values(1), values(0)]);
+    let (digest, means) = sum(exact, &slots);
+    let expected = slots[0].iter().zip(&slots[1]).map(|(a, b)| (a + b) / 2.0);
+    assert!(means.iter().copied().eq(expected));
+    assert_eq!(sum(exact, &turned).0, digest, "the order does not matter");
+    for place in [0, 1, parameters / 2, parameters - 1] {
+        let mut changed = slots.clone();
+        changed[0][place] += 1.0 / 64.0;
+        assert_ne!(sum(exact, &changed).0, digest, "{place}");
+        changed[0][place] = -500.0;
+        for sums in [exact, DeviceSums::Fast { limit: 100.0 }] {
+            engine.put_gradient(&changed[0]).expect("a gradient");
+            let found = engine.add_to_sums(sums, true).expect("a place");
+            assert_eq!(found, Some((place, -500.0)));
+        }
+    }
 }
 
 #[test]

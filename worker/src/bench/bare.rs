@@ -153,7 +153,7 @@ fn take(bench: &mut Bench, work: Vec<(Step, Vec<Slot>)>) -> Result<Vec<BareStep>
     for (step, slots) in work {
         let start = Instant::now();
         let (sender, ready) = mpsc::unbounded_channel();
-        bench.contribute(step, 0, slots, &never, &sender)?;
+        bench.contribute(step, 0, slots, true, &never, &sender)?;
         let sums = Sums::from_ready(ready).expect("a contribution has all buckets");
         let computed = Instant::now();
         let loss = bench.prepare(step, sums)?.statistics.loss;

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use looptrain_model::{
-    DeviceError, Layout, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState, Trainer,
+    DeviceError, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings,
+    SummedSlot, TrainState, Trainer,
 };
 use looptrain_proto::spec::{NonFinite, Reduction};
 use looptrain_proto::v1::StepStatistics;
@@ -74,7 +75,14 @@ pub(crate) struct Report {
 /// stands for a step that is skipped, here and wherever updates go.
 struct Prepared {
     step: Step,
-    gradient: Vec<f32>,
+    gradient: Gradient,
+}
+
+/// Where a reduced gradient is.
+enum Gradient {
+    Here(Vec<f32>),
+    /// With the state; its norm.
+    OnDevice(f64),
 }
 
 /// Slot outputs of one step, so that a retry with other slots computes only what is new.
@@ -221,15 +229,20 @@ impl Bench {
 
     /// Sums the gradients and statistics of some slots of the step after the held one. Each bucket of
     /// the sums goes to `ready` when it is complete, while the last slots are still under way; the
-    /// last bucket does when this returns a contribution, and only then.
+    /// last bucket does when this returns a contribution, and only then. A rank that is alone leaves the
+    /// gradient on its device, if it has one.
     pub(crate) fn contribute(
         &mut self,
         step: Step,
         first_slot: u32,
         given: Vec<Slot>,
+        alone: bool,
         cancelled: &AtomicBool,
         ready: &UnboundedSender<Bucket>,
     ) -> Result<Contribution, ComputeError> {
+        if alone && self.trainer.can_sum() {
+            return self.contribute_on_device(step, first_slot, given, cancelled, ready);
+        }
         let start = Instant::now();
         self.must_hold(step.0.checked_sub(1).map(Step), "compute", step)?;
         let number = self.spec.stage_of(step);
@@ -306,6 +319,69 @@ impl Bench {
         Ok(Contribution { seconds, computed: missing.len(), detail, used })
     }
 
+    /// The same where all stays on the device. Nothing is kept for a retry: what there is room for
+    /// is computed again in no time.
+    fn contribute_on_device(
+        &mut self,
+        step: Step,
+        first_slot: u32,
+        given: Vec<Slot>,
+        cancelled: &AtomicBool,
+        ready: &UnboundedSender<Bucket>,
+    ) -> Result<Contribution, ComputeError> {
+        let start = Instant::now();
+        self.must_hold(step.0.checked_sub(1).map(Step), "compute", step)?;
+        let number = self.spec.stage_of(step);
+        let stage = &self.spec.stages[number];
+        self.trainer.set_recompute(self.recompute[number]);
+        // The gradient is about to take its place.
+        self.prepared =
+            self.prepared.take().filter(|old| matches!(old.gradient, Gradient::Here(_)));
+        let used = match self.spec.run.audit {
+            true => {
+                (first_slot..).zip(&given).map(|(n, s)| audit::use_of(&self.spec, n, s)).collect()
+            }
+            false => Vec::new(),
+        };
+        let arithmetic = arithmetic(&self.spec, stage);
+        let (parameters, beside) = (self.layout.parameters(), sums::tail_len(stage.loops));
+        let mut sums = Sums::beside_device(arithmetic, parameters, beside);
+        let bad = Mutex::new(Vec::new());
+        let adding =
+            Adding { spec: &self.spec, layout: &self.layout, step, stage, first_slot, bad: &bad };
+        let batches: Vec<SlotBatch> = given.into_iter().map(|slot| slot.batch).collect();
+        let (mut done, mut result) = (0, Ok(()));
+        self.trainer.sum_slots(
+            &StageSettings::from(stage),
+            &batches,
+            Sums::on_device(arithmetic, stage.slots),
+            cancelled,
+            &mut |SummedSlot { slot: place, statistics, outside }| {
+                self.moments.at(Moment::Compute(step));
+                let outside = outside.map(|(index, value)| OutOfRange { index, value });
+                let added = outside.map_or(Ok(()), Err);
+                result = adding.take_note(place, &statistics, added, |change| {
+                    change(sums.integers_mut());
+                });
+                done += 1;
+                result.is_ok()
+            },
+        )?;
+        result?;
+        if done < batches.len() {
+            return Err(ComputeError::Cancelled);
+        }
+        for bucket in sums.into_buckets() {
+            // When nobody reduces any more, the step is abandoned.
+            let _ = ready.send(bucket);
+        }
+        let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
+        bad.sort_unstable();
+        let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Contribution { seconds, computed: done, detail, used })
+    }
+
     /// Takes the reduced buffer of the step after the held one; the update waits for its commit.
     pub(crate) fn prepare(
         &mut self,
@@ -324,19 +400,49 @@ impl Bench {
             // How far the bad slots were added depends on who computed them.
             reduced.clear_gradient();
         }
-        let mut gradient = match self.prepared.take() {
-            Some(old) => old.gradient,
-            None => vec![0.0; parameters],
-        };
         let divisor = f64::from(stage.slots);
+        if reduced.is_beside_device() {
+            return self.prepare_on_device(step, &reduced, skip);
+        }
+        let mut gradient = match self.prepared.take().map(|old| old.gradient) {
+            Some(Gradient::Here(gradient)) => gradient,
+            _ => vec![0.0; parameters],
+        };
         let digest = self.trainer.run(|| reduced.settle(divisor, &mut gradient));
         let norm = self.trainer.norm(&gradient);
         if skip {
             gradient.fill(f32::NAN);
         }
         let statistics = sums::step_statistics(reduced.integers(), stage, norm);
-        self.prepared = Some(Prepared { step, gradient });
+        self.prepared = Some(Prepared { step, gradient: Gradient::Here(gradient) });
         self.spare = Some(reduced);
+        Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
+    }
+
+    /// The same of sums that are on the device.
+    fn prepare_on_device(
+        &mut self,
+        step: Step,
+        reduced: &Sums,
+        skip: bool,
+    ) -> Result<Report, ComputeError> {
+        let stage = &self.spec.stages[self.spec.stage_of(step)];
+        let integers = reduced.integers();
+        let mut hasher = blake3::Hasher::new();
+        let mut norm = 0.0;
+        let gradient = if skip {
+            Gradient::Here(vec![f32::NAN; self.layout.parameters()])
+        } else {
+            let sums = Sums::on_device(arithmetic(&self.spec, stage), stage.slots);
+            let settled = self.trainer.settle_sums(sums, f64::from(stage.slots))?;
+            hasher.update(bytemuck::cast_slice(&settled.0));
+            norm = settled.1;
+            Gradient::OnDevice(norm)
+        };
+        hasher.update(bytemuck::cast_slice(integers));
+        let statistics = sums::step_statistics(integers, stage, norm);
+        self.prepared = Some(Prepared { step, gradient });
+        let digest = Digest::from(hasher.finalize());
         Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
     }
 
@@ -344,7 +450,30 @@ impl Bench {
     pub(crate) fn commit(&mut self, step: Step) -> Result<(), ComputeError> {
         let wrong = ComputeError::WrongStep { held: self.held(), action: "commit", step };
         let prepared = self.prepared.take_if(|prepared| prepared.step == step).ok_or(wrong)?;
-        self.update(step, prepared.gradient)
+        match prepared.gradient {
+            Gradient::Here(gradient) => self.update(step, gradient),
+            Gradient::OnDevice(norm) => self.update_on_device(step, norm),
+        }
+    }
+
+    /// Applies the gradient that waits on the device.
+    fn update_on_device(&mut self, step: Step, norm: f64) -> Result<(), ComputeError> {
+        let start = Instant::now();
+        self.must_hold(step.0.checked_sub(1).map(Step), "update to", step)?;
+        let _span = tracing::info_span!("optimizer", %step).entered();
+        // It leaves the device for those who follow, if there are any.
+        let followed = match self.shelf.is_open() {
+            true => Some(self.trainer.waiting_gradient()?),
+            false => None,
+        };
+        let rate = self.spec.learning_rate(step);
+        self.trainer.update_from_sums(norm, &self.spec.optimizer, rate)?;
+        self.kept = Kept::default();
+        if let Some(gradient) = followed {
+            self.shelf.add(step, gradient);
+        }
+        self.optimizer_seconds = start.elapsed().as_secs_f64();
+        Ok(())
     }
 
     /// Applies the reduced gradient of the step after the held one.
@@ -437,16 +566,27 @@ impl Adding<'_> {
         place: usize,
         output: &SlotOutput,
     ) -> Result<(), ComputeError> {
-        let slot = self.first_slot + place as u32;
         let added = gathering.finish(place, &output.gradient);
-        match (self.checked(slot, output, added), self.spec.optimizer.non_finite) {
-            (Ok(statistics), _) => gathering.close(|integers| {
-                integers.iter_mut().zip(statistics).for_each(|(sum, value)| *sum += value);
+        self.take_note(place, &output.statistics, added, |change| gathering.close(change))
+    }
+
+    /// Has `close` change the integers for a slot, given whether its gradient could be added.
+    fn take_note(
+        &self,
+        place: usize,
+        statistics: &SlotStatistics,
+        added: Result<(), OutOfRange>,
+        close: impl FnOnce(&dyn Fn(&mut [i64])),
+    ) -> Result<(), ComputeError> {
+        let slot = self.first_slot + place as u32;
+        match (self.checked(slot, statistics, added), self.spec.optimizer.non_finite) {
+            (Ok(statistics), _) => close(&|integers| {
+                integers.iter_mut().zip(&statistics).for_each(|(sum, value)| *sum += value);
             }),
             (Err(error), NonFinite::Skip) => {
                 let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
                 bad.push((slot, error.to_string()));
-                gathering.close(|integers| integers.iter_mut().last().map_or((), |n| *n += 1));
+                close(&|integers| integers.iter_mut().last().map_or((), |n| *n += 1));
             }
             (Err(error), NonFinite::Stop) => return Err(error),
         }
@@ -458,10 +598,10 @@ impl Adding<'_> {
     fn checked(
         &self,
         slot: u32,
-        output: &SlotOutput,
+        statistics: &SlotStatistics,
         added: Result<(), OutOfRange>,
     ) -> Result<Vec<i64>, ComputeError> {
-        let statistics = sums::encoded(&output.statistics)
+        let statistics = sums::encoded(statistics)
             .map_err(|(what, value)| self.not_finite(slot, what, value))?;
         added.map_err(|OutOfRange { index, value }| {
             let what = match self.layout.owner(index) {

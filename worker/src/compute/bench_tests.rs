@@ -38,8 +38,20 @@ fn contributed(
     given: Vec<Slot>,
     cancelled: &AtomicBool,
 ) -> Result<(Contribution, Sums), ComputeError> {
+    contributed_by(bench, false, step, first_slot, given, cancelled)
+}
+
+/// The same of a rank that is alone, or is not.
+fn contributed_by(
+    bench: &mut Bench,
+    alone: bool,
+    step: u64,
+    first_slot: u32,
+    given: Vec<Slot>,
+    cancelled: &AtomicBool,
+) -> Result<(Contribution, Sums), ComputeError> {
     let (sender, ready) = mpsc::unbounded_channel();
-    let contribution = bench.contribute(Step(step), first_slot, given, cancelled, &sender);
+    let contribution = bench.contribute(Step(step), first_slot, given, alone, cancelled, &sender);
     let sums = Sums::from_ready(ready);
     assert_eq!(contribution.is_ok(), sums.is_some(), "the last bucket is a sign of success");
     Ok((contribution?, sums.unwrap()))
@@ -310,12 +322,20 @@ fn fast(threads: usize) -> Bench {
     bench
 }
 
+/// The reduced gradient that waits in memory.
+fn here(bench: &Bench) -> &[f32] {
+    match &bench.prepared.as_ref().unwrap().gradient {
+        Gradient::Here(gradient) => gradient,
+        Gradient::OnDevice(_) => panic!("the gradient is on the device"),
+    }
+}
+
 #[test]
 fn a_fast_step_is_the_exact_one_but_for_rounding_and_its_statistics_are_exact() {
     let mut exact = bench(1);
     let sums = share(&mut exact, 1, 0..4);
     let expected = exact.prepare(Step(1), sums).unwrap().statistics;
-    let gradient = exact.prepared.unwrap().gradient;
+    let gradient = here(&exact);
     let scale = gradient.iter().fold(0f32, |most, value| most.max(value.abs()));
     for cut in 0..=4 {
         let (mut left, mut right) = (fast(1), fast(2));
@@ -328,8 +348,8 @@ fn a_fast_step_is_the_exact_one_but_for_rounding_and_its_statistics_are_exact() 
         assert!((norm / expected.grad_norm - 1.0).abs() < 1e-5, "{norm}");
         let others = StepStatistics { grad_norm: expected.grad_norm, ..one.statistics };
         assert_eq!(others, expected, "cut at {cut}");
-        let found = &left.prepared.as_ref().unwrap().gradient;
-        assert!(found.iter().zip(&gradient).all(|(a, b)| (a - b).abs() <= 1e-6 * scale));
+        let found = here(&left);
+        assert!(found.iter().zip(gradient).all(|(a, b)| (a - b).abs() <= 1e-6 * scale));
         left.commit(Step(1)).unwrap();
         right.commit(Step(1)).unwrap();
         let digest = |bench: &Bench| bench.weights_digest(Step(1)).unwrap();
@@ -399,6 +419,88 @@ fn on_a_device_any_split_and_any_new_start_lead_to_the_same_bits() {
     let evaluated =
         whole.evaluate(Step(3), &[batches(0..1).remove(0).batch], &AtomicBool::new(false));
     assert_eq!(evaluated.unwrap().1, 16);
+}
+
+/// The sums of a rank that is alone with its device, where they stay.
+fn alone(bench: &mut Bench, step: u64, slots: Vec<Slot>) -> Result<Sums, ComputeError> {
+    let on = AtomicBool::new(false);
+    let sums = contributed_by(bench, true, step, 0, slots, &on)?.1;
+    assert!(sums.is_beside_device());
+    Ok(sums)
+}
+
+#[test]
+fn alone_with_its_device_a_rank_comes_to_the_bits_of_ranks_that_are_not() {
+    let mut host = on_device(Reduction::Exact);
+    let mut device = on_device(Reduction::Exact);
+    host.initialise().unwrap();
+    device.initialise().unwrap();
+    device.offer(Step(0)).unwrap();
+    for step in 1..=2 {
+        let sums = share(&mut host, step, 0..4);
+        let expected = host.prepare(Step(step), sums).unwrap();
+        let sums = alone(&mut device, step, batches(0..4)).unwrap();
+        let report = device.prepare(Step(step), sums).unwrap();
+        let rounded = |mut statistics: StepStatistics| {
+            // Summed in another order.
+            statistics.grad_norm = (statistics.grad_norm * 1e6).round();
+            statistics
+        };
+        assert_eq!(rounded(report.statistics), rounded(expected.statistics));
+        // A try that is done again leads to the same.
+        let again = alone(&mut device, step, batches(0..4)).unwrap();
+        assert_eq!(device.prepared(), None, "its place was needed");
+        assert_eq!(device.prepare(Step(step), again).unwrap().digest, report.digest);
+        host.commit(Step(step)).unwrap();
+        device.commit(Step(step)).unwrap();
+        let digests = [&host, &device].map(|bench| bench.weights_digest(Step(step)).unwrap());
+        assert_eq!(digests[0], digests[1], "step {step}");
+    }
+}
+
+#[test]
+fn alone_with_its_device_a_fast_step_is_the_exact_one_but_for_rounding() {
+    let [mut exact, mut fast] = [Reduction::Exact, Reduction::Fast].map(on_device);
+    let mut statistics = Vec::new();
+    for bench in [&mut exact, &mut fast] {
+        bench.initialise().unwrap();
+        let sums = alone(bench, 1, batches(0..4)).unwrap();
+        statistics.push(bench.prepare(Step(1), sums).unwrap().statistics);
+        bench.commit(Step(1)).unwrap();
+    }
+    let norm = statistics[1].grad_norm;
+    assert!((norm / statistics[0].grad_norm - 1.0).abs() < 1e-5, "{norm}");
+    let weights = [&exact, &fast].map(|bench| bench.trainer.weights().unwrap());
+    // Adam divides by a gradient's magnitude: where that is next to nothing, rounding shows.
+    let far = weights[0].iter().zip(&*weights[1]).filter(|(a, b)| (*a - *b).abs() > 1e-4).count();
+    assert!(far * 1000 < weights[0].len(), "{far} weights are elsewhere");
+}
+
+#[test]
+fn alone_with_its_device_a_bad_slot_is_named_and_skipped() {
+    for reduction in [Reduction::Exact, Reduction::Fast] {
+        let mut bench = on_device(reduction);
+        let mut state = TrainState::initial(&bench.spec.model, 7);
+        // A row of the embedding that only slot 2 has.
+        let poison = 32 * 303;
+        state.weights[poison] = f32::NAN;
+        let mut slots = batches(0..4);
+        slots[2].batch.tokens[0] = 303;
+        bench.adopt(state.clone()).unwrap();
+        let error = alone(&mut bench, 1, slots.clone()).unwrap_err().to_string();
+        assert!(error.starts_with("the loss is NaN at step 1, slot 2"), "{error}");
+        let mut spec = Spec::clone(&bench.spec);
+        spec.optimizer.non_finite = NonFinite::Skip;
+        bench.spec = Arc::new(spec);
+        let sums = alone(&mut bench, 1, slots).unwrap();
+        let report = bench.prepare(Step(1), sums).unwrap();
+        assert_eq!((report.statistics.bad_slots, report.statistics.grad_norm), (1, 0.0));
+        bench.commit(Step(1)).unwrap();
+        let after = bench.trainer.state().unwrap();
+        assert_eq!(after.step, Step(1));
+        assert!(after.weights[1..poison] == state.weights[1..poison]);
+        assert!(after.first_moment.iter().all(|value| *value == 0.0));
+    }
 }
 
 #[test]

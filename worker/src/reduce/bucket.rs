@@ -28,6 +28,8 @@ pub(super) struct Cut {
     pub(super) elements: usize,
     integers: usize,
     pub(super) buckets: usize,
+    /// The gradient's words are not here, but on the device that computes.
+    pub(super) elsewhere: bool,
 }
 
 impl Cut {
@@ -41,6 +43,11 @@ impl Cut {
         )
     }
 
+    /// One bucket for a gradient that is summed on a device, and the integers.
+    pub(super) fn elsewhere(arithmetic: Arithmetic, elements: usize, integers: usize) -> Self {
+        Self { elsewhere: true, ..Self::with_buckets(arithmetic, elements, integers, 1) }
+    }
+
     /// Into so many buckets, at least one.
     pub(super) fn with_buckets(
         arithmetic: Arithmetic,
@@ -48,12 +55,13 @@ impl Cut {
         integers: usize,
         buckets: usize,
     ) -> Self {
-        Self { arithmetic, elements, integers, buckets }
+        Self { arithmetic, elements, integers, buckets, elsewhere: false }
     }
 
     /// Words of the flat gradient that are in a bucket.
     fn words(&self, number: usize) -> Range<usize> {
-        let words = self.arithmetic.words(self.elements);
+        let here = if self.elsewhere { 0 } else { self.elements };
+        let words = self.arithmetic.words(here);
         let edge = |behind: usize| words * (self.buckets - behind) / self.buckets;
         edge(number + 1)..edge(number)
     }

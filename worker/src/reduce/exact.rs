@@ -48,6 +48,12 @@ impl FixedPoint {
         self.limit
     }
 
+    /// What a value is multiplied by.
+    #[must_use]
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
     /// Adds each value to the accumulator's element of the same index.
     ///
     /// # Errors

@@ -21,6 +21,12 @@ impl SinglePrecision {
         Self { limit: f32::MAX / 2.0 / slots.max(1) as f32 }
     }
 
+    /// The largest magnitude that a slot's value may have.
+    #[must_use]
+    pub fn limit(&self) -> f32 {
+        self.limit
+    }
+
     /// Adds each value to the sum of the same index.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! are integers whatever the gradient is, so counts and statistics are always exact. One all-reduce
 //! carries all buckets.
 
+use looptrain_model::DeviceSums;
 use looptrain_proto::Digest;
 use looptrain_proto::spec::Reduction;
 use rayon::prelude::*;
@@ -88,6 +89,32 @@ impl Sums {
         memory: Option<Self>,
     ) -> Self {
         Self::cut(Cut::new(arithmetic, elements, integers), memory)
+    }
+
+    /// The integers beside a gradient that is summed on the device that computes it: in a world of one it
+    /// never leaves it.
+    #[must_use]
+    pub fn beside_device(arithmetic: Arithmetic, elements: usize, integers: usize) -> Self {
+        Self::cut(Cut::elsewhere(arithmetic, elements, integers), None)
+    }
+
+    /// Whether the gradient is on a device, and only the integers are here.
+    #[must_use]
+    pub fn is_beside_device(&self) -> bool {
+        self.last().cut.elsewhere
+    }
+
+    /// How a device sums what this sums here, over so many slots.
+    #[must_use]
+    pub fn on_device(arithmetic: Arithmetic, slots: u32) -> DeviceSums {
+        match arithmetic {
+            Arithmetic::Exact(fixed) => {
+                DeviceSums::Exact { scale: fixed.scale(), limit: fixed.limit() }
+            }
+            Arithmetic::Fast(single) => {
+                DeviceSums::Fast { limit: single.limit() * slots.max(1) as f32 }
+            }
+        }
     }
 
     pub(super) fn cut(cut: Cut, memory: Option<Self>) -> Self {

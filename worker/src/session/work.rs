@@ -287,11 +287,13 @@ impl Duties for Work {
         let data_wait = start.elapsed().as_secs_f64();
 
         // What is complete is reduced while the rest is computed.
+        let alone = collective.world() == 1;
         let (sender, ready) = mpsc::unbounded_channel();
         let computed = tracing::info_span!("compute").in_scope(|| {
             let (first, cancelled) = (plan.slot_begin, Arc::clone(&cancelled));
-            self.compute
-                .submit(move |bench| bench.contribute(step, first, batches, &cancelled, &sender))
+            self.compute.submit(move |bench| {
+                bench.contribute(step, first, batches, alone, &cancelled, &sender)
+            })
         });
         let computed = async {
             let contribution = computed.await??;

@@ -92,6 +92,11 @@ impl Shelf {
         }
     }
 
+    /// Whether updates are of use to anybody.
+    pub(crate) fn is_open(&self) -> bool {
+        self.offer().is_some()
+    }
+
     /// Adds the gradient that led to `step`, if a state before it is offered.
     pub(crate) fn add(&self, step: Step, gradient: Vec<f32>) {
         let mut offer = self.offer();

@@ -25,6 +25,8 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 struct alignas(8) uint2 { u32 x, y; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) longlong2 { long long x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { u32 x, y, z; };
@@ -206,6 +208,10 @@ static void load(u32 (&to)[4], u32 at, bool transposed) {
 static inline u32 shared_address(const void* at) { return static_cast<const unsigned char*>(at) - emulator::dynamic_shared; }
 static inline float __int_as_float(int x) { return emulator::floating(x); }
 static inline float __uint_as_float(u32 x) { return emulator::floating(x); }
+static inline u32 __float_as_uint(float x) { return emulator::bits(x); }
+static inline long long __double2ll_rn(double x) { return llrint(x); }
+static inline void atomicMin(u64* at, u64 x) { *at = x < *at ? x : *at; }
+static inline void atomicAdd(u64* at, u64 x) { *at += x; }
 static inline u32 pack(float low, float high) { return emulator::as_bf16(low) | emulator::as_bf16(high) << 16; }
 static inline float power_of_two(float x) { return exp2f(x); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
