@@ -282,7 +282,7 @@ impl Trainer {
     /// When the device fails.
     ///
     /// # Panics
-    /// On the CPU, and if no state is held.
+    /// On the CPU, without slots, and if no state is held.
     pub fn sum_slots(
         &self,
         settings: &StageSettings,
@@ -292,7 +292,8 @@ impl Trainer {
         on_slot: &mut dyn FnMut(SummedSlot) -> bool,
     ) -> Result<(), DeviceError> {
         let on = self.device();
-        if matches!(sums, DeviceSums::Fast { .. }) || batches.is_empty() {
+        assert!(!batches.is_empty(), "whoever is alone has all slots");
+        if matches!(sums, DeviceSums::Fast { .. }) {
             on.engine.clear()?;
         }
         for (slot, batch) in batches.iter().enumerate() {

@@ -5,6 +5,7 @@
 #   tests/gpu/prove.sh --looptrain target/release/looptrain --out tests/gpu
 #   tests/gpu/prove.sh --only curves --only bits
 #
+# - heads: some steps on one batch with heads of 16 to 128 numbers, whose kernels differ, beside the CPU's;
 # - curves: 200 steps of a small run on the CPU and on the GPU, from the same tokens;
 # - bits: the same run on the GPU again, computing layers again, stopped and resumed, and by two
 #   workers on one GPU of which one is killed: the weights must be the same, bit for bit;

@@ -35,7 +35,8 @@ struct Plan {
     algorithm: lt_sys::cublasLtMatmulAlgo_t,
 }
 
-/// Memory of the host that the device copies to.
+/// Memory of the host that the device copies to. What runs under its lock must not copy from the
+/// device itself, nor must anything that a thread of the pool may take up meanwhile: no `on_slot` does.
 struct Stage {
     memory: [*mut u8; 2],
     /// When each has been filled.
@@ -45,8 +46,8 @@ struct Stage {
 /// One device, and what is compiled for it.
 pub(super) struct Device {
     name: String,
-    /// Compute capability, such as 90 for 9.0.
-    architecture: i32,
+    /// Names what decides the bits beside the kernels' source.
+    arithmetic: String,
     /// Bytes that were free when nothing was allocated yet.
     memory: u64,
     context: sys::CUcontext,
@@ -97,8 +98,8 @@ impl Device {
             )));
         }
         let device = result::device::get(ordinal as i32).map_err(fail("cannot open the device"))?;
-        let name = result::device::get_name(device).map_err(fail("cannot read its name"))?;
-        let name = format!("{label} ({name})");
+        let model_name = result::device::get_name(device).map_err(fail("cannot read its name"))?;
+        let name = format!("{label} ({model_name})");
         use sys::CUdevice_attribute as Attribute;
         let capability = [
             Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
@@ -156,15 +157,19 @@ impl Device {
         let products = lt::create_handle()
             .map_err(|error| DeviceError(format!("{name}: cuBLASLt does not start: {error}")))?;
         let row = (sizes.hidden * size_of::<u16>()) as u32;
+        // cuBLAS chooses how it sums by the very device.
+        let (compiler, kind) = (nvrtc_version()?, model_name.replace(' ', "-"));
+        // SAFETY: takes nothing and changes nothing.
+        let library = unsafe { lt_sys::cublasLtGetVersion() };
         Ok(Self {
-            architecture,
+            arithmetic: format!("sm{architecture}-{kind}-cublas{library}-nvrtc{compiler}"),
             memory: free.saturating_sub(WORKSPACE) as u64,
             context,
             queue: stream()?,
             copies: stream()?,
             functions,
             products,
-            // SAFETY: given back with the process; nothing reads it before it is written.
+            // SAFETY: given back when this is dropped; nothing reads it before it is written.
             workspace: unsafe { result::malloc_sync(WORKSPACE) }
                 .map(Address)
                 .map_err(fail("has no memory for products"))?,
@@ -261,14 +266,9 @@ impl Device {
 /// Machine code of the kernels: from the cache, or compiled and put there, so that the next worker on
 /// this machine starts some seconds earlier.
 fn kernels(sizes: &Sizes, architecture: i32) -> Result<Vec<u8>, DeviceError> {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: both are written to, and nothing else.
-    unsafe { nvrtc_sys::nvrtcVersion(&mut major, &mut minor) }
-        .result()
-        .map_err(|error| DeviceError(format!("NVRTC fails: {error:?}")))?;
     let options = options(sizes, architecture);
     let mut key = blake3::Hasher::new_derive_key("looptrain kernels v1");
-    key.update(format!("{major}.{minor} {}", options.join(" ")).as_bytes());
+    key.update(format!("{} {}", nvrtc_version()?, options.join(" ")).as_bytes());
     key.update(SOURCE.as_bytes());
     let file = cache().map(|folder| folder.join(format!("{}.cubin", key.finalize().to_hex())));
     if let Some(image) = file.as_ref().and_then(|file| cached(file)) {
@@ -278,6 +278,16 @@ fn kernels(sizes: &Sizes, architecture: i32) -> Result<Vec<u8>, DeviceError> {
     // Without a cache the next start takes longer, that is all.
     let _ = file.map(|file| keep(&file, &image));
     Ok(image)
+}
+
+/// The compiler's version, such as 13.0.
+fn nvrtc_version() -> Result<String, DeviceError> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both are written to, and nothing else.
+    unsafe { nvrtc_sys::nvrtcVersion(&mut major, &mut minor) }
+        .result()
+        .map_err(|error| DeviceError(format!("NVRTC fails: {error:?}")))?;
+    Ok(format!("{major}.{minor}"))
 }
 
 /// Where compiled kernels are kept.
@@ -374,17 +384,19 @@ fn functions(
 impl Driver for Device {
     fn allocate(&self, bytes: usize) -> Result<Address, DeviceError> {
         // SAFETY: nothing reads the memory before it is written, as the engine sees to.
-        let address = self.call("", || unsafe { result::malloc_sync(bytes) });
-        let address = address.map_err(|error| {
+        let allocated = self.call("", || Ok(unsafe { result::malloc_sync(bytes) }))?;
+        let address = allocated.map_err(|error| {
+            if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return told(&self.name, "cannot allocate memory", error);
+            }
             let free = result::mem_get_info().map_or(0, |(free, _)| free);
             let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
             DeviceError(format!(
                 "{}: no memory for {:.2} GiB more, {:.2} GiB are free; make slots smaller \
-                 (stages.N.slot_sequences) or set compute.recompute to layer{}",
+                 (stages.N.slot_sequences), set compute.recompute to layer, or end other programs there",
                 self.name,
                 gib(bytes),
-                gib(free),
-                error.0
+                gib(free)
             ))
         })?;
         let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
@@ -417,9 +429,10 @@ impl Driver for Device {
     }
 
     fn upload(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
-        // SAFETY: as in `zero`; the host's memory is pageable, so the driver has read it when it returns.
+        // SAFETY: as in `zero`; the bytes are read by the time this returns.
         self.call("cannot copy to the device", || unsafe {
-            result::memcpy_htod_async(to.0, bytes, self.queue)
+            result::memcpy_htod_async(to.0, bytes, self.queue)?;
+            result::stream::synchronize(self.queue)
         })
     }
 
@@ -503,9 +516,7 @@ impl Driver for Device {
     }
 
     fn arithmetic(&self) -> String {
-        // SAFETY: takes nothing and changes nothing.
-        let version = unsafe { lt_sys::cublasLtGetVersion() };
-        format!("sm{}-cublas{version}", self.architecture)
+        self.arithmetic.clone()
     }
 
     fn memory(&self) -> Option<u64> {

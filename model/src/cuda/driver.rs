@@ -165,7 +165,8 @@ pub(super) trait Driver: Send + Sync {
     /// Most bytes that were allocated at a time.
     fn peak_bytes(&self) -> u64;
 
-    /// The moment when all that is queued up to now is done. At most [`MARKS`] are remembered.
+    /// The moment when all that is queued up to now is done. The last [`MARKS`] are told apart: a mark older
+    /// than that stands for a later moment.
     fn mark(&self) -> Result<Mark, DeviceError>;
 
     /// Copies from the device once that moment has come, beside whatever else is queued; returns when

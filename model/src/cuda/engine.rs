@@ -48,8 +48,9 @@ pub(crate) struct CudaEngine {
     narrow: Memory,
     gradient: Memory,
     squares: Memory,
-    /// The sums of slots in fixed point, and the first value without a place or the sums' digest.
-    sums: OnceLock<Memory>,
+    /// The sums of slots in fixed point.
+    fixed_sums: OnceLock<Memory>,
+    /// Two words: the first value without a place in the sums, or their digest.
     notes: Memory,
     /// Memory of the last slot, for the next one.
     workspace: Mutex<Option<Workspace>>,
@@ -76,7 +77,7 @@ impl CudaEngine {
             gradient: floats(places.len)?,
             narrow: Memory::new(&driver, places.len * size_of::<u16>())?,
             squares: Memory::new(&driver, FLAT_BLOCKS as usize * size_of::<f64>())?,
-            sums: OnceLock::new(),
+            fixed_sums: OnceLock::new(),
             notes: Memory::new(&driver, 2 * size_of::<u64>())?,
             driver,
             model: model.clone(),
@@ -258,13 +259,13 @@ impl CudaEngine {
 
     /// Where the sums in fixed point are; there is room from the first step on that needs it.
     fn fixed(&self) -> Result<Address, DeviceError> {
-        if let Some(sums) = self.sums.get() {
+        if let Some(sums) = self.fixed_sums.get() {
             return Ok(sums.base);
         }
         let bytes = self.places.len * size_of::<i64>();
         let sums = Memory::new(&self.driver, bytes)?;
         self.driver.zero(sums.base, bytes)?;
-        Ok(self.sums.get_or_init(|| sums).base)
+        Ok(self.fixed_sums.get_or_init(|| sums).base)
     }
 
     /// Puts a gradient in the place of the sum.

@@ -7,8 +7,8 @@
 //! - [`engine`]: the training state on the device.
 //!
 //! Matrices and activations are bf16; weights, moments, the residual stream, norms, softmax, losses and
-//! all sums are f32 or wider. No two blocks add to the same number, so the bits do not depend on
-//! their order.
+//! all sums are f32 or wider. No two blocks add floats to the same place (what they share are sums of
+//! integers and minima), so the bits do not depend on their order.
 
 #[cfg(feature = "cuda")]
 mod device;

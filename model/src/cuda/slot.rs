@@ -423,7 +423,7 @@ impl Task<'_> {
     fn swiglu(&self, kernel: &'static str) -> Launch {
         const THREADS: usize = 128;
         let blocks = (self.model.inner / 8).div_ceil(THREADS);
-        let grid = [blocks as u32, self.work.sizes.tokens() as u32, 1];
+        let grid = [self.work.sizes.tokens() as u32, blocks as u32, 1];
         Launch { kernel, grid, threads: THREADS as u32, shared: 0 }
     }
 

@@ -216,15 +216,15 @@ impl Bench {
     /// applied, for a new generation at that step means that it was committed. One that leads further
     /// was not, and its step is done again: exact sums come out the same, fast ones may not, so
     /// that nobody must take this update for theirs.
-    pub(crate) fn reach(&mut self, step: Step) -> bool {
+    pub(crate) fn reach(&mut self, step: Step) -> Result<bool, ComputeError> {
         if self.prepared.as_ref().is_some_and(|prepared| prepared.step == step) {
             tracing::info!(%step, "committing the prepared step that the new generation starts from");
-            return self.commit(step).is_ok();
+            return self.commit(step).map(|()| true);
         }
         if self.spec.cluster.reduction == Reduction::Fast {
             self.prepared = None;
         }
-        self.held() == Some(step)
+        Ok(self.held() == Some(step))
     }
 
     /// Sums the gradients and statistics of some slots of the step after the held one. Each bucket of
@@ -240,6 +240,9 @@ impl Bench {
         cancelled: &AtomicBool,
         ready: &UnboundedSender<Bucket>,
     ) -> Result<Contribution, ComputeError> {
+        // What waits on the device is about to be written over.
+        self.prepared =
+            self.prepared.take().filter(|old| matches!(old.gradient, Gradient::Here(_)));
         if alone && self.trainer.can_sum() {
             return self.contribute_on_device(step, first_slot, given, cancelled, ready);
         }
@@ -334,9 +337,6 @@ impl Bench {
         let number = self.spec.stage_of(step);
         let stage = &self.spec.stages[number];
         self.trainer.set_recompute(self.recompute[number]);
-        // The gradient is about to take its place.
-        self.prepared =
-            self.prepared.take().filter(|old| matches!(old.gradient, Gradient::Here(_)));
         let used = match self.spec.run.audit {
             true => {
                 (first_slot..).zip(&given).map(|(n, s)| audit::use_of(&self.spec, n, s)).collect()

@@ -205,11 +205,11 @@ fn a_generation_at_the_prepared_step_commits_it_and_one_before_it_does_not() {
     let mut bench = bench(1);
     let sums = share(&mut bench, 1, 0..4);
     bench.prepare(Step(1), sums).unwrap();
-    assert!(bench.reach(Step(0)));
+    assert!(bench.reach(Step(0)).unwrap());
     assert_eq!(bench.held(), Some(Step(0)));
-    assert!(bench.reach(Step(1)));
+    assert!(bench.reach(Step(1)).unwrap());
     assert_eq!(bench.held(), Some(Step(1)));
-    assert!(!bench.reach(Step(3)), "a state further on has to come from elsewhere");
+    assert!(!bench.reach(Step(3)).unwrap(), "a state further on has to come from elsewhere");
 }
 
 #[test]
@@ -363,12 +363,12 @@ fn a_fast_update_that_was_not_committed_is_forgotten_for_its_step_may_come_out_o
     for bench in [&mut exact, &mut fast] {
         let sums = share(bench, 1, 0..4);
         bench.prepare(Step(1), sums).unwrap();
-        assert!(bench.reach(Step(0)));
+        assert!(bench.reach(Step(0)).unwrap());
     }
     assert_eq!((exact.prepared(), fast.prepared()), (Some(Step(1)), None));
     let sums = share(&mut fast, 1, 0..4);
     fast.prepare(Step(1), sums).unwrap();
-    assert!(fast.reach(Step(1)) && fast.held() == Some(Step(1)));
+    assert!(fast.reach(Step(1)).unwrap() && fast.held() == Some(Step(1)));
 }
 
 #[test]
@@ -455,6 +455,23 @@ fn alone_with_its_device_a_rank_comes_to_the_bits_of_ranks_that_are_not() {
         device.commit(Step(step)).unwrap();
         let digests = [&host, &device].map(|bench| bench.weights_digest(Step(step)).unwrap());
         assert_eq!(digests[0], digests[1], "step {step}");
+    }
+}
+
+#[test]
+fn what_waits_on_a_device_is_given_up_when_another_try_takes_its_place() {
+    for alone_again in [true, false] {
+        let mut bench = on_device(Reduction::Exact);
+        bench.initialise().unwrap();
+        let sums = alone(&mut bench, 1, batches(0..4)).unwrap();
+        bench.prepare(Step(1), sums).unwrap();
+        assert_eq!(bench.prepared(), Some(Step(1)));
+        // A try that ends before it has sums of its own.
+        let at_once = AtomicBool::new(true);
+        let slots = batches(0..4);
+        contributed_by(&mut bench, alone_again, 1, 0, slots, &at_once).unwrap_err();
+        assert_eq!(bench.prepared(), None);
+        assert!(!bench.reach(Step(1)).unwrap());
     }
 }
 

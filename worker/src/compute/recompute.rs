@@ -36,6 +36,11 @@ struct Need {
 impl Need {
     fn of(spec: &Spec, stage: &spec::Stage, trainer: &Trainer) -> Self {
         let need = trainer.memory();
+        // A device's sums in fixed point.
+        let fixed = match spec.cluster.reduction {
+            spec::Reduction::Exact => size_of::<i64>() as u64,
+            spec::Reduction::Fast => 0,
+        };
         let parameters = spec.model.parameters();
         let gradient = parameters * size_of::<f32>() as u64;
         // Whole gradients, as many as there is room for.
@@ -48,7 +53,7 @@ impl Need {
         let bytes = |mode| trainer.slot_bytes(&spec.model, &settings, size, mode);
         Self {
             held: match need.per_parameter {
-                Some(bytes) => parameters * bytes,
+                Some(bytes) => parameters * (bytes + fixed),
                 None => parameters * BYTES_PER_PARAMETER + kept,
             },
             slots: u64::from(stage.slots).min(need.slots_at_once as u64),

@@ -104,7 +104,7 @@ impl From<ComputeError> for Fault {
 impl Work {
     /// Makes the committed state of `step` the held one.
     async fn reach(&self, step: Step) -> Result<Digest, Failure> {
-        if !self.compute.submit(move |bench| bench.reach(step)).await? {
+        if !self.compute.submit(move |bench| bench.reach(step)).await?? {
             if step == Step(0) {
                 self.compute.submit(Bench::initialise).await??;
             } else {

@@ -133,6 +133,12 @@ impl Driver for Emulator {
     }
 
     fn launch(&self, launch: Launch, arguments: &[Argument]) -> Result<(), DeviceError> {
+        let [x, y, z] = launch.grid;
+        assert!(
+            x < 1 << 31 && y < 1 << 16 && z < 1 << 16,
+            "more blocks than CUDA takes: {launch:?}"
+        );
+        assert!((1..=1024).contains(&launch.threads) && x * y * z > 0, "{launch:?}");
         let kernel = NAMES.iter().position(|name| *name == launch.kernel).expect("a kernel's name");
         self.launched.lock().expect("no test panics here").insert(launch.kernel);
         let words: Vec<u64> = arguments.iter().map(Argument::word).collect();

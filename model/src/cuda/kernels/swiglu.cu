@@ -2,11 +2,11 @@
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// inner = silu(gate) up. Eight elements to a thread, blockIdx.y for the row.
+// inner = silu(gate) up. Eight elements to a thread, blockIdx.x for the row.
 extern "C" __global__ void swiglu(const bf16* gates, bf16* inner) {
-    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    const int at = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (at >= INNER) return;
-    const size_t row = blockIdx.y;
+    const size_t row = blockIdx.x;
     const Eight g = read_eight(gates + row * 2 * INNER + at), up = read_eight(gates + row * 2 * INNER + INNER + at);
     Eight h;
 #pragma unroll
@@ -16,9 +16,9 @@ extern "C" __global__ void swiglu(const bf16* gates, bf16* inner) {
 
 // The gradients of gate and up, and inner once more.
 extern "C" __global__ void swiglu_backward(const bf16* gates, const bf16* dinner, bf16* dgates, bf16* inner) {
-    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    const int at = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (at >= INNER) return;
-    const size_t row = blockIdx.y;
+    const size_t row = blockIdx.x;
     const Eight g = read_eight(gates + row * 2 * INNER + at), up = read_eight(gates + row * 2 * INNER + INNER + at);
     const Eight dh = read_eight(dinner + row * INNER + at);
     Eight h, dg, dup;
