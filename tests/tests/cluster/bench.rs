@@ -173,7 +173,7 @@ fn a_training_step_is_measured_beside_the_rate_of_matrix_products() {
 fn a_step_that_cannot_be_measured_is_refused_with_the_remedy() {
     let scratch = Scratch::new();
     for (more, code, words) in [
-        (["--device", "cuda:0"], 2, "this build has no GPU support"),
+        (["--device", "cuda:0"], 1, "heads of 8 numbers"),
         (["--device", "tpu"], 2, "write cpu"),
         (["--steps", "0"], 2, "--steps"),
         (["--slots", "3"], 1, "--slots 3 does not divide --batch 4"),

@@ -74,7 +74,10 @@ fn a_coordinator_and_workers_that_are_started_apart_train_together() {
     let workers = [(); 2].map(|()| Running::start(scratch.command(&worker)));
     for end in workers.map(Running::end) {
         assert_eq!(end.code, Some(0), "{end:?}");
-        assert!(end.stderr.contains(&format!("joins {url}; compute threads: 1")), "{end:?}");
+        assert!(
+            end.stderr.contains(&format!("joins {url}; device: cpu; compute threads: 1")),
+            "{end:?}"
+        );
         assert!(end.stderr.contains("ended: all 14 steps are done"), "{end:?}");
         assert!(!end.stderr.contains('\x1b'), "no colours in a pipe: {end:?}");
     }
