@@ -322,8 +322,8 @@ impl Bench {
         Ok(Contribution { seconds, computed: missing.len(), detail, used })
     }
 
-    /// The same where all stays on the device. Nothing is kept for a retry: what there is room for
-    /// is computed again in no time.
+    /// The same where all stays on the device. Nothing is kept for a retry: a step that is done again
+    /// computes all of its slots.
     fn contribute_on_device(
         &mut self,
         step: Step,
