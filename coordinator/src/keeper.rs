@@ -15,7 +15,8 @@ use looptrain_storage::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::core::{Event, ManifestDraft};
 use crate::error::CoordinatorError;
@@ -23,6 +24,9 @@ use crate::runtime::Input;
 
 /// A coordinator that has been replaced notices at the latest after this time.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// A coordinator that stops waits so long for old checkpoints that it is removing.
+const LAST_REMOVAL: Duration = Duration::from_secs(10);
 
 /// Something to write down.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub(crate) struct Keeper {
     /// Removes old ones; it has come to its end when nobody can tell it of a newer one and it has
     /// nothing more to do.
     pub(crate) pruner: JoinHandle<()>,
+    /// Tells the pruner to come to its end with what it is removing.
+    pub(crate) leave: CancellationToken,
 }
 
 /// The run has another coordinator, and the runtime has been told: what was begun ends here.
@@ -94,9 +100,7 @@ impl Keeper {
                     Some(finished) => self.update(|record| record.finished = Some(finished)).await,
                     None => Ok(()),
                 };
-                if over {
-                    self.end_pruning().await;
-                }
+                self.end_pruning(over).await;
                 // Whoever asked has gone away only if the process is ending.
                 let _ = reply.send(updated.map_err(CoordinatorError::of_store));
                 Ok(())
@@ -123,12 +127,19 @@ impl Keeper {
         Ok(())
     }
 
-    /// Waits until what is old is gone: a run that is over has no other time for it, whereas one
-    /// that has been stopped has when it goes on.
-    async fn end_pruning(&mut self) {
+    /// Waits until what is old is gone: a run that is `over` has no other time for it. One that has
+    /// been stopped has when it goes on, and waits only, and not for long, for what is being
+    /// removed: the rest of a checkpoint whose manifest is gone would take room until it is old
+    /// enough for an orphan.
+    async fn end_pruning(&mut self, over: bool) {
         drop(std::mem::replace(&mut self.newest, watch::Sender::new(None)));
         // One that panicked has left something that is old.
-        let _ = (&mut self.pruner).await;
+        if over {
+            let _ = (&mut self.pruner).await;
+        } else {
+            self.leave.cancel();
+            let _ = timeout(LAST_REMOVAL, &mut self.pruner).await;
+        }
     }
 
     /// Writes a changed record, with what the store refused to note before.
@@ -205,6 +216,7 @@ mod tests {
         let checkpoints = Checkpoints::new(store, "r");
         let (newest, newer) = watch::channel(None);
         let pruner = pruner(&checkpoints, &register, newer);
+        let leave = pruner.leave.clone();
         let keeper = Keeper {
             run: "r".into(),
             trajectory: Digest::of(b"spec"),
@@ -214,6 +226,7 @@ mod tests {
             inputs,
             newest,
             pruner: tokio::spawn(pruner.run()),
+            leave,
         };
         (keeper, told)
     }
@@ -251,6 +264,29 @@ mod tests {
         assert!(keeper.take(Note::Last(Some(finished), reply)).await.is_ok());
         answer.await.unwrap().unwrap();
         assert_eq!(keeper.checkpoints.list().await.unwrap(), [Step(3)]);
+    }
+
+    #[tokio::test]
+    async fn what_is_being_removed_when_a_run_is_stopped_goes_whole() {
+        for pause in 0..40 {
+            let directory = tempfile::tempdir().unwrap();
+            let url = format!("file://{}", directory.path().display());
+            let store = Store::open(&url).unwrap();
+            let (mut keeper, mut told) = keeper(&store).await;
+            for step in [1, 2] {
+                let draft = draft(&keeper.checkpoints, step).await;
+                assert!(keeper.commit(draft).await.is_ok());
+                told.recv().await.unwrap();
+            }
+            // Another moment of the pruner's work each time.
+            tokio::time::sleep(Duration::from_micros(100 * pause)).await;
+            let (reply, answer) = oneshot::channel();
+            assert!(keeper.take(Note::Last(None, reply)).await.is_ok());
+            answer.await.unwrap().unwrap();
+            keeper.pruner.abort();
+            let stored = keeper.checkpoints.inventory().await.unwrap();
+            assert!(stored.iter().all(|it| it.complete), "{pause}: {stored:?}");
+        }
     }
 
     #[tokio::test]

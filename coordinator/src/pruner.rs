@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use looptrain_proto::Step;
 use looptrain_storage::{Checkpoints, Error, Retention, Witness};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// The task's state.
 pub(crate) struct Pruner {
@@ -17,10 +18,13 @@ pub(crate) struct Pruner {
     /// The newest checkpoint; at first the one that the run went on from, for what a coordinator
     /// that died had not got round to, or was in the middle of.
     pub(crate) newest: watch::Receiver<Option<Step>>,
+    /// The run is to be left as it is: nothing more is planned, and what is being removed goes whole.
+    pub(crate) leave: CancellationToken,
 }
 
 impl Pruner {
-    /// Works until nobody can tell of a newer checkpoint any more, or the run is another coordinator's.
+    /// Works until nobody can tell of a newer checkpoint any more, the run is to be left, or it is
+    /// another coordinator's.
     pub(crate) async fn run(mut self) {
         self.newest.mark_changed();
         while self.newest.changed().await.is_ok() {
@@ -35,9 +39,16 @@ impl Pruner {
     }
 
     async fn prune(&mut self, newest: Step) -> Result<(), Error> {
-        let plan = self.checkpoints.plan(&self.retention, &[newest], SystemTime::now()).await?;
-        // It may have taken as long as reading a checkpoint back does.
-        self.witness.still_mine().await?;
+        let plan = async {
+            let now = SystemTime::now();
+            let plan = self.checkpoints.plan(&self.retention, &[newest], now).await?;
+            // It may have taken as long as reading a checkpoint back does.
+            self.witness.still_mine().await?;
+            Ok::<_, Error>(plan)
+        };
+        let Some(plan) = self.leave.run_until_cancelled(plan).await.transpose()? else {
+            return Ok(());
+        };
         let removed = self.checkpoints.remove(&plan).await?;
         tracing::debug!(?removed, orphans = plan.orphans.len(), "removed old checkpoints");
         Ok(())

@@ -221,6 +221,7 @@ pub async fn start_on(
 
     let witness = register.witness();
     let (newest, newer) = watch::channel(resumed_from);
+    let leave = CancellationToken::new();
     let pruner = Pruner {
         checkpoints: checkpoints.clone(),
         retention: Retention {
@@ -230,6 +231,7 @@ pub async fn start_on(
         },
         witness: register.witness(),
         newest: newer,
+        leave: leave.clone(),
     };
     let keeper = Keeper {
         numerics: None,
@@ -240,6 +242,7 @@ pub async fn start_on(
         inputs: input_sender.clone(),
         newest,
         pruner: tokio::spawn(pruner.run()),
+        leave,
     };
     tokio::spawn(keeper.run(note_receiver));
     tokio::spawn(Journal::new(store, run, log, witness).run(entry_receiver));

@@ -9,6 +9,7 @@ use looptrain_storage::{
     CheckpointManifest, Checkpoints, Register, Retention, RunRecord, Store, Tensor, weights_digest,
 };
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::pruner::Pruner;
 
@@ -25,7 +26,13 @@ pub(crate) fn pruner(
     newest: watch::Receiver<Option<Step>>,
 ) -> Pruner {
     let retention = Retention { keep: 1, keep_every_steps: 0, grace: Duration::ZERO };
-    Pruner { checkpoints: checkpoints.clone(), retention, witness: register.witness(), newest }
+    Pruner {
+        checkpoints: checkpoints.clone(),
+        retention,
+        witness: register.witness(),
+        newest,
+        leave: CancellationToken::new(),
+    }
 }
 
 /// The manifest of a checkpoint whose one part is in the store.
