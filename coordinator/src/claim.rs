@@ -10,7 +10,6 @@ use looptrain_storage::{
     run_prefix,
 };
 
-use crate::core::tokens_after;
 use crate::error::CoordinatorError;
 use crate::journal::read_history;
 use crate::records::Outcome;
@@ -149,7 +148,7 @@ impl Claim<'_> {
         let history = read_history(self.store, &self.spec.run.name, total).await?;
         Ok(Some(Outcome {
             step: total,
-            tokens: tokens_after(self.spec, total),
+            tokens: self.spec.tokens_after(total),
             loss: Some(finished.loss),
             weights_digest: Some(finished.weights_digest),
             stopped: false,

@@ -11,8 +11,9 @@ use std::time::Duration;
 use looptrain_proto::spec;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::cpu::{Clock, Rotary, Section, Shape, Task, Weights, Workspace};
+use crate::cpu::{Cache, CacheSharing, Clock, Rotary, Section, Shape, Task, Weights, Workspace};
 use crate::exit::stage_one;
+use crate::generate::Decoder;
 use crate::{Layout, SlotStatistics, TrainState, optimizer};
 
 /// Gradients of slots that are kept as memory for the next ones, beyond one for each thread.
@@ -82,6 +83,17 @@ pub struct SlotOutput {
     pub gradient: Vec<f32>,
     /// Means over the slot's tokens.
     pub statistics: SlotStatistics,
+}
+
+/// What the model makes of N tokens in each of R loops: `[R * N]`, loop after loop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenMeasures {
+    /// Cross-entropy of the target, in nats.
+    pub losses: Vec<f32>,
+    /// Gate logits.
+    pub gates: Vec<f32>,
+    /// Whether no token has a larger logit than the target.
+    pub hits: Vec<bool>,
 }
 
 /// The model, its weights and the worker's threads.
@@ -159,9 +171,20 @@ impl Engine {
     /// If the buffer is shorter than the layout.
     pub fn load(&mut self, weights: &[f32]) {
         let (layout, layers) = (&self.layout, self.model.num_hidden_layers);
-        let into = self.weights.get_or_insert_with(|| Weights::new(layout, layers));
+        let into = self.weights.get_or_insert_with(|| Weights::new(layout, layers, true));
         let clock = &self.clock;
         self.pool.install(|| clock.time_pool(Section::Pack, || into.fill(layout, weights)));
+    }
+
+    /// Takes one tensor, by its index in [`Layout::tensors`], for evaluation and decoding: an engine
+    /// whose weights come this way takes half the memory, and computes no gradients.
+    ///
+    /// # Panics
+    /// If there is no such tensor, or it has another size.
+    pub fn load_tensor(&mut self, index: usize, values: &[f32]) {
+        let (layout, layers) = (&self.layout, self.model.num_hidden_layers);
+        let into = self.weights.get_or_insert_with(|| Weights::new(layout, layers, false));
+        self.pool.install(|| into.fill_one(index, values));
     }
 
     /// The time that went into each section since the last call, added up over threads.
@@ -236,9 +259,50 @@ impl Engine {
     #[must_use]
     pub fn losses(&self, settings: &StageSettings, batch: &SlotBatch) -> (Vec<f32>, Vec<f32>) {
         let SlotBatch { sequences, sequence_length, .. } = *batch;
+        let [inputs, targets] = batch.ids();
         self.with_task(settings, sequences, sequence_length, |task, workspace| {
-            task.losses(batch, workspace)
+            task.losses([&inputs, &targets], workspace, None)
         })
+    }
+
+    /// What the model makes of each token of some sequences, on all threads. Ids `[N]` of inputs and
+    /// targets, sequence after sequence.
+    ///
+    /// # Panics
+    /// If no weights are loaded, an id is outside the vocabulary, or the sequences do not divide the
+    /// tokens.
+    #[must_use]
+    pub fn measure_tokens(
+        &self,
+        settings: &StageSettings,
+        inputs: &[u32],
+        targets: &[u32],
+        sequences: usize,
+    ) -> TokenMeasures {
+        assert_eq!(inputs.len(), targets.len(), "an input has a target");
+        assert!(inputs.len().is_multiple_of(sequences), "sequences are equally long");
+        let mut hits = vec![false; settings.loops * inputs.len()];
+        let length = inputs.len() / sequences;
+        let (losses, gates) = self.with_task(settings, sequences, length, |task, workspace| {
+            self.pool.install(|| task.losses([inputs, targets], workspace, Some(&mut hits)))
+        });
+        TokenMeasures { losses, gates, hits }
+    }
+
+    /// Begins the decoding of a sequence of up to `capacity` tokens, with a cache of keys and values.
+    ///
+    /// # Panics
+    /// If no weights are loaded.
+    #[must_use]
+    pub fn decoder(
+        &self,
+        settings: &StageSettings,
+        capacity: usize,
+        sharing: CacheSharing,
+    ) -> Decoder<'_> {
+        let shape = shape_of(&self.model, settings, 1, capacity);
+        let cache = Cache::new(shape, capacity, settings.rope_base, sharing);
+        Decoder { weights: self.loaded(), pool: &self.pool, cache }
     }
 
     /// Normed states of each token, loop after loop: `[R * N, d]`, from ids `[N]` of one sequence.

@@ -50,6 +50,25 @@ pub fn log_exit_pdf(gates: &[f64], out: &mut Vec<f64>) {
     }
 }
 
+/// The loop after which a token exits, counted from 0: the first one at which the exit distribution of
+/// its gate logits `[R]` has summed up to `threshold` (Q-exit, Ouro, section 3.2); the last one has all
+/// of it.
+#[must_use]
+pub fn exit_loop(gates: &[f32], threshold: f64) -> usize {
+    has_exited(gates.split_last().map_or(&[], |(_, before)| before), threshold)
+        .unwrap_or(gates.len().saturating_sub(1))
+}
+
+/// The same, as far as the gates of the first loops say, none of which is the last. All of the
+/// distribution is there after the last loop alone, however near to it rounding comes before.
+pub(crate) fn has_exited(gates: &[f32], threshold: f64) -> Option<usize> {
+    let mut log_stay = 0.0;
+    gates.iter().position(|gate| {
+        log_stay -= softplus(f64::from(*gate));
+        threshold < 1.0 && -f64::exp_m1(log_stay) >= threshold
+    })
+}
+
 /// Calls `with` for each of N tokens with its number and its gate logits, from `[R * N]`.
 fn for_each_token(gates: &[f32], loops: usize, mut with: impl FnMut(usize, &[f64])) {
     let tokens = gates.len() / loops.max(1);
@@ -169,6 +188,18 @@ mod tests {
             assert!(found.dgates.iter().all(|grad| grad.is_finite()));
             assert!((found.statistics.exit_pdf.iter().sum::<f64>() - 1.0).abs() < 1e-12);
         }
+    }
+
+    #[test]
+    fn a_token_exits_where_the_distribution_has_summed_up_to_the_threshold() {
+        // p = 1/2, 1/4, 1/8, 1/8.
+        for (threshold, loop_) in [(0.0, 0), (0.5, 0), (0.51, 1), (0.75, 1), (0.8, 2), (0.9, 3)] {
+            assert_eq!(exit_loop(&[0.0; 4], threshold), loop_, "{threshold}");
+        }
+        assert_eq!(exit_loop(&[0.0; 4], 1.0), 3, "all of it is there after the last loop alone");
+        assert_eq!(exit_loop(&[-3.0, 90.0, 0.0], 1.0), 2);
+        assert_eq!(exit_loop(&[-3.0, 90.0, 0.0], 0.999), 1);
+        assert_eq!(exit_loop(&[5.0], 0.3), 0, "the only loop");
     }
 
     #[test]

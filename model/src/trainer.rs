@@ -519,14 +519,10 @@ impl Trainer {
     #[must_use]
     pub fn memory(&self) -> MemoryNeed {
         match &self.place {
-            Place::Host { engine, .. } => {
-                MemoryNeed { available: None, per_parameter: None, slots_at_once: engine.threads() }
+            Place::Host { engine, .. } => MemoryNeed::of_cpu(engine.threads()),
+            Place::Device(on) => {
+                MemoryNeed { available: on.engine.memory(), ..MemoryNeed::of_gpu() }
             }
-            Place::Device(on) => MemoryNeed {
-                available: on.engine.memory(),
-                per_parameter: Some(CudaEngine::BYTES_PER_PARAMETER),
-                slots_at_once: 1,
-            },
         }
     }
 
@@ -566,6 +562,43 @@ pub struct MemoryNeed {
     pub per_parameter: Option<u64>,
     /// Most slots under way at a time.
     pub slots_at_once: usize,
+}
+
+impl MemoryNeed {
+    fn of_cpu(threads: usize) -> Self {
+        Self { available: None, per_parameter: None, slots_at_once: threads }
+    }
+
+    fn of_gpu() -> Self {
+        let per_parameter = Some(CudaEngine::BYTES_PER_PARAMETER);
+        Self { available: None, per_parameter, slots_at_once: 1 }
+    }
+
+    /// That of any device of this kind, which need not be there, for a trainer of so many threads.
+    #[must_use]
+    pub fn of(device: Device, threads: usize) -> Self {
+        match device {
+            Device::Cpu => Self::of_cpu(threads),
+            _ => Self::of_gpu(),
+        }
+    }
+}
+
+/// Bytes that a slot takes while it is under way on any device of this kind, which need not be there.
+///
+/// # Errors
+/// When there are no kernels for the model.
+pub fn slot_bytes(
+    device: Device,
+    model: &spec::Model,
+    settings: &StageSettings,
+    [sequences, length]: [usize; 2],
+    recompute: Recompute,
+) -> Result<u64, DeviceError> {
+    match device {
+        Device::Cpu => Ok(Engine::slot_bytes(model, settings, sequences, length, recompute)),
+        _ => CudaEngine::slot_bytes_of(model, settings, [sequences, length], recompute),
+    }
 }
 
 impl OnDevice {

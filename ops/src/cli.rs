@@ -3,6 +3,7 @@
 mod bench;
 mod checkpoint;
 mod data;
+mod model;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,9 +19,11 @@ pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,
 };
 pub(crate) use data::{Data, Inspect, Making, ManoData, Prepare, Verify};
+pub(crate) use model::{
+    DatasetUrl, Eval, Export, Generate, Import, LayerOrder, ModelArgs, ModelSource, Upcycle,
+};
 
 use crate::fault::Fault;
-use crate::folder::Float;
 use crate::preemption;
 
 /// More threads than any machine has cores; far fewer than make a system refuse.
@@ -38,7 +41,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Train on this machine: a coordinator and its worker processes
     #[command(after_help = "Example: looptrain train examples/quickstart.toml --workers 2\n\
-        The same command again goes on from the newest checkpoint.")]
+        The same command again goes on from the newest checkpoint.\n\
+        What a spec asks for: looptrain train examples/ouro-1.4b.toml --dry-run")]
     Train(Train),
     /// Run the coordinator of a run; workers join it over the network
     #[command(after_help = "Example: looptrain coordinator run.toml --listen 127.0.0.1:7400")]
@@ -73,12 +77,18 @@ pub(crate) enum Command {
         there is one."
     )]
     Audit(Audit),
-    /// Continue a text with the newest checkpoint of a run
-    #[command(
-        after_help = "Example: looptrain generate --store file://.looptrain --run quickstart \
-        --prompt 'fn main() {'"
-    )]
+    /// Continue a text
+    #[command(after_help = "Examples:\n  \
+        looptrain generate --checkpoint file://.looptrain/runs/quickstart --prompt 'fn main() {'\n  \
+        looptrain generate --from Ouro-1.4B --chat --prompt 'Why is the sky blue?' --exit 0.9 \
+        --cache last")]
     Generate(Generate),
+    /// Measure a model at each depth: loss, accuracy, and when tokens exit
+    #[command(after_help = "Examples:\n  \
+        looptrain eval --checkpoint file://.looptrain/runs/quickstart --plot depth.svg\n  \
+        looptrain eval --from Ouro-1.4B --data s3://lab/datasets/web --sequences 256 --json\n  \
+        looptrain eval --from Ouro-1.4B --tokens ids.npy --targets next.npy --json")]
+    Eval(Eval),
     /// Write a checkpoint as a folder that the published Ouro code loads
     #[command(
         after_help = "Example: looptrain export --checkpoint file://.looptrain/runs/quickstart --to \
@@ -86,6 +96,16 @@ pub(crate) enum Command {
         it that one."
     )]
     Export(Export),
+    /// Bring the weights of a model into a store, for a run to begin from
+    #[command(
+        after_help = "Example: looptrain import --from Ouro-1.4B --to s3://lab/models/ouro\n\
+        Prints what the spec of the run says then."
+    )]
+    Import(Import),
+    /// Make a deeper model out of a trained one, by repeating its layers, for a run to begin from
+    #[command(after_help = "Example: looptrain upcycle --from s3://lab/runs/stage-1 --layers 48 \
+        --order block --to s3://lab/models/deeper")]
+    Upcycle(Upcycle),
     /// See, check and remove the checkpoints of a run
     #[command(subcommand)]
     Checkpoint(Checkpoint),
@@ -118,7 +138,10 @@ impl Command {
             Self::Stop(_) => "stop",
             Self::Audit(_) => "audit",
             Self::Generate(_) => "generate",
+            Self::Eval(_) => "eval",
             Self::Export(_) => "export",
+            Self::Import(_) => "import",
+            Self::Upcycle(_) => "upcycle",
             Self::Checkpoint(_) => "checkpoint",
             Self::Data(_) => "data",
             Self::Bench(_) => "bench",
@@ -149,10 +172,30 @@ pub(crate) struct SpecArgs {
     pub(crate) audit: bool,
 }
 
+/// What is to be assumed of the machines of a plan.
+#[derive(Debug, Args)]
+pub(crate) struct DryRun {
+    /// Share of a GPU's peak that training reaches, for the plan
+    #[arg(long, value_name = "SHARE", default_value_t = 0.4, value_parser = positive)]
+    pub(crate) mfu: f64,
+    /// A GPU's peak in TFLOP/s, for the plan: dense bf16 of an H100 by default
+    #[arg(long, value_name = "TFLOPS", default_value_t = 989.0, value_parser = positive)]
+    pub(crate) peak_tflops: f64,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) spec: SpecArgs,
+    /// Print what the spec asks for (tokens, steps, operations, memory, GPU-hours, checkpoints), and do
+    /// nothing of it
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) plan: DryRun,
+    /// Print the plan as one JSON object
+    #[arg(long, requires = "dry_run")]
+    pub(crate) json: bool,
     /// Worker processes to start; overrides cluster.workers
     #[arg(long)]
     pub(crate) workers: Option<u32>,
@@ -315,41 +358,6 @@ pub(crate) struct Audit {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Generate {
-    /// URL of the store
-    #[arg(long, value_name = "URL")]
-    pub(crate) store: String,
-    /// Name of the run in the store
-    #[arg(long)]
-    pub(crate) run: String,
-    /// Text to continue
-    #[arg(long)]
-    pub(crate) prompt: String,
-    /// Tokens to generate at most
-    #[arg(long, default_value_t = 80)]
-    pub(crate) tokens: usize,
-    /// Softmax temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
-    pub(crate) temperature: f64,
-    /// Seed of the draws
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Export {
-    /// URL of the checkpoint: STORE/runs/NAME for the newest of a run
-    #[arg(long, value_name = "URL")]
-    pub(crate) checkpoint: CheckpointUrl,
-    /// The folder, which must not be there yet
-    #[arg(long, value_name = "DIR")]
-    pub(crate) to: PathBuf,
-    /// How the numbers are stored
-    #[arg(long, value_enum, default_value = "bf16")]
-    pub(crate) dtype: Float,
-}
-
-#[derive(Debug, Args)]
 pub(crate) struct Chaos {
     /// The run spec, a TOML file; the runs are others of its store, begun anew and removed
     pub(crate) spec: PathBuf,
@@ -378,6 +386,11 @@ fn minutes(text: &str) -> Result<f64, String> {
     given.ok_or_else(|| "it must be a number of minutes, 0.05 or more".to_owned())
 }
 
+fn positive(text: &str) -> Result<f64, String> {
+    let given = text.parse().ok().filter(|given: &f64| given.is_finite() && *given > 0.0);
+    given.ok_or_else(|| "it must be a number above 0".to_owned())
+}
+
 /// In bytes.
 fn gibibytes(text: &str) -> Result<u64, String> {
     let given = text.parse().ok().filter(|given: &f64| *given > 0.0 && *given <= 1e6);
@@ -395,11 +408,6 @@ fn worker_fault(text: &str) -> Result<Fault, String> {
 
 fn coordinator_fault(text: &str) -> Result<Fault, String> {
     Fault::parse(text, &looptrain_coordinator::Moment::NAMES)
-}
-
-fn temperature(text: &str) -> Result<f64, String> {
-    let given = text.parse().ok().filter(|given: &f64| given.is_finite() && *given >= 0.0);
-    given.ok_or_else(|| "it must be a number, 0 or more".to_owned())
 }
 
 #[cfg(test)]
@@ -425,15 +433,6 @@ mod tests {
         assert_eq!(gibibytes("1.5"), Ok(3 << 29));
         for wrong in ["0", "-1", "1e9", "nan", "8G", ""] {
             assert!(gibibytes(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_temperature_is_no_cold_nor_wild_number() {
-        assert_eq!(temperature("0"), Ok(0.0));
-        assert_eq!(temperature("1.5"), Ok(1.5));
-        for wrong in ["-1", "nan", "inf", "warm", ""] {
-            assert!(temperature(wrong).is_err(), "{wrong}");
         }
     }
 }

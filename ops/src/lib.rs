@@ -5,16 +5,20 @@
 //! handlers and the allocator are installed here.
 
 mod chaos;
+mod chart;
 mod cli;
 mod commands;
 mod datasets;
 mod fault;
 mod folder;
 mod launcher;
+mod npy;
+mod plan;
 mod preemption;
 mod progress;
 mod signals;
 mod telemetry;
+mod trained;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -1,10 +1,11 @@
 //! Object storage as the durable truth of a run.
 //!
 //! Whatever must survive a process lives behind one [`Store`]: datasets (token shards, tokenizer,
-//! manifest), and per run the record, the checkpoints and the metrics log.
+//! manifest), weights to begin from, and per run the record, the checkpoints and the metrics log.
 //!
 //! ```text
 //! <store>/datasets/<name>/manifest.json, tokenizer.json, tokens-00000.arrow, validation-00000.arrow
+//! <store>/models/<name>/checkpoints/step-0000000000/state-0000-of-0002.safetensors, manifest.json
 //! <store>/runs/<run>/record/00000000000000000007.json
 //! <store>/runs/<run>/checkpoints/step-0000001000/state-0003-of-0008.safetensors, manifest.json
 //! <store>/runs/<run>/readers/step-0000001000-0123456789abcdef
@@ -31,7 +32,8 @@ mod store;
 pub use audit::{Attempt, AuditSummary, SlotUse, StepUse, check_audit, read_audit, write_audit};
 pub use checkpoint::{
     CheckpointManifest, Checkpoints, FIRST_MOMENT, Hold, PartEntry, Pruning, Retention,
-    SECOND_MOMENT, SkippedCheckpoint, Stored, StoredWeight, Tensor, split_tensors, weights_digest,
+    SECOND_MOMENT, SkippedCheckpoint, Stored, StoredWeight, Tensor, WeightsHasher, split_tensors,
+    weights_digest,
 };
 pub use dataset::{
     BadFile, Bucket, Dataset, DatasetManifest, Input, Lengths, Mano, Origin, PrepareEvent,
@@ -49,6 +51,12 @@ pub use store::{Faults, ObjectInfo, Store, Version};
 #[must_use]
 pub fn run_prefix(run: &str) -> String {
     format!("runs/{run}")
+}
+
+/// Where the weights of a model are that runs may begin from.
+#[must_use]
+pub fn model_prefix(model: &str) -> String {
+    format!("models/{model}")
 }
 
 /// Runs `work` off the async threads: hashing, decoding and other things that take a core.

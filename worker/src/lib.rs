@@ -39,6 +39,7 @@ use looptrain_proto::{Digest, Incarnation, PROTOCOL_VERSION, Spec};
 use looptrain_storage::{Checkpoints, Store};
 use tokio::time::Instant;
 
+pub use compute::worker_bytes;
 pub use data::DataError;
 pub use error::WorkerError;
 pub use machine::available_memory;

@@ -22,6 +22,10 @@ pub(crate) enum StateError {
     )]
     OtherTrajectory { step: Step, theirs: Digest, ours: Digest },
     #[error(
+        "the weights of models/{model} are {theirs}, initial.weights says {ours}; take what the import printed"
+    )]
+    OtherInitial { model: String, theirs: Digest, ours: Digest },
+    #[error(
         "the checkpoint of step {step} is of another model: it has no tensor {name}; use another run.name"
     )]
     Missing { step: Step, name: String },
@@ -128,10 +132,34 @@ pub(crate) fn from_tensors(
     step: Step,
     tensors: Vec<Tensor>,
 ) -> Result<TrainState, StateError> {
+    let [weights, first_moment, second_moment] =
+        gather(layout, step, ["", FIRST_MOMENT, SECOND_MOMENT], tensors)?;
+    Ok(TrainState { step, weights, first_moment, second_moment })
+}
+
+/// The state before step 1 with weights from elsewhere; every one of the layout must be there, and
+/// nothing else.
+pub(crate) fn from_weights(
+    layout: &Layout,
+    tensors: Vec<Tensor>,
+) -> Result<TrainState, StateError> {
+    let [weights] = gather(layout, Step(0), [""], tensors)?;
+    let zeros = vec![0.0; weights.len()];
+    Ok(TrainState { step: Step(0), weights, first_moment: zeros.clone(), second_moment: zeros })
+}
+
+/// A flat buffer of the tensors behind each prefix.
+fn gather<const N: usize>(
+    layout: &Layout,
+    step: Step,
+    prefixes: [&str; N],
+    tensors: Vec<Tensor>,
+) -> Result<[Vec<f32>; N], StateError> {
     let mut by_name: HashMap<String, Tensor> =
         tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-    let mut gather = |prefix: &str| {
-        let mut buffer = vec![0.0; layout.parameters()];
+    let mut buffers = prefixes.map(|_| Vec::new());
+    for (buffer, prefix) in buffers.iter_mut().zip(prefixes) {
+        buffer.resize(layout.parameters(), 0.0);
         for entry in layout.tensors() {
             let name = format!("{prefix}{}", entry.name);
             let Some(tensor) = by_name.remove(&name) else {
@@ -143,16 +171,9 @@ pub(crate) fn from_tensors(
             }
             buffer[entry.range()].copy_from_slice(&tensor.data);
         }
-        Ok(buffer)
-    };
-    let state = TrainState {
-        step,
-        weights: gather("")?,
-        first_moment: gather(FIRST_MOMENT)?,
-        second_moment: gather(SECOND_MOMENT)?,
-    };
+    }
     match by_name.into_keys().min() {
-        None => Ok(state),
+        None => Ok(buffers),
         Some(name) => Err(StateError::Unknown { step, name }),
     }
 }

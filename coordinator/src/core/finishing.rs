@@ -3,7 +3,6 @@
 use looptrain_proto::Step;
 use looptrain_proto::v1::Finish;
 
-use super::step::tokens_after;
 use super::{Action, Core, Directive, Phase};
 use crate::records::{Outcome, RunEvent};
 
@@ -40,7 +39,7 @@ impl Core {
         };
         let outcome = Outcome {
             step,
-            tokens: tokens_after(&self.spec, step),
+            tokens: self.spec.tokens_after(step),
             loss: self.last.as_ref().map(|record| record.loss),
             weights_digest: self.known_weights(step),
             stopped,

@@ -58,7 +58,6 @@ use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 pub(crate) use action::{Action, Directive, ManifestDraft};
 pub(crate) use event::{Event, Report, SavedPart};
 pub(crate) use status::{Snapshot, WorkerView};
-pub(crate) use step::tokens_after;
 
 use crate::records::{EvaluationRecord, RunEvent, StepRecord};
 

@@ -114,7 +114,7 @@ fn yardsticks(all: &[Option<f64>]) -> Vec<Option<f64>> {
 impl Core {
     /// The slots of each rank in `step`.
     pub(super) fn share_out(&mut self, step: Step) -> Vec<Range<u32>> {
-        let slots = self.spec.position(step).map_or(0, |at| self.spec.stages[at.stage].slots);
+        let slots = self.spec.slots_of(step);
         let known: Vec<Option<f64>> = (self.members.iter())
             .map(|member| self.roster.get(*member).and_then(|worker| worker.history.speed()))
             .collect();

@@ -3,7 +3,7 @@
 use looptrain_proto::{Generation, Incarnation, Rank, Step, WorkerId};
 use serde::Serialize;
 
-use super::{Core, Phase, step};
+use super::{Core, Phase};
 use crate::records::{EvaluationRecord, Section, SectionSeconds, StepRecord};
 
 /// What the run looks like now.
@@ -103,7 +103,7 @@ impl Core {
             evaluation: self.evaluations.last().cloned(),
             checkpoint_step: self.checkpoint.as_ref().map(|mark| mark.step),
             saving_step: self.saving.as_ref().map(|saving| saving.step()),
-            tokens: step::tokens_after(&self.spec, self.committed),
+            tokens: self.spec.tokens_after(self.committed),
             tokens_per_second: self.pace.tokens_per_second(),
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use looptrain_proto::v1::{Commit, Plan, StepStatistics};
-use looptrain_proto::{Digest, Generation, Spec, Step, WorkerId};
+use looptrain_proto::{Digest, Generation, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
 use super::{Core, Directive, Phase, plural};
@@ -77,18 +77,6 @@ impl Pace {
             _ => 0.0,
         }
     }
-}
-
-/// Tokens that steps up to and including `step` consume.
-pub(crate) fn tokens_after(spec: &Spec, step: Step) -> u64 {
-    let mut left = step.0;
-    (spec.stages.iter())
-        .map(|stage| {
-            let steps = left.min(stage.steps);
-            left -= steps;
-            steps * stage.step_tokens()
-        })
-        .sum()
 }
 
 impl Core {
@@ -190,7 +178,6 @@ impl Core {
     /// for the caller to say.
     pub(super) fn record(&self, step: Step, digest: Digest, votes: &[Vote]) -> StepRecord {
         // The statistics are part of the digest: all ranks hold the same.
-        let before = Step(step.0.saturating_sub(1));
         let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, bad_slots, .. } =
             votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
         let skipped = (bad_slots > 0).then(|| why_skipped(bad_slots, votes));
@@ -206,8 +193,8 @@ impl Core {
             entropy,
             grad_norm,
             lr: self.spec.learning_rate(step),
-            tokens: tokens_after(&self.spec, step),
-            step_tokens: tokens_after(&self.spec, step) - tokens_after(&self.spec, before),
+            tokens: self.spec.tokens_after(step),
+            step_tokens: self.spec.tokens_of(step),
             cursor: self.spec.cursor_after(step),
             seconds: 0.0,
             digest,

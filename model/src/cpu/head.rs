@@ -133,3 +133,37 @@ pub(super) fn cross_entropy(
         }
     }
 }
+
+/// Cross-entropy of each row, `[R * N]`, in nats, and whether its target has the largest logit.
+pub(super) fn cross_entropy_and_hits(
+    clock: &Clock,
+    head: &Matrix,
+    rows: &Rows<'_>,
+    logits: &mut [f32],
+    losses: &mut [f32],
+    hits: &mut [bool],
+) {
+    let Rows { states, targets, hidden: d, vocab } = *rows;
+    let (chunk, stride) = (chunk_rows(vocab), stride(vocab));
+    let chunks = states.chunks(chunk * d).zip(losses.chunks_mut(chunk).zip(hits.chunks_mut(chunk)));
+    for (place, (states, (losses, hits))) in chunks.enumerate() {
+        let blocks = (
+            states.par_chunks(BLOCK * d),
+            logits.par_chunks_mut(BLOCK * stride),
+            losses.par_chunks_mut(BLOCK),
+            hits.par_chunks_mut(BLOCK),
+        );
+        blocks.into_par_iter().enumerate().for_each(|(block, (x, logits, losses, hits))| {
+            clock.time(Section::Head, || {
+                head.apply(losses.len(), x, logits, stride);
+                for (row, (loss, hit)) in losses.iter_mut().zip(hits).enumerate() {
+                    let logits = &logits[row * stride..row * stride + vocab];
+                    let target = targets[(place * chunk + block * BLOCK + row) % targets.len()];
+                    let own = logits[target as usize];
+                    *loss = simd::log_sum_exp(logits) - own;
+                    *hit = logits.iter().all(|logit| *logit <= own);
+                }
+            });
+        });
+    }
+}

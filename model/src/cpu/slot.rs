@@ -272,18 +272,23 @@ impl Task<'_> {
         loss.statistics
     }
 
-    /// Cross-entropies and gate logits of all loops, `[R * N]` each.
+    /// Cross-entropies and gate logits of all loops, `[R * N]` each, from ids `[N]`; with `hits`
+    /// (`[R * N]`), also whether the target has the largest logit.
     pub(crate) fn losses(
         &self,
-        batch: &SlotBatch,
+        [inputs, targets]: [&[u32]; 2],
         workspace: &mut Workspace,
+        hits: Option<&mut [bool]>,
     ) -> (Vec<f32>, Vec<f32>) {
-        let [inputs, targets] = batch.ids();
-        self.states(&inputs, workspace);
+        self.states(inputs, workspace);
         let Workspace { states, gates, losses, logits, .. } = workspace;
         let Shape { hidden, vocab, .. } = self.shape;
-        let rows = head::Rows { states, targets: &targets, hidden, vocab };
-        head::cross_entropy(self.clock, &self.weights.head, &rows, logits, losses, None);
+        let rows = head::Rows { states, targets, hidden, vocab };
+        let (clock, head) = (self.clock, &self.weights.head);
+        match hits {
+            None => head::cross_entropy(clock, head, &rows, logits, losses, None),
+            Some(hits) => head::cross_entropy_and_hits(clock, head, &rows, logits, losses, hits),
+        }
         (losses.clone(), gates.clone())
     }
 

@@ -122,7 +122,7 @@ fn a_layer_and_the_gradients_of_all_its_weights() {
     let (model, layout) = (model(), Layout::new(&model()));
     let (d, sequences, length) = (model.hidden_size, 2, 101);
     let flat = weights(&model);
-    let mut packed = Weights::new(&layout, 2);
+    let mut packed = Weights::new(&layout, 2, true);
     packed.fill(&layout, &flat);
     let heads = attention::Dims { sequences, length, heads: 3, head_dim: 12 };
     let dims = Dims { attention: heads, hidden: d, inner: 70, eps: 1e-6 };
@@ -162,7 +162,7 @@ fn cross_entropy_of_all_loops_over_several_chunks() {
         vocab_size: vocab,
         ..model()
     });
-    let mut packed = Weights::new(&layout, 0);
+    let mut packed = Weights::new(&layout, 0, true);
     let flat = filled(layout.parameters(), 5);
     packed.fill(&layout, &flat);
     let weight = &flat[layout.parameters() - vocab * d..];

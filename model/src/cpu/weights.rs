@@ -12,24 +12,28 @@ pub(super) struct Matrix {
     inputs: usize,
     /// Panels of the transpose, `[in, out]`: what forward multiplies with.
     forward: Vec<f32>,
-    /// Panels of the weight itself, `[out, in]`: what the input's gradient comes from.
+    /// Panels of the weight itself, `[out, in]`: what the input's gradient comes from; none where
+    /// nothing goes backward.
     backward: Vec<f32>,
 }
 
+/// Columns per task.
+const COLUMNS: usize = 8 * PANEL;
+
 impl Matrix {
-    fn new(outputs: usize, inputs: usize) -> Self {
+    fn new(outputs: usize, inputs: usize, backward: bool) -> Self {
+        let backward = if backward { panels_len(outputs, inputs) } else { 0 };
         Self {
             outputs,
             inputs,
             forward: vec![0.0; panels_len(inputs, outputs)],
-            backward: vec![0.0; panels_len(outputs, inputs)],
+            backward: vec![0.0; backward],
         }
     }
 
     fn fill(&mut self, weight: &[f32]) {
-        /// Columns per task.
-        const COLUMNS: usize = 8 * PANEL;
         let (m, k) = (self.outputs, self.inputs);
+        assert_eq!(weight.len(), m * k, "a weight has the size of its matrix");
         let forward = self.forward.par_chunks_mut(panels_len(k, COLUMNS));
         forward.enumerate().for_each(|(task, panels)| {
             let first = task * COLUMNS;
@@ -47,6 +51,21 @@ impl Matrix {
         let shape = Shape { m: rows, n: self.outputs, k: self.inputs };
         let x = Left::rows(x, self.inputs);
         product(shape, out, stride, false, x, Right::Panels(&self.forward));
+    }
+
+    /// As [`Matrix::apply`], and the same bits; the columns of a single row are shared out over the
+    /// threads.
+    pub(super) fn apply_shared(&self, rows: usize, x: &[f32], out: &mut [f32], stride: usize) {
+        if rows != 1 {
+            return self.apply(rows, x, out, stride);
+        }
+        let panels = self.forward.par_chunks(panels_len(self.inputs, COLUMNS));
+        let columns = out[..self.outputs].par_chunks_mut(COLUMNS);
+        columns.zip(panels).for_each(|(out, panels)| {
+            let shape = Shape { m: 1, n: out.len(), k: self.inputs };
+            let x = Left::rows(x, self.inputs);
+            product(shape, out, out.len(), false, x, Right::Panels(panels));
+        });
     }
 
     /// `dx [rows, inputs] = dy [rows, outputs] weight`, or added to it; rows of `dy` are `stride`
@@ -93,6 +112,8 @@ pub(crate) struct Weights {
 /// Makes room for the tensors of a layout, one after the other.
 struct Room<'a> {
     tensors: std::slice::Iter<'a, TensorEntry>,
+    /// Whether anything goes backward.
+    backward: bool,
 }
 
 impl Room<'_> {
@@ -105,8 +126,9 @@ impl Room<'_> {
     }
 
     fn matrix(&mut self) -> Matrix {
+        let backward = self.backward;
         let entry = self.next();
-        Matrix::new(entry.shape[0], entry.shape[1])
+        Matrix::new(entry.shape[0], entry.shape[1], backward)
     }
 
     fn layer(&mut self) -> Layer {
@@ -132,10 +154,20 @@ enum Place<'a> {
     Pack(&'a mut Matrix),
 }
 
+impl Place<'_> {
+    fn fill(self, values: &[f32]) {
+        match self {
+            Self::Copy(to) => to.copy_from_slice(values),
+            Self::Pack(to) => to.fill(values),
+        }
+    }
+}
+
 impl Weights {
-    /// Room for the weights of a model, still all zeros.
-    pub(crate) fn new(layout: &Layout, layers: usize) -> Self {
-        let mut room = Room { tensors: layout.tensors().iter() };
+    /// Room for the weights of a model, still all zeros; without `backward`, half as much, for what
+    /// only goes forward.
+    pub(crate) fn new(layout: &Layout, layers: usize, backward: bool) -> Self {
+        let mut room = Room { tensors: layout.tensors().iter(), backward };
         Self {
             embedding: room.vector(),
             layers: (0..layers).map(|_| room.layer()).collect(),
@@ -159,7 +191,22 @@ impl Weights {
     /// # Panics
     /// If the buffer is shorter than the layout.
     pub(crate) fn fill(&mut self, layout: &Layout, flat: &[f32]) {
-        let bias = std::slice::from_mut(&mut self.exit_bias);
+        let places = self.places();
+        assert_eq!(places.len(), layout.tensors().len(), "the layout is that of the model");
+        let tensors = places.into_par_iter().zip(layout.tensors());
+        tensors.for_each(|(place, entry)| place.fill(&flat[entry.range()]));
+    }
+
+    /// Takes one tensor, by its index in the layout.
+    ///
+    /// # Panics
+    /// If there is no such tensor, or it has another size.
+    pub(crate) fn fill_one(&mut self, index: usize, values: &[f32]) {
+        self.places().swap_remove(index).fill(values);
+    }
+
+    /// Where the tensors go, in layout order.
+    fn places(&mut self) -> Vec<Place<'_>> {
         let mut places = vec![Place::Copy(&mut self.embedding)];
         for layer in &mut self.layers {
             places.extend([
@@ -179,16 +226,9 @@ impl Weights {
         places.extend([
             Place::Copy(&mut self.norm),
             Place::Copy(&mut self.exit_weight),
-            Place::Copy(bias),
+            Place::Copy(std::slice::from_mut(&mut self.exit_bias)),
             Place::Pack(&mut self.head),
         ]);
-        assert_eq!(places.len(), layout.tensors().len(), "the layout is that of the model");
-        places.into_par_iter().zip(layout.tensors()).for_each(|(place, entry)| {
-            let values = &flat[entry.range()];
-            match place {
-                Place::Copy(to) => to.copy_from_slice(values),
-                Place::Pack(to) => to.fill(values),
-            }
-        });
+        places
     }
 }

@@ -152,6 +152,21 @@ impl CudaEngine {
         Workspace::bytes(slot, &self.sizes) as u64
     }
 
+    /// Bytes of a slot under way of any device.
+    ///
+    /// # Errors
+    /// When the kernels cannot be made for the model.
+    pub(crate) fn slot_bytes_of(
+        model: &spec::Model,
+        settings: &StageSettings,
+        [sequences, length]: [usize; 2],
+        recompute: Recompute,
+    ) -> Result<u64, DeviceError> {
+        let (loops, layers) = (settings.loops, model.num_hidden_layers);
+        let slot = SlotSizes { sequences, length, loops, layers, recompute, forward_only: false };
+        Ok(Workspace::bytes(slot, &Sizes::of(model)?) as u64)
+    }
+
     /// Puts a state on the device.
     pub(crate) fn put(&self, state: &TrainState) -> Result<(), DeviceError> {
         self.upload(&self.weights, &state.weights)?;

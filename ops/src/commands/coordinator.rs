@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use looptrain_coordinator::{OnMoment, Outcome, RunEvent, Settings, Started};
 use looptrain_proto::{Digest, Spec, Step};
-use looptrain_storage::{Dataset, Store};
+use looptrain_storage::{Checkpoints, Dataset, Store};
 use tokio_util::sync::CancellationToken;
 
+use super::import::check_initial;
 use crate::cli::{Coordinator, SpecArgs};
 use crate::fault::Faults;
 use crate::progress::{RunProgress, evaluation_line, print_line};
@@ -58,6 +59,10 @@ impl PreparedRun {
         let mut spec = Spec::load(&args.spec, &overrides)?;
         let store = Store::open(&spec.run.store)?;
         store.check_writable().await?;
+        // A run that has a checkpoint has no use for what it began from.
+        if args.fresh || Checkpoints::new(&store, &spec.run.name).list().await?.is_empty() {
+            check_initial(&store, &spec).await?;
+        }
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
         Ok(Self { spec, store, datasets, fresh: args.fresh, until: args.until.map(Step) })

@@ -1,106 +1,198 @@
 //! `looptrain generate`, and the sample at the end of `looptrain train`.
 
-use anyhow::{Context, Result, bail};
-use looptrain_model::{Layout, Sampling, StageSettings, generate};
-use looptrain_proto::{Spec, Step};
-use looptrain_storage::{
-    CheckpointManifest, Checkpoints, Dataset, SkippedCheckpoint, Store, Tensor, TextTokenizer,
-    read_record,
-};
+use std::io::Write;
+use std::ops::ControlFlow;
 
+use anyhow::{Context, Result, ensure};
+use looptrain_model::{CacheSharing, Exit, Generated, Sampling, generate};
+use looptrain_proto::Step;
+use looptrain_storage::{Checkpoints, TextTokenizer};
+use serde_json::json;
+
+use super::all_threads;
 use super::coordinator::PreparedRun;
 use crate::cli::Generate;
 use crate::progress::print_line;
+use crate::trained::{Found, Trained};
 
 pub(crate) async fn run(args: Generate) -> Result<()> {
-    let store = Store::open_existing(&args.store)?;
-    let Some(record) = read_record(&store, &args.run).await? else {
-        bail!("there is no run `{}` in {}", args.run, args.store);
-    };
-    let spec = Spec::parse("the run record", &record.spec, &[])?;
-    let Some((read, skipped)) = Checkpoints::new(&store, &args.run).newest_weights().await? else {
-        bail!("run `{}` has no checkpoint yet", args.run);
-    };
-    for SkippedCheckpoint { step, reason } in &skipped {
-        print_line(&format!("checkpoint of step {step} passed over: {reason}"));
+    let model = Trained::open(&args.model).await?;
+    let tokenizer = model.tokenizer()?.clone();
+    let mut stop = model.ends.clone();
+    for name in &args.stops {
+        let token = tokenizer.token(name);
+        stop.push(token.with_context(|| format!("the tokenizer has no token `{name}`"))?);
     }
-    let name = &spec.datasets[0].name;
-    let dataset = Dataset::open(&store, name)
-        .await?
-        .with_context(|| format!("dataset `{name}`, whose tokenizer the run uses, is gone"))?;
-    let writer = Writer {
-        spec: &spec,
-        tokenizer: dataset.tokenizer().await?,
-        temperature: args.temperature,
-        tokens: args.tokens,
-        seed: args.seed,
+    let prompt = if args.chat {
+        let (prompt, end) = conversation(&tokenizer, args.system.as_deref(), &args.prompt)?;
+        stop.push(end);
+        prompt
+    } else {
+        text(&tokenizer, &args.prompt)?
     };
-    println!("{}{}", args.prompt, writer.text(read, &args.prompt).await?);
+    if model.settings.loops > model.trained_loops {
+        let (loops, trained) = (model.settings.loops, model.trained_loops);
+        print_line(&format!("{loops} loops, and trained with {trained}"));
+    }
+    let sampling = Sampling {
+        tokens: args.tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+        context: args.context.map_or(model.context, |context| context as usize),
+        stop,
+        vocabulary: tokenizer.vocabulary_size(),
+        exit: args.exit.map_or(Exit::Last, Exit::Threshold),
+        sharing: args.cache.into(),
+    };
+    let prompt_tokens = prompt.len();
+    let stream = (!args.json).then(|| TextStream::new(tokenizer.clone()));
+    if stream.is_some() && !args.chat {
+        print!("{}", args.prompt);
+    }
+    let generated = written(model, prompt, sampling, stream).await?;
+    let Generated { tokens, mean_depth, mean_loops, cache_bytes, prompt_time, time } = &generated;
+    let rate = tokens.len() as f64 / time.as_secs_f64().max(1e-9);
+    if args.json {
+        let result = json!({
+            "text": tokenizer.decode(tokens)?,
+            "tokens": tokens,
+            "prompt_tokens": prompt_tokens,
+            "tokens_per_second": rate,
+            "prompt_seconds": prompt_time.as_secs_f64(),
+            "mean_exit": mean_depth,
+            "mean_loops": mean_loops,
+            "cache_bytes": cache_bytes,
+        });
+        println!("{result}");
+        return Ok(());
+    }
+    println!();
+    print_line(&format!(
+        "{} tokens, {rate:.1}/s behind a prompt of {prompt_tokens} in {:.2} s; exit after loop {mean_depth:.2}, \
+         {mean_loops:.2} loops computed; {cache_bytes} bytes of keys and values",
+        tokens.len(),
+        prompt_time.as_secs_f64(),
+    ));
     Ok(())
 }
 
 /// Prints the sample that the spec asks for.
 pub(crate) async fn print_sample(run: &PreparedRun, step: Step) -> Result<()> {
     let sample = &run.spec.sample;
-    let writer = Writer {
-        spec: &run.spec,
-        tokenizer: run.datasets[0].tokenizer().await?,
-        temperature: sample.temperature,
-        tokens: sample.tokens,
-        seed: run.spec.run.seed,
-    };
     let read = Checkpoints::new(&run.store, &run.spec.run.name).weights(step).await?;
-    println!("sample: {}{}", sample.prompt, writer.text(read, &sample.prompt).await?);
+    let (manifest, tensors) = read;
+    let found = Found::Checkpoint { spec: Box::new(run.spec.clone()), manifest, tensors };
+    let model = Trained::new(found, run.datasets[..1].to_vec(), all_threads()).await?;
+    let tokenizer = model.tokenizer()?.clone();
+    let prompt = text(&tokenizer, &sample.prompt)?;
+    let sampling = Sampling {
+        tokens: sample.tokens,
+        temperature: sample.temperature,
+        top_k: 0,
+        top_p: 1.0,
+        seed: run.spec.run.seed,
+        context: model.context,
+        stop: model.ends.clone(),
+        vocabulary: tokenizer.vocabulary_size(),
+        exit: Exit::Last,
+        sharing: CacheSharing::Full,
+    };
+    let generated = written(model, prompt, sampling, None).await?;
+    println!("sample: {}{}", sample.prompt, tokenizer.decode(&generated.tokens)?);
     Ok(())
 }
 
-/// What it takes to continue a text with a run's checkpoint.
-struct Writer<'a> {
-    spec: &'a Spec,
-    tokenizer: TextTokenizer,
-    temperature: f64,
-    tokens: usize,
-    seed: u64,
+/// Continues a prompt, away from the async threads, and prints what comes into `stream`.
+async fn written(
+    model: Trained,
+    prompt: Vec<u32>,
+    sampling: Sampling,
+    mut stream: Option<TextStream>,
+) -> Result<Generated> {
+    let work = move || {
+        let generated =
+            generate(&model.engine, &model.settings, &prompt, &sampling, &mut |token| {
+                match stream.as_mut().map(|stream| stream.push(token)) {
+                    // Whoever read it has gone away.
+                    Some(Err(_)) => ControlFlow::Break(()),
+                    _ => ControlFlow::Continue(()),
+                }
+            });
+        if let Some(stream) = &mut stream {
+            stream.finish()?;
+        }
+        Ok(generated)
+    };
+    tokio::task::spawn_blocking(work).await.context("generation failed")?
 }
 
-impl Writer<'_> {
-    async fn text(
-        &self,
-        (manifest, tensors): (CheckpointManifest, Vec<Tensor>),
-        prompt: &str,
-    ) -> Result<String> {
-        let step = manifest.step;
-        let layout = Layout::new(&self.spec.model);
-        let mut weights = vec![0.0; layout.parameters()];
-        for entry in layout.tensors() {
-            let place = tensors
-                .binary_search_by(|tensor| tensor.name.as_str().cmp(&entry.name))
-                .ok()
-                .filter(|&place| tensors[place].shape == entry.shape);
-            let Some(place) = place else {
-                bail!("the checkpoint of step {step} has no {} {:?}", entry.name, entry.shape);
-            };
-            weights[entry.range()].copy_from_slice(&tensors[place].data);
+/// The tokens of a text; of an empty one that which stands before every text.
+fn text(tokenizer: &TextTokenizer, text: &str) -> Result<Vec<u32>> {
+    let mut tokens = tokenizer.encode(text)?;
+    if tokens.is_empty() {
+        tokens.push(tokenizer.end_of_text());
+    }
+    Ok(tokens)
+}
+
+/// A conversation in ChatML up to where the answer begins, and the token that ends the answer.
+fn conversation(
+    tokenizer: &TextTokenizer,
+    system: Option<&str>,
+    prompt: &str,
+) -> Result<(Vec<u32>, u32)> {
+    let token = |name: &str| {
+        let missing = || format!("the tokenizer has no token `{name}`, which --chat needs");
+        tokenizer.token(name).with_context(missing)
+    };
+    let (start, end) = (token("<|im_start|>")?, token("<|im_end|>")?);
+    ensure!(start != end, "the tokenizer has one token for both ends of a turn");
+    let mut tokens = Vec::new();
+    for (role, said) in system.map(|said| ("system", said)).into_iter().chain([("user", prompt)]) {
+        tokens.push(start);
+        tokens.extend(tokenizer.encode(&format!("{role}\n{said}"))?);
+        tokens.push(end);
+        tokens.extend(tokenizer.encode("\n")?);
+    }
+    tokens.push(start);
+    tokens.extend(tokenizer.encode("assistant\n")?);
+    Ok((tokens, end))
+}
+
+/// Prints tokens as text as soon as their bytes are whole characters.
+struct TextStream {
+    tokenizer: TextTokenizer,
+    tokens: Vec<u32>,
+    /// Bytes of their text that are printed.
+    printed: usize,
+}
+
+impl TextStream {
+    fn new(tokenizer: TextTokenizer) -> Self {
+        Self { tokenizer, tokens: Vec::new(), printed: 0 }
+    }
+
+    fn push(&mut self, token: u32) -> Result<()> {
+        self.tokens.push(token);
+        let text = self.tokenizer.decode(&self.tokens)?;
+        // The rest of a character may come with the next token.
+        self.print(text.trim_end_matches('\u{fffd}'))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let text = self.tokenizer.decode(&self.tokens)?;
+        self.print(&text)
+    }
+
+    fn print(&mut self, text: &str) -> Result<()> {
+        if let Some(new) = text.get(self.printed..).filter(|new| !new.is_empty()) {
+            let mut out = std::io::stdout().lock();
+            out.write_all(new.as_bytes())?;
+            out.flush()?;
+            self.printed = text.len();
         }
-        let mut prompt = self.tokenizer.encode(prompt)?;
-        if prompt.is_empty() {
-            prompt.push(self.tokenizer.end_of_text());
-        }
-        let stage = &self.spec.stages[self.spec.stage_of(step)];
-        let sampling = Sampling {
-            tokens: self.tokens,
-            temperature: self.temperature,
-            seed: self.seed,
-            context: stage.sequence_length,
-            stop: self.tokenizer.end_of_text(),
-            vocabulary: self.tokenizer.vocabulary_size(),
-        };
-        let (model, settings) = (self.spec.model.clone(), StageSettings::from(stage));
-        let tokens = tokio::task::spawn_blocking(move || {
-            generate(&model, &weights, &settings, &prompt, &sampling)
-        })
-        .await
-        .context("generation failed")?;
-        Ok(self.tokenizer.decode(&tokens)?)
+        Ok(())
     }
 }

@@ -6,8 +6,10 @@ mod chaos;
 mod checkpoint;
 mod coordinator;
 mod data;
+mod eval;
 mod export;
 mod generate;
+mod import;
 mod orders;
 mod status;
 mod train;
@@ -30,7 +32,10 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Stop(args) => orders::stop(args).await,
         Command::Audit(args) => audit::run(args).await,
         Command::Generate(args) => generate::run(args).await,
+        Command::Eval(args) => eval::run(args).await,
         Command::Export(args) => export::run(args).await,
+        Command::Import(args) => import::run(args).await,
+        Command::Upcycle(args) => import::upcycle(args).await,
         Command::Checkpoint(args) => checkpoint::run(args).await,
         Command::Data(data) => data::run(data).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,
@@ -39,7 +44,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
 }
 
 /// The machine's threads.
-fn all_threads() -> u32 {
+pub(crate) fn all_threads() -> u32 {
     std::thread::available_parallelism()
         .ok()
         .and_then(|threads| u32::try_from(threads.get()).ok())

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use looptrain_coordinator::{Outcome, RunEvent, Running, Started};
+use looptrain_proto::Spec;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -15,14 +16,18 @@ use super::coordinator::{PreparedRun, follow};
 use super::generate;
 use crate::cli::Train;
 use crate::launcher::Fleet;
-use crate::signals;
+
 use crate::telemetry::Telemetry;
+use crate::{plan, signals};
 
 /// What the workers get to end after the run, and the coordinator to say that it is over after the
 /// workers.
 const GRACE: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
+    if args.dry_run {
+        return print_plan(&args);
+    }
     let stop = signals::stop_on_signals(
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;
@@ -48,6 +53,17 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         generate::print_sample(&run, outcome.step).await?;
     }
     run.print_end(&outcome);
+    Ok(())
+}
+
+fn print_plan(args: &Train) -> Result<()> {
+    let spec = Spec::load(&args.spec.spec, &args.spec.overrides)?;
+    let plan = plan::plan(&spec, &args.plan, args.threads.unwrap_or_else(all_threads))?;
+    if args.json {
+        println!("{plan}");
+    } else {
+        plan::print(&plan);
+    }
     Ok(())
 }
 

@@ -119,7 +119,7 @@ impl Config<'_> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use looptrain_proto::spec::LearningRate;
+    use looptrain_proto::spec::{Decay, LearningRate};
 
     use super::*;
 
@@ -144,13 +144,21 @@ mod tests {
         let stage = Stage {
             name: "mid".into(),
             steps: 1,
+            tokens: 0,
+            ramp: None,
             sequence_length: 65_536,
             slots: 1,
             slot_sequences: 1,
             loops: 4,
             entropy_weight: 0.05,
             rope_base: 1e6,
-            learning_rate: LearningRate { peak: 1e-5, warmup_steps: 0, decay_steps: 0, last: 0.0 },
+            learning_rate: LearningRate {
+                peak: 1e-5,
+                warmup_steps: 0,
+                decay_steps: 0,
+                last: 0.0,
+                decay: Decay::Linear,
+            },
             mixture: Vec::new(),
         };
         let tokens = Tokens { end_of_text: 0, text: "<|endoftext|>".into() };

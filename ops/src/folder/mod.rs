@@ -1,10 +1,13 @@
-//! A model as a folder that the published Ouro code loads: `config.json`, `model.safetensors`, the
-//! tokenizer, and what its library asks for besides.
+//! A model as a folder that the published Ouro code loads and writes: `config.json`,
+//! `model.safetensors`, the tokenizer, and what its library asks for besides.
 
 mod config;
+mod model;
+mod tensors;
 mod weights;
 
 pub(crate) use config::{Config, Tokens};
+pub(crate) use model::ModelFolder;
 pub(crate) use weights::{Float, WeightsFile};
 
 use std::fs;

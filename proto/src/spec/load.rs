@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::Spec;
+use super::{Spec, Stage};
 
 /// Why a spec is refused: one line, naming the file or key and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -85,13 +85,37 @@ impl Spec {
                 message: one_line(error.message()),
             })?;
         }
-        super::validate::validate(&spec).map_err(|(key, message)| SpecError::Invalid {
-            origin: origin.to_owned(),
-            key,
-            message,
-        })?;
+        let invalid =
+            |(key, message)| SpecError::Invalid { origin: origin.to_owned(), key, message };
+        for (index, stage) in spec.stages.iter_mut().enumerate() {
+            count_steps(index, stage).map_err(invalid)?;
+        }
+        super::validate::validate(&spec).map_err(invalid)?;
         Ok(spec)
     }
+}
+
+/// Turns a stage's tokens into steps.
+fn count_steps(index: usize, stage: &mut Stage) -> Result<(), (String, String)> {
+    let tokens = std::mem::take(&mut stage.tokens);
+    if tokens == 0 {
+        return Ok(());
+    }
+    if stage.steps > 0 {
+        let reason = format!("there are steps = {} as well; set one of the two to 0", stage.steps);
+        return Err((format!("stages.{index}.tokens"), reason));
+    }
+    let counts =
+        [u64::from(stage.slots), stage.slot_sequences as u64, stage.sequence_length as u64];
+    let is_sane = counts.iter().all(|count| (1..=1 << 40).contains(count))
+        && counts.iter().map(|count| u128::from(*count)).product::<u128>() < 1 << 40
+        && stage
+            .ramp
+            .as_ref()
+            .is_none_or(|ramp| (1..=stage.slots).contains(&ramp.slots) && ramp.steps <= 1 << 20);
+    // What is wrong with it otherwise is told when the whole spec is looked at.
+    stage.steps = if is_sane { stage.steps_for(tokens) } else { 1 };
+    Ok(())
 }
 
 /// The URL with a relative directory counted from the working directory.

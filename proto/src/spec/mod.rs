@@ -35,6 +35,9 @@ pub struct Spec {
     pub compute: Compute,
     /// Shape of the LoopLM.
     pub model: Model,
+    /// The weights that the first step begins from; random ones without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial: Option<Initial>,
     /// AdamW and gradient clipping.
     #[serde(default)]
     pub optimizer: Optimizer,
@@ -177,6 +180,16 @@ pub struct Model {
     /// Standard deviation of the initial matrices.
     #[serde(default = "default_initializer_range")]
     pub initializer_range: f64,
+}
+
+/// Weights to begin from, as `looptrain import` and `looptrain upcycle` leave them in the store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Initial {
+    /// Its name below `models/` in the store.
+    pub model: String,
+    /// Digest of the weights, which the two commands print.
+    pub weights: Digest,
 }
 
 fn default_rms_norm_eps() -> f64 {
@@ -335,12 +348,19 @@ pub enum Format {
 pub struct Stage {
     /// For logs and the page.
     pub name: String,
-    /// Optimizer updates in this stage.
+    /// Optimizer updates in this stage; `tokens` may stand in their place.
+    #[serde(default)]
     pub steps: u64,
+    /// Tokens to consume, in as few updates as that takes. A spec that is loaded has `steps` instead.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub tokens: u64,
     /// Tokens per sequence, targets not counted.
     pub sequence_length: usize,
     /// Slots per step: fixed micro-batches, shared out over the workers.
     pub slots: u32,
+    /// The first updates have fewer slots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ramp: Option<Ramp>,
     /// Sequences per slot.
     pub slot_sequences: usize,
     /// Times the stack is applied, R.
@@ -357,11 +377,42 @@ pub struct Stage {
     pub mixture: Vec<MixturePart>,
 }
 
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 fn default_rope_base() -> f64 {
     10_000.0
 }
 
-/// Warm-up, then constant, then decay: all linear in the step.
+/// A batch that grows: the number of slots rises evenly from `slots` to that of the stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ramp {
+    /// Slots of the stage's first update.
+    pub slots: u32,
+    /// The update after so many of them is the first with all slots.
+    pub steps: u64,
+}
+
+/// How the learning rate goes down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// In a straight line.
+    #[default]
+    Linear,
+    /// In half a period of the cosine.
+    Cosine,
+}
+
+impl Decay {
+    fn is_linear(&self) -> bool {
+        *self == Self::Linear
+    }
+}
+
+/// Warm-up, then constant, then decay: with all three, the schedule that is known as WSD.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LearningRate {
@@ -376,6 +427,9 @@ pub struct LearningRate {
     /// The value of the stage's last step when it decays.
     #[serde(default)]
     pub last: f64,
+    /// How it decays.
+    #[serde(default, skip_serializing_if = "Decay::is_linear")]
+    pub decay: Decay,
 }
 
 /// One dataset's share of a stage.
@@ -463,7 +517,11 @@ impl Spec {
             &self.stages,
             (self.cluster.reduction, self.cluster.fraction_bits),
         );
-        let text = serde_json::to_string(&decides).expect("all fields of a spec have a JSON form");
+        let mut text =
+            serde_json::to_string(&decides).expect("all fields of a spec have a JSON form");
+        if let Some(initial) = &self.initial {
+            text.push_str(&initial.weights.to_string());
+        }
         Digest::of(text.as_bytes())
     }
 

@@ -151,3 +151,44 @@ proptest! {
         prop_assert_eq!(found, expected);
     }
 }
+
+#[test]
+fn a_stage_may_say_its_tokens_and_grow_its_batch() {
+    // 4 slots of 2 sequences of 128 tokens.
+    let tokens = |count: u64| format!("stages.0.tokens={count}");
+    let given = |more: &[&str]| parse(example(), &[&["stages.0.steps=0"], more].concat());
+    let spec = given(&[&tokens(600_001)]).unwrap();
+    assert_eq!((spec.stages[0].steps, spec.stages[0].tokens), (586, 0));
+    let ramped = ["stages.0.ramp={ slots = 2, steps = 10 }", &tokens(600_001)];
+    let spec = given(&ramped).unwrap();
+    // 2 slots in five of the first steps, 3 in the others: 15 slots less.
+    assert_eq!(spec.stages[0].steps, 590);
+    assert_eq!([1, 5, 6, 11].map(|step| spec.slots_of(Step(step))), [2, 2, 3, 4]);
+    assert_eq!([5, 10, 11].map(|step| spec.tokens_after(Step(step))), [2560, 6400, 7424]);
+    assert_eq!(spec.cursor_after(Step(10)).sequences, 50);
+    assert_eq!(spec.position(Step(11)).unwrap().first_sequence, 50);
+    assert_eq!(Spec::parse("welcome", &spec.to_toml(), &[]).unwrap(), spec);
+
+    let both = parse(example(), &[&tokens(9)]).unwrap_err();
+    assert!(both.contains("stages.0.tokens") && both.contains("steps = 600"), "{both}");
+    for (ramp, said) in
+        [("{ slots = 5, steps = 10 }", "ramp.slots"), ("{ slots = 1, steps = 0 }", "ramp.steps")]
+    {
+        let error = given(&[&format!("stages.0.ramp={ramp}"), &tokens(9)]).unwrap_err();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+#[test]
+fn weights_to_begin_from_count_by_their_digest() {
+    let given = |model: &str, digit: &str| {
+        let weights = digit.repeat(64);
+        let initial = format!("initial={{ model = \"{model}\", weights = \"blake3:{weights}\" }}");
+        parse(example(), &[&initial])
+    };
+    let digest = |model, digit| given(model, digit).unwrap().trajectory_digest();
+    assert_eq!(digest("a", "0"), digest("b", "0"));
+    assert_ne!(digest("a", "0"), digest("a", "1"));
+    assert_ne!(digest("a", "0"), parse(example(), &[]).unwrap().trajectory_digest());
+    assert!(given("../a", "0").unwrap_err().contains("initial.model"));
+}

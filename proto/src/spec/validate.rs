@@ -22,6 +22,8 @@ const MAX_STREAMS: u32 = 16;
 const MAX_TIMEOUT: f64 = 86_400.0;
 /// No machine has as much, and in bytes it fits 64 bits.
 const MAX_MEMORY_GIB: f64 = 1e6;
+/// No batch grows for longer.
+const MAX_RAMP: u64 = 1 << 20;
 /// Sum of a mixture's weights up to which its shares are exact.
 const MAX_WEIGHTS: u64 = 1 << 20;
 
@@ -36,6 +38,14 @@ macro_rules! require {
 pub(super) fn validate(spec: &Spec) -> Result<(), Complaint> {
     run(spec)?;
     model(&spec.model)?;
+    if let Some(initial) = &spec.initial {
+        let name = &initial.model;
+        require!(
+            is_name(name),
+            "initial.model",
+            "`{name}` is no name; use letters, digits, `.`, `_` and `-`, not starting with `.`"
+        );
+    }
     optimizer(spec)?;
     datasets(&spec.datasets, &spec.model)?;
     require!(!spec.stages.is_empty(), "stages", "a run needs at least one [[stages]]");
@@ -215,6 +225,16 @@ fn datasets(datasets: &[Dataset], model: &Model) -> Result<(), Complaint> {
     Ok(())
 }
 
+impl Model {
+    /// Whether there is such a model.
+    ///
+    /// # Errors
+    /// The key at fault, and what is wrong with it.
+    pub fn check(&self) -> Result<(), (String, String)> {
+        model(self)
+    }
+}
+
 impl Source {
     /// Whether the options are consistent.
     ///
@@ -291,6 +311,21 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
         "{} slots are more than the {MAX_SLOTS} that fixed point can add up; make slots larger",
         stage.slots
     );
+    if let Some(ramp) = &stage.ramp {
+        require!(
+            (1..=stage.slots).contains(&ramp.slots),
+            key("ramp.slots"),
+            "must be between 1 and the {} slots that it leads to, not {}",
+            stage.slots,
+            ramp.slots
+        );
+        require!(
+            (1..=MAX_RAMP).contains(&ramp.steps),
+            key("ramp.steps"),
+            "must be between 1 and {MAX_RAMP}, not {}",
+            ramp.steps
+        );
+    }
     let weight = stage.entropy_weight;
     require!(
         weight.is_finite() && weight >= 0.0,

@@ -42,8 +42,8 @@ pub async fn check_audit(
         }
         let at = spec.position(used.step).ok_or_else(|| wrong("the spec has none".to_owned()))?;
         let stage = &spec.stages[at.stage];
-        if used.slots.len() != stage.slots as usize {
-            return Err(wrong(format!("it has {} of {} slots", used.slots.len(), stage.slots)));
+        if used.slots.len() != at.slots as usize {
+            return Err(wrong(format!("it has {} of {} slots", used.slots.len(), at.slots)));
         }
         let mixture = spec.mixture(at.stage);
         let mut next = at.first_sequence;

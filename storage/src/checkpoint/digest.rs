@@ -27,12 +27,12 @@ pub fn weights_digest<'a>(
 }
 
 /// Makes the digest of weights that come sorted by name, piece by piece.
-#[derive(Default)]
-pub(super) struct WeightsHasher(blake3::Hasher);
+#[derive(Debug, Default)]
+pub struct WeightsHasher(blake3::Hasher);
 
 impl WeightsHasher {
     /// What follows are the values of this one.
-    pub(super) fn begin(&mut self, name: &str, shape: &[usize]) {
+    pub fn begin(&mut self, name: &str, shape: &[usize]) {
         let Self(hasher) = self;
         hasher.update(&(name.len() as u64).to_le_bytes());
         hasher.update(name.as_bytes());
@@ -42,12 +42,19 @@ impl WeightsHasher {
         }
     }
 
+    /// Some values.
+    pub fn add(&mut self, values: &[f32]) {
+        self.update(&little_endian(values));
+    }
+
     /// Some values as they are stored.
     pub(super) fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    pub(super) fn finish(self) -> Digest {
+    /// The digest of all.
+    #[must_use]
+    pub fn finish(self) -> Digest {
         self.0.finalize().into()
     }
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 use looptrain_proto::Step;
 
 use super::{CheckpointManifest, Checkpoints, MANIFEST};
+use crate::Result;
 use crate::record::unique;
-use crate::{Result, run_prefix};
 
 /// A reader that has not let go after this time is dead.
 const LONGEST_READ: Duration = Duration::from_secs(6 * 3600);
@@ -85,7 +85,7 @@ impl Checkpoints {
     }
 
     fn readers(&self) -> String {
-        format!("{}/readers", run_prefix(&self.run))
+        format!("{}/readers", self.root)
     }
 
     /// Everything below the checkpoints, by step.

@@ -34,7 +34,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::{Digest, Step};
 
-pub use digest::weights_digest;
+pub use digest::{WeightsHasher, weights_digest};
 pub use inventory::{Hold, Stored};
 pub use load::SkippedCheckpoint;
 pub use manifest::{CheckpointManifest, PartEntry};
@@ -42,7 +42,7 @@ pub use pieces::StoredWeight;
 pub use retention::{Pruning, Retention};
 pub use split::split_tensors;
 
-use crate::{Error, Result, Store, run_prefix};
+use crate::{Error, Result, Store, model_prefix, run_prefix};
 
 /// Prefix of the name of a tensor's first moment.
 pub const FIRST_MOMENT: &str = "optim.m.";
@@ -68,10 +68,13 @@ impl Tensor {
     }
 }
 
-/// The checkpoints of one run.
+/// The checkpoints of one run, or the one of a model that a run may begin from.
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
     store: Store,
+    /// Where they are.
+    root: String,
+    /// Whose they are.
     run: String,
     /// Of all clones.
     known: Arc<Mutex<Known>>,
@@ -90,7 +93,24 @@ impl Checkpoints {
     /// Those of `run` in `store`; nothing is read yet.
     #[must_use]
     pub fn new(store: &Store, run: &str) -> Self {
-        Self { store: store.clone(), run: run.to_owned(), known: Arc::default() }
+        Self::below(store, run_prefix(run), run)
+    }
+
+    /// Weights under a name of their own, for runs to begin from: one checkpoint, of step 0, without
+    /// moments; nothing is read yet.
+    #[must_use]
+    pub fn of_model(store: &Store, model: &str) -> Self {
+        Self::below(store, model_prefix(model), model)
+    }
+
+    /// Where they are stored.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    fn below(store: &Store, root: String, run: &str) -> Self {
+        Self { store: store.clone(), root, run: run.to_owned(), known: Arc::default() }
     }
 
     /// Writes part `part` of `parts` of the state after `step`, over an older try if there is one.
@@ -266,7 +286,7 @@ impl Checkpoints {
     }
 
     fn prefix(&self) -> String {
-        format!("{}/checkpoints", run_prefix(&self.run))
+        format!("{}/checkpoints", self.root)
     }
 
     fn directory(&self, step: Step) -> String {

@@ -89,8 +89,11 @@ impl TextTokenizer {
         Self::with_end(json, inner, end)
     }
 
-    /// Reads the `tokenizer.json` of a dataset, whose manifest knows the token after a document.
-    pub(super) fn with_end_of_text(json: &[u8], end_of_text: u32) -> Result<Self> {
+    /// Reads the `tokenizer.json` of a dataset or a model, which knows the token after a document.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn with_end_of_text(json: &[u8], end_of_text: u32) -> Result<Self> {
         Self::with_end(json, Tokenizer::from_bytes(json).map_err(failed)?, end_of_text)
     }
 
@@ -179,6 +182,12 @@ impl TextTokenizer {
             return Err(failed(format!("token {token} is not in the vocabulary of {size}")));
         }
         self.inner.decode(tokens, false).map_err(failed)
+    }
+
+    /// The token of this name, special or not.
+    #[must_use]
+    pub fn token(&self, name: &str) -> Option<u32> {
+        self.inner.token_to_id(name)
     }
 
     /// Number of entries; every token is below it.

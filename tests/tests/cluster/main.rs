@@ -22,9 +22,11 @@ mod operate;
 #[path = "../stores/ports.rs"]
 mod ports;
 mod preemption;
+mod recipe;
 mod same_bits;
 #[path = "../stores/seaweed.rs"]
 mod seaweed;
 mod stores;
 mod support;
 mod tool;
+mod trained;

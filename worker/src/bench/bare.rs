@@ -73,7 +73,7 @@ pub async fn bare_steps(
     let data = Data::open(Arc::clone(&spec), &store, &reading).await.map_err(WorkerError::from)?;
     let mut work = Vec::new();
     for step in (1..=steps).map(Step) {
-        let slots = spec.stages[spec.stage_of(step)].slots;
+        let slots = spec.slots_of(step);
         let mut batches = Vec::new();
         for slot in 0..slots {
             batches.push(data.slot(step, slot).await.map_err(WorkerError::from)?);

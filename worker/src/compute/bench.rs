@@ -400,7 +400,7 @@ impl Bench {
             // How far the bad slots were added depends on who computed them.
             reduced.clear_gradient();
         }
-        let divisor = f64::from(stage.slots);
+        let divisor = f64::from(self.spec.slots_of(step));
         if reduced.is_beside_device() {
             return self.prepare_on_device(step, &reduced, skip);
         }
@@ -413,7 +413,7 @@ impl Bench {
         if skip {
             gradient.fill(f32::NAN);
         }
-        let statistics = sums::step_statistics(reduced.integers(), stage, norm);
+        let statistics = sums::step_statistics(reduced.integers(), &self.spec, step, norm);
         self.prepared = Some(Prepared { step, gradient: Gradient::Here(gradient) });
         self.spare = Some(reduced);
         Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
@@ -434,13 +434,13 @@ impl Bench {
             Gradient::Here(vec![f32::NAN; self.layout.parameters()])
         } else {
             let sums = Sums::on_device(arithmetic(&self.spec, stage), stage.slots);
-            let settled = self.trainer.settle_sums(sums, f64::from(stage.slots))?;
+            let settled = self.trainer.settle_sums(sums, f64::from(self.spec.slots_of(step)))?;
             hasher.update(bytemuck::cast_slice(&settled.0));
             norm = settled.1;
             Gradient::OnDevice(norm)
         };
         hasher.update(bytemuck::cast_slice(integers));
-        let statistics = sums::step_statistics(integers, stage, norm);
+        let statistics = sums::step_statistics(integers, &self.spec, step, norm);
         self.prepared = Some(Prepared { step, gradient });
         let digest = Digest::from(hasher.finalize());
         Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })

@@ -20,6 +20,7 @@ use looptrain_proto::Spec;
 use tokio::sync::oneshot;
 
 pub(crate) use bench::{Bench, ComputeError};
+pub use recompute::worker_bytes;
 
 use crate::transfer::Shelf;
 use crate::{Moments, WorkerError};

@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use looptrain_model::{Recompute, StageSettings, Trainer};
+use looptrain_model::{Device, DeviceError, MemoryNeed, Recompute, StageSettings, Trainer};
 use looptrain_proto::{Spec, spec};
 
 use super::bench::KEPT_BYTES;
@@ -35,7 +35,13 @@ struct Need {
 
 impl Need {
     fn of(spec: &Spec, stage: &spec::Stage, trainer: &Trainer) -> Self {
-        let need = trainer.memory();
+        let (settings, size) = sizes_of(stage);
+        let bytes = |mode| trainer.slot_bytes(&spec.model, &settings, size, mode);
+        Self::new(spec, stage, trainer.memory(), MODES.map(bytes))
+    }
+
+    /// From what a trainer needs, and the bytes of a slot in the order of [`MODES`].
+    fn new(spec: &Spec, stage: &spec::Stage, need: MemoryNeed, slot: [u64; 3]) -> Self {
         // A device's sums in fixed point.
         let fixed = match spec.cluster.reduction {
             spec::Reduction::Exact => size_of::<i64>() as u64,
@@ -47,17 +53,13 @@ impl Need {
         let kept = gradient
             .saturating_mul(u64::from(stage.slots))
             .min(KEPT_BYTES as u64 / gradient * gradient);
-        let settings = StageSettings::from(stage);
-        let (sequences, length) = (stage.slot_sequences, stage.sequence_length);
-        let size = [sequences, length];
-        let bytes = |mode| trainer.slot_bytes(&spec.model, &settings, size, mode);
         Self {
             held: match need.per_parameter {
                 Some(bytes) => parameters * (bytes + fixed),
                 None => parameters * BYTES_PER_PARAMETER + kept,
             },
             slots: u64::from(stage.slots).min(need.slots_at_once as u64),
-            slot: MODES.map(bytes),
+            slot,
         }
     }
 
@@ -70,6 +72,31 @@ impl Need {
     fn smallest(&self) -> Recompute {
         MODES.into_iter().min_by_key(|mode| self.total(*mode)).unwrap_or(Recompute::Layer)
     }
+}
+
+/// What decides the bytes of a slot.
+fn sizes_of(stage: &spec::Stage) -> (StageSettings, [usize; 2]) {
+    (StageSettings::from(stage), [stage.slot_sequences, stage.sequence_length])
+}
+
+/// Bytes that a worker takes in a stage on any device of this kind, which need not be there: when
+/// nothing is computed again, a loop at a time, and a layer at a time.
+///
+/// # Errors
+/// When there are no kernels for the model.
+pub fn worker_bytes(
+    spec: &Spec,
+    stage: &spec::Stage,
+    device: Device,
+    threads: usize,
+) -> Result<[u64; 3], DeviceError> {
+    let (settings, size) = sizes_of(stage);
+    let mut slot = [0; 3];
+    for (slot, mode) in slot.iter_mut().zip(MODES) {
+        *slot = looptrain_model::slot_bytes(device, &spec.model, &settings, size, mode)?;
+    }
+    let need = Need::new(spec, stage, MemoryNeed::of(device, threads), slot);
+    Ok(MODES.map(|mode| need.total(mode)))
 }
 
 /// A mode, and whether the memory is enough for it.

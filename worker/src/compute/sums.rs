@@ -7,7 +7,7 @@
 
 use looptrain_model::SlotStatistics;
 use looptrain_proto::v1::StepStatistics;
-use looptrain_proto::{EVALUATION_FRACTION_BITS, MAX_SLOTS, spec};
+use looptrain_proto::{EVALUATION_FRACTION_BITS, MAX_SLOTS, Spec, Step};
 
 use crate::reduce::exact::FixedPoint;
 
@@ -49,11 +49,16 @@ pub(super) fn encoded(statistics: &SlotStatistics) -> Result<Vec<i64>, (String, 
 
 /// The step's means from the reduced statistics: over the slots that have them, so that without
 /// any, loss and entropy are NaN and the rest is empty.
-pub(super) fn step_statistics(tail: &[i64], stage: &spec::Stage, grad_norm: f64) -> StepStatistics {
+pub(super) fn step_statistics(
+    tail: &[i64],
+    spec: &Spec,
+    step: Step,
+    grad_norm: f64,
+) -> StepStatistics {
     let fixed = statistics_fixed_point();
-    let loops = stage.loops;
+    let loops = spec.stages[spec.stage_of(step)].loops;
     let bad_slots = tail[statistics_len(loops)];
-    let good_slots = i64::from(stage.slots) - bad_slots;
+    let good_slots = i64::from(spec.slots_of(step)) - bad_slots;
     let mean = |index: usize| fixed.decode_one(tail[index], good_slots as f64);
     let per_loop = if good_slots > 0 { loops } else { 0 };
     StepStatistics {
@@ -62,7 +67,7 @@ pub(super) fn step_statistics(tail: &[i64], stage: &spec::Stage, grad_norm: f64)
         exit_pdf: (loops + 1..=loops + per_loop).map(mean).collect(),
         entropy: mean(2 * loops + 1),
         grad_norm,
-        tokens: stage.step_tokens(),
+        tokens: spec.tokens_of(step),
         bad_slots: bad_slots as u32,
     }
 }
@@ -101,19 +106,19 @@ mod tests {
 
     #[test]
     fn the_means_over_slots_come_back_in_their_places() {
-        let mut stage = tiny_spec("memory://").stages.remove(0);
-        (stage.loops, stage.slots) = (2, 2);
+        let mut spec = tiny_spec("memory://");
+        (spec.stages[0].loops, spec.stages[0].slots) = (2, 2);
         let add = |a: &[i64], b: &[i64]| a.iter().zip(b).map(|(a, b)| a + b).collect::<Vec<_>>();
         let (first, second) = (encoded(&statistics(3.0)), encoded(&statistics(4.0)));
         let mut sums = add(&first.unwrap(), &second.unwrap());
         sums.push(0);
         assert_eq!(sums.len(), tail_len(2));
-        let step = step_statistics(&sums, &stage, 1.25);
+        let step = step_statistics(&sums, &spec, Step(1), 1.25);
         assert_eq!((step.loss, step.bad_slots), (3.5, 0));
         assert_eq!(step.loss_per_loop, [2.0, 1.5]);
         assert_eq!(step.exit_pdf, [0.25, 0.75]);
         assert_eq!((step.entropy, step.grad_norm), (0.5, 1.25));
-        assert_eq!(step.tokens, stage.step_tokens());
+        assert_eq!(step.tokens, spec.stages[0].step_tokens());
     }
 
     #[test]
@@ -130,15 +135,15 @@ mod tests {
 
     #[test]
     fn means_are_over_the_slots_that_have_them() {
-        let mut stage = tiny_spec("memory://").stages.remove(0);
-        (stage.loops, stage.slots) = (2, 3);
+        let mut spec = tiny_spec("memory://");
+        (spec.stages[0].loops, spec.stages[0].slots) = (2, 3);
         let mut sums = encoded(&statistics(3.0)).unwrap();
         sums.push(2);
-        let step = step_statistics(&sums, &stage, 0.0);
+        let step = step_statistics(&sums, &spec, Step(1), 0.0);
         assert_eq!((step.loss, step.entropy, step.bad_slots), (3.0, 0.5, 2));
         let mut sums = vec![0; statistics_len(2)];
         sums.push(3);
-        let step = step_statistics(&sums, &stage, 0.0);
+        let step = step_statistics(&sums, &spec, Step(1), 0.0);
         assert!(step.loss.is_nan() && step.loss_per_loop.is_empty() && step.exit_pdf.is_empty());
     }
 

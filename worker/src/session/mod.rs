@@ -263,7 +263,7 @@ impl<W: Duties> Session<W> {
             .spec()
             .position(step)
             .ok_or_else(|| Failure::senseless(format!("step {step} is no step of the spec")))?;
-        let slots = self.work.spec().stages[at.stage].slots;
+        let slots = at.slots;
         if plan.slot_begin > plan.slot_end || plan.slot_end > slots {
             let (begin, end) = (plan.slot_begin, plan.slot_end);
             let detail = format!("slots {begin}..{end} of step {step} are not among its {slots}");

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use looptrain_model::{Layout, TrainState};
+use looptrain_proto::spec::Initial;
 use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{self, Evaluated, Fetched, PartSaved, Prepared, Ready, Sections};
 use looptrain_proto::{Digest, Incarnation, Spec, Step};
@@ -105,10 +106,10 @@ impl Work {
     /// Makes the committed state of `step` the held one.
     async fn reach(&self, step: Step) -> Result<Digest, Failure> {
         if !self.compute.submit(move |bench| bench.reach(step)).await?? {
-            if step == Step(0) {
-                self.compute.submit(Bench::initialise).await??;
-            } else {
-                self.reach_from_elsewhere(step).await?;
+            match &self.spec.initial {
+                Some(initial) if step == Step(0) => self.load_initial(initial).await?,
+                None if step == Step(0) => self.compute.submit(Bench::initialise).await??,
+                _ => self.reach_from_elsewhere(step).await?,
             }
         }
         Ok(self.compute.submit(move |bench| bench.weights_digest(step)).await??)
@@ -186,6 +187,24 @@ impl Work {
             }
         }
         Ok(Caught::Up)
+    }
+
+    /// Takes the weights that the run begins from.
+    async fn load_initial(&self, initial: &Initial) -> Result<(), Failure> {
+        let models = Checkpoints::of_model(self.checkpoints.store(), &initial.model);
+        let (manifest, tensors) = models.weights(Step(0)).await?;
+        let (theirs, ours) = (manifest.weights_digest, initial.weights);
+        if theirs != ours {
+            let model = initial.model.clone();
+            return Err(StateError::OtherInitial { model, theirs, ours }.into());
+        }
+        let adopted = self.compute.submit(move |bench| {
+            bench.adopt(state::from_weights(bench.layout(), tensors)?)?;
+            Ok::<_, Failure>(())
+        });
+        adopted.await??;
+        tracing::info!(model = initial.model, "loaded the initial weights");
+        Ok(())
     }
 
     async fn load(&self, step: Step) -> Result<(), Failure> {

@@ -38,6 +38,21 @@ pub struct Mano {
 }
 
 impl Mano {
+    /// The validation exercises, of which training has seen none.
+    ///
+    /// # Errors
+    /// When there are no such exercises.
+    pub fn held_out(&self) -> Result<Vec<String>> {
+        // Of one operator there are few, so that the same ones come again and again.
+        let exercises = Exercises(*self);
+        let text =
+            |number| match exercises.document(Record { file: 0, at: number, raw: Raw::Number })? {
+                Document::Text { text, .. } => Ok(text),
+                _ => unreachable!("an exercise is a text"),
+            };
+        (self.train + 1..=self.train + self.validation).map(text).collect()
+    }
+
     /// The source that stands for these exercises in a manifest.
     #[must_use]
     pub fn options(&self, shard_tokens: u64) -> spec::Source {

@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 use super::figures::{Samples, machine, peak_bytes, rounded};
 use crate::cli::{Kernels, Recomputed, Reduced, StepBench};
 use crate::commands::all_threads;
+use crate::plan::operations_per_token;
 use crate::progress::print_line;
 
 /// Steps before those that are measured: memory is new, and threads are being started.
@@ -235,18 +236,10 @@ fn batches(spec: &Spec) -> Vec<SlotBatch> {
     (0..stage.slots).map(&mut slot).collect()
 }
 
-/// Floating-point operations of a step, forward and backward, as the model needs them: nothing that
-/// is computed again, and of attention the causal half.
+/// Floating-point operations of a step.
 fn operations(spec: &Spec) -> f64 {
-    let (model, stage) = (&spec.model, &spec.stages[0]);
-    let [d, f, v] =
-        [model.hidden_size, model.intermediate_size, model.vocab_size].map(|n| n as f64);
-    let [layers, loops, length] =
-        [model.num_hidden_layers, stage.loops, stage.sequence_length].map(|n| n as f64);
-    let matrices = loops * (layers * (4.0 * d * d + 3.0 * d * f) + v * d);
-    let attention = 2.0 * loops * layers * d * (length + 1.0) / 2.0;
-    let (operations, passes) = (2.0, 3.0);
-    stage.step_tokens() as f64 * passes * operations * (matrices + attention)
+    let stage = &spec.stages[0];
+    stage.step_tokens() as f64 * operations_per_token(&spec.model, stage)
 }
 
 #[cfg(test)]

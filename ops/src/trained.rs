@@ -1,0 +1,218 @@
+//! A trained model, out of a checkpoint or a folder.
+
+use std::borrow::Cow;
+
+use anyhow::{Context, Result, bail, ensure};
+use looptrain_model::{Engine, Layout, StageSettings};
+use looptrain_proto::{Spec, spec};
+use looptrain_storage::{
+    CheckpointManifest, Checkpoints, Dataset, SkippedCheckpoint, Store, Tensor, TextTokenizer,
+    read_record,
+};
+
+use crate::cli::{CheckpointUrl, ModelArgs, ModelSource};
+use crate::commands::all_threads;
+use crate::folder::ModelFolder;
+use crate::progress::print_line;
+
+/// Weights that were found, of which those of a folder are still to be read.
+pub(crate) enum Found {
+    Folder(ModelFolder),
+    /// A verified checkpoint.
+    Checkpoint {
+        spec: Box<Spec>,
+        manifest: CheckpointManifest,
+        /// Sorted by name.
+        tensors: Vec<Tensor>,
+    },
+}
+
+impl Found {
+    /// Opens a folder, or reads a checkpoint; the store of that.
+    pub(crate) async fn open(source: &ModelSource) -> Result<(Self, Option<Store>)> {
+        match source {
+            ModelSource::Folder(path) => Ok((Self::Folder(ModelFolder::open(path)?), None)),
+            ModelSource::Checkpoint(url) => {
+                let store = Store::open_existing(&url.store)?;
+                Ok((Self::read(&store, url).await?, Some(store)))
+            }
+        }
+    }
+
+    async fn read(store: &Store, url: &CheckpointUrl) -> Result<Self> {
+        let CheckpointUrl { store: store_url, run, step } = url;
+        let Some(record) = read_record(store, run).await? else {
+            bail!("there is no run `{run}` in {store_url}");
+        };
+        let spec = Box::new(Spec::parse("the run record", &record.spec, &[])?);
+        let checkpoints = Checkpoints::new(store, run);
+        let (manifest, tensors) = if let Some(step) = step {
+            let hold = checkpoints.hold(*step).await;
+            let read = checkpoints.weights(*step).await;
+            hold.release().await;
+            read?
+        } else {
+            let Some((read, skipped)) = checkpoints.newest_weights().await? else {
+                bail!("run `{run}` has no checkpoint yet");
+            };
+            for SkippedCheckpoint { step, reason } in &skipped {
+                print_line(&format!("checkpoint of step {step} passed over: {reason}"));
+            }
+            read
+        };
+        Ok(Self::Checkpoint { spec, manifest, tensors })
+    }
+
+    /// What it is called in what is printed.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Folder(folder) => folder.path().display().to_string(),
+            Self::Checkpoint { spec, manifest, .. } => {
+                format!("{} at step {}", spec.run.name, manifest.step)
+            }
+        }
+    }
+
+    /// Its shape.
+    pub(crate) fn model(&self) -> &spec::Model {
+        match self {
+            Self::Folder(folder) => &folder.config.model,
+            Self::Checkpoint { spec, .. } => &spec.model,
+        }
+    }
+
+    /// How it is run, and the longest sequence that it was trained with.
+    pub(crate) fn settings(&self) -> (StageSettings, usize) {
+        match self {
+            Self::Folder(folder) => (folder.config.settings, folder.config.context),
+            Self::Checkpoint { spec, manifest, .. } => {
+                let stage = &spec.stages[spec.stage_of(manifest.step)];
+                (StageSettings::from(stage), stage.sequence_length)
+            }
+        }
+    }
+
+    /// Reads a tensor, by its index in the layout.
+    pub(crate) fn tensor(&self, layout: &Layout, index: usize) -> Result<Cow<'_, [f32]>> {
+        match self {
+            Self::Folder(folder) => folder.read(index).map(Cow::Owned),
+            Self::Checkpoint { manifest, tensors, .. } => {
+                let entry = &layout.tensors()[index];
+                let place = tensors
+                    .binary_search_by(|tensor| tensor.name.as_str().cmp(&entry.name))
+                    .ok()
+                    .filter(|&place| tensors[place].shape == entry.shape);
+                let missing = || {
+                    let (step, name, shape) = (manifest.step, &entry.name, &entry.shape);
+                    format!("the checkpoint of step {step} has no {name} {shape:?}")
+                };
+                Ok(Cow::Borrowed(&tensors[place.with_context(missing)?].data))
+            }
+        }
+    }
+}
+
+/// A model that is ready to run, and what is known of it.
+pub(crate) struct Trained {
+    /// What it is called in what is printed.
+    pub(crate) name: String,
+    pub(crate) engine: Engine,
+    pub(crate) model: spec::Model,
+    /// With the loops that were asked for.
+    pub(crate) settings: StageSettings,
+    /// Loops that it was trained with.
+    pub(crate) trained_loops: usize,
+    /// Longest sequence that it was trained with.
+    pub(crate) context: usize,
+    pub(crate) tokenizer: Option<TextTokenizer>,
+    /// Tokens that end a text.
+    pub(crate) ends: Vec<u32>,
+    /// The datasets that the stage of a checkpoint draws from.
+    pub(crate) datasets: Vec<Dataset>,
+}
+
+impl Trained {
+    /// Opens what the arguments name and loads its weights.
+    pub(crate) async fn open(args: &ModelArgs) -> Result<Self> {
+        let (found, store) = Found::open(&args.source()).await?;
+        let mut datasets = Vec::new();
+        if let (Found::Checkpoint { spec, manifest, .. }, Some(store)) = (&found, &store) {
+            for (index, _) in spec.mixture(spec.stage_of(manifest.step)) {
+                let name = &spec.datasets[index].name;
+                let dataset = Dataset::open(store, name).await?;
+                let gone = || format!("dataset `{name}`, whose tokenizer the run uses, is gone");
+                datasets.push(dataset.with_context(gone)?);
+            }
+        }
+        let mut this = Self::new(found, datasets, args.threads.unwrap_or_else(all_threads)).await?;
+        if let Some(loops) = args.loops {
+            this.settings.loops = loops as usize;
+        }
+        Ok(this)
+    }
+
+    /// Loads weights that were found; `datasets` are those of a checkpoint's stage.
+    pub(crate) async fn new(found: Found, datasets: Vec<Dataset>, threads: u32) -> Result<Self> {
+        let mut ends = Vec::new();
+        let tokenizer = match &found {
+            Found::Folder(folder) => {
+                ends.clone_from(&folder.config.ends);
+                of_folder(folder)?
+            }
+            Found::Checkpoint { .. } => match datasets.first() {
+                Some(dataset) => Some(dataset.tokenizer().await?),
+                None => None,
+            },
+        };
+        if ends.is_empty() {
+            ends.extend(tokenizer.as_ref().map(TextTokenizer::end_of_text));
+        }
+        let ((settings, context), name) = (found.settings(), found.name());
+        let load = move || {
+            let model = found.model().clone();
+            let (layout, mut engine) = (Layout::new(&model), Engine::new(&model, threads as usize));
+            for index in 0..layout.tensors().len() {
+                engine.load_tensor(index, &found.tensor(&layout, index)?);
+            }
+            Ok((model, engine))
+        };
+        let loaded: Result<_> =
+            tokio::task::spawn_blocking(load).await.context("the weights were not loaded")?;
+        let (model, engine) = loaded?;
+        let trained_loops = settings.loops;
+        Ok(Self {
+            name,
+            engine,
+            model,
+            settings,
+            trained_loops,
+            context,
+            tokenizer,
+            ends,
+            datasets,
+        })
+    }
+
+    /// Its tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<&TextTokenizer> {
+        self.tokenizer.as_ref().with_context(|| format!("{} has no tokenizer.json", self.name))
+    }
+}
+
+/// The tokenizer of a folder, if there is one.
+fn of_folder(folder: &ModelFolder) -> Result<Option<TextTokenizer>> {
+    let Some(json) = folder.tokenizer()? else { return Ok(None) };
+    let place = || folder.path().join("tokenizer.json").display().to_string();
+    let read = match folder.config.ends.first() {
+        Some(end) => TextTokenizer::with_end_of_text(&json, *end),
+        None => TextTokenizer::from_json(&json, None),
+    };
+    let tokenizer = read.with_context(place)?;
+    let (has, model) = (tokenizer.vocabulary_size(), folder.config.model.vocab_size);
+    ensure!(
+        has <= model,
+        "{} has a vocabulary of {has}, config.json says {model}: it is of another model",
+        place()
+    );
+    Ok(Some(tokenizer))
+}
