@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use looptrain_proto::spec;
+use looptrain_proto::spec::{self, Objective};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cpu::{Cache, CacheSharing, Clock, Rotary, Section, Shape, Task, Weights, Workspace};
@@ -28,6 +28,8 @@ pub struct StageSettings {
     pub entropy_weight: f64,
     /// Base of the rotary embedding, theta.
     pub rope_base: f64,
+    /// What is trained, and by which loss.
+    pub objective: Objective,
 }
 
 impl From<&spec::Stage> for StageSettings {
@@ -36,6 +38,7 @@ impl From<&spec::Stage> for StageSettings {
             loops: stage.loops,
             entropy_weight: stage.entropy_weight,
             rope_base: stage.rope_base,
+            objective: stage.objective,
         }
     }
 }
@@ -325,18 +328,20 @@ impl Engine {
         self.loaded().logits(states)
     }
 
-    /// Clips the gradient and applies AdamW in place, advancing the state by one step; returns the
-    /// gradient's norm before clipping. To be followed by [`Engine::load`].
+    /// Clips the gradient and applies AdamW in place to what the objective trains, advancing the state
+    /// by one step; returns the gradient's norm before clipping. To be followed by [`Engine::load`].
     pub fn update(
         &self,
         state: &mut TrainState,
         gradient: &[f32],
         settings: &spec::Optimizer,
+        objective: Objective,
         learning_rate: f64,
     ) -> f64 {
         self.pool.install(|| {
             self.clock.time_pool(Section::Update, || {
-                optimizer::update(&self.layout, state, gradient, settings, learning_rate)
+                let layout = &self.layout;
+                optimizer::update(layout, state, gradient, settings, objective, learning_rate)
             })
         })
     }
@@ -468,8 +473,12 @@ mod tests {
             .collect()
     }
 
-    const SETTINGS: StageSettings =
-        StageSettings { loops: 3, entropy_weight: 0.05, rope_base: 1e4 };
+    const SETTINGS: StageSettings = StageSettings {
+        loops: 3,
+        entropy_weight: 0.05,
+        rope_base: 1e4,
+        objective: Objective::Language,
+    };
 
     fn gradients(threads: usize, batches: &[SlotBatch]) -> Vec<SlotOutput> {
         gradients_of(&model(), threads, batches)
@@ -587,7 +596,13 @@ mod tests {
             });
             let output = found.into_inner().unwrap().unwrap();
             losses.push(output.statistics.loss);
-            engine.update(&mut state, &output.gradient, &spec::Optimizer::default(), 1e-2);
+            engine.update(
+                &mut state,
+                &output.gradient,
+                &spec::Optimizer::default(),
+                Objective::Language,
+                1e-2,
+            );
         }
         assert_eq!(state.step.0, 12);
         assert!(losses[11] < losses[0] - 1.0, "{losses:?}");

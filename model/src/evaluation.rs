@@ -129,6 +129,8 @@ impl DepthSums {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use looptrain_proto::spec::Objective;
+
     use super::*;
     use crate::stage_one;
 
@@ -142,8 +144,12 @@ mod tests {
         }
     }
 
-    const SETTINGS: StageSettings =
-        StageSettings { loops: 3, entropy_weight: 0.05, rope_base: 1e4 };
+    const SETTINGS: StageSettings = StageSettings {
+        loops: 3,
+        entropy_weight: 0.05,
+        rope_base: 1e4,
+        objective: Objective::Language,
+    };
 
     #[test]
     fn means_are_those_of_the_stage_one_loss() {

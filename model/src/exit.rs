@@ -1,4 +1,4 @@
-//! The exit distribution and the Stage I loss, in closed form.
+//! The exit distribution and the losses of both stages, in closed form.
 //!
 //! Per token and loop t = 1..R, with gate logit g_t and lambda_t = sigmoid(g_t):
 //! p(t) = lambda_t prod_{j<t} (1 - lambda_j) for t < R, and p(R) takes the rest. The loss is
@@ -8,10 +8,12 @@
 //!
 //! With a_t = L_t + beta ln p(t), the gradients are dL_t = p(t) and
 //! dg_t = (1 - lambda_t) p(t) a_t - lambda_t sum_{s>t} p(s) a_s for t < R, and 0 for t = R.
+//!
+//! Stage II trains the gate alone: see [`stage_two`].
 
-/// The Stage I loss over the tokens of a slot, and what it gives the gates.
+/// A loss over the tokens of a slot, and what it gives the gates.
 #[derive(Clone, Debug, PartialEq)]
-pub struct StageOne {
+pub struct ExitLoss {
     /// Means over the tokens.
     pub statistics: SlotStatistics,
     /// Gradient of the mean loss with respect to each gate logit, `[R * N]`.
@@ -100,7 +102,7 @@ pub fn exit_shares(gates: &[f32], loops: usize) -> Vec<f32> {
 /// The Stage I loss of N tokens from cross-entropies and gate logits, `[R * N]` each, loop after
 /// loop; `entropy_weight` is beta.
 #[must_use]
-pub fn stage_one(losses: &[f32], gates: &[f32], loops: usize, entropy_weight: f64) -> StageOne {
+pub fn stage_one(losses: &[f32], gates: &[f32], loops: usize, entropy_weight: f64) -> ExitLoss {
     let tokens = losses.len() / loops.max(1);
     let mut statistics = SlotStatistics {
         loss_per_loop: vec![0.0; loops],
@@ -136,7 +138,37 @@ pub fn stage_one(losses: &[f32], gates: &[f32], loops: usize, entropy_weight: f6
     for sum in statistics.loss_per_loop.iter_mut().chain(&mut statistics.exit_pdf) {
         *sum *= share;
     }
-    StageOne { statistics, dgates }
+    ExitLoss { statistics, dgates }
+}
+
+/// Steepness of the Stage II labels, k (Ouro, section 3.4).
+const LABEL_SLOPE: f64 = 50.0;
+/// Improvement at which a label is one half, gamma, in nats.
+const LABEL_MARGIN: f64 = 0.005;
+
+/// The Stage II loss of N tokens, from cross-entropies and gate logits as [`stage_one`] takes them: how
+/// well the gate after loop t says whether that loop has helped (Ouro, section 3.4). With the
+/// improvement I = max(0, L_{t-1} - L_t), which has no gradient, and the label
+/// w = sigmoid(k (I - gamma)), it is
+/// -1/R sum_{t=2..R} mean_i [w ln(1 - lambda_t) + (1 - w) ln lambda_t],
+/// with the gradient dg_t = (lambda_t - (1 - w)) / (R N). The first gate has no label. Of the
+/// statistics, the loss is this one; the others are those of Stage I.
+#[must_use]
+pub fn stage_two(losses: &[f32], gates: &[f32], loops: usize) -> ExitLoss {
+    let ExitLoss { mut statistics, mut dgates } = stage_one(losses, gates, loops, 0.0);
+    dgates.fill(0.0);
+    statistics.loss = 0.0;
+    let tokens = losses.len() / loops.max(1);
+    let share = 1.0 / (loops * tokens) as f64;
+    for (at, dgate) in dgates.iter_mut().enumerate().skip(tokens) {
+        let gate = f64::from(gates[at]);
+        let better = f64::from(losses[at - tokens]) - f64::from(losses[at]);
+        let label = LABEL_SLOPE * (better.max(0.0) - LABEL_MARGIN);
+        let (stay, leave) = ((-softplus(-label)).exp(), (-softplus(label)).exp());
+        statistics.loss += share * (stay * softplus(gate) + leave * softplus(-gate));
+        *dgate = (share * ((-softplus(-gate)).exp() - leave)) as f32;
+    }
+    ExitLoss { statistics, dgates }
 }
 
 #[cfg(test)]
@@ -168,6 +200,32 @@ mod tests {
                 assert!(error < 2e-5, "{which} {at}: {slope} against {grad}");
             }
         }
+    }
+
+    #[test]
+    fn a_gate_is_told_whether_its_loop_has_helped() {
+        let (losses, gates) = case();
+        let found = stage_two(&losses, &gates, 4);
+        let loss = |gates: &[f32]| stage_two(&losses, gates, 4).statistics.loss;
+        let h = 1.0 / 64.0;
+        for (at, grad) in found.dgates.iter().enumerate() {
+            let moved = |by: f32| {
+                let mut gates = gates.clone();
+                gates[at] += by;
+                loss(&gates)
+            };
+            let slope = (moved(h) - moved(-h)) / (2.0 * f64::from(h));
+            assert!((slope - f64::from(*grad)).abs() < 2e-5, "{at}: {slope} against {grad}");
+        }
+        assert!(found.dgates[..6].iter().all(|grad| *grad == 0.0), "the first has no label");
+        // No help, much help: go, stay. The best lambda without help is 1 - sigmoid(-0.25).
+        let with = |second: f32| stage_two(&[2.0, second], &[0.0, 0.0], 2).dgates[1];
+        assert!(with(2.0) < 0.0 && with(3.0) == with(2.0) && with(1.0) > 0.24, "{}", with(1.0));
+        assert!((f64::from(with(2.0)) - 0.5 * (0.5 - 0.562_176_5)).abs() < 1e-6);
+        assert_eq!(
+            found.statistics.exit_pdf,
+            stage_one(&losses, &gates, 4, 0.05).statistics.exit_pdf
+        );
     }
 
     #[test]

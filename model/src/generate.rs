@@ -213,7 +213,7 @@ fn draw(logits: &[f32], sampling: &Sampling, stream: &mut ChaCha8Rng) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use looptrain_proto::spec;
+    use looptrain_proto::spec::{self, Objective};
 
     use super::*;
     use crate::{Layout, TrainState};
@@ -245,8 +245,12 @@ mod tests {
         }
     }
 
-    const SETTINGS: StageSettings =
-        StageSettings { loops: 3, entropy_weight: 0.05, rope_base: 1e4 };
+    const SETTINGS: StageSettings = StageSettings {
+        loops: 3,
+        entropy_weight: 0.05,
+        rope_base: 1e4,
+        objective: Objective::Language,
+    };
 
     fn engine() -> Engine {
         let (model, layout) = (model(), Layout::new(&model()));

@@ -27,6 +27,12 @@ impl TensorEntry {
     pub fn range(&self) -> std::ops::Range<usize> {
         self.offset..self.offset + self.len
     }
+
+    /// Whether it belongs to the exit gate.
+    #[must_use]
+    pub fn is_exit_gate(&self) -> bool {
+        self.name.starts_with("model.early_exit_gate.")
+    }
 }
 
 /// The table of all tensors of a model.

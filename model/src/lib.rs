@@ -22,7 +22,9 @@ pub use cpu::{CacheSharing, KernelLevel};
 pub use cuda::{DeviceError, DeviceSums};
 pub use engine::{Engine, Recompute, SlotBatch, SlotOutput, StageSettings, TokenMeasures};
 pub use evaluation::{DepthReport, DepthSums, Quality};
-pub use exit::{SlotStatistics, StageOne, exit_loop, exit_shares, log_exit_pdf, stage_one};
+pub use exit::{
+    ExitLoss, SlotStatistics, exit_loop, exit_shares, log_exit_pdf, stage_one, stage_two,
+};
 pub use generate::{Decoder, Exit, Generated, Next, Sampling, generate};
 pub use layout::{Layout, TensorEntry};
 pub use numerics::numerics;

@@ -7,7 +7,8 @@
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
-use looptrain_proto::{Digest, Step, spec};
+use looptrain_proto::spec::{self, Objective};
+use looptrain_proto::{Digest, Step};
 
 use crate::optimizer::StepSize;
 use crate::{
@@ -45,7 +46,12 @@ fn probe_of_device(device: Device) -> Result<(String, Digest), DeviceError> {
     engine.clear()?;
     let (sequences, sequence_length) = (1, 80);
     let tokens = (0..=80).map(|i| (i * 7919 + 13) % 264).collect();
-    let settings = StageSettings { loops: 2, entropy_weight: 0.05, rope_base: 1e4 };
+    let settings = StageSettings {
+        loops: 2,
+        entropy_weight: 0.05,
+        rope_base: 1e4,
+        objective: Objective::Language,
+    };
     let batch = SlotBatch { tokens, sequences, sequence_length };
     engine.queue_slot(&settings, Recompute::None, &batch, &mut |_| {})?.statistics()?;
     let norm = engine.norm()?;
@@ -81,7 +87,12 @@ fn probe() -> Digest {
         engine.load(&state.weights);
         let (sequences, sequence_length) = (1, 100);
         let tokens = (0..=100).map(|i| (i * 7919 + 13) % 700).collect();
-        let settings = StageSettings { loops: 2, entropy_weight: 0.05, rope_base: 1e4 };
+        let settings = StageSettings {
+            loops: 2,
+            entropy_weight: 0.05,
+            rope_base: 1e4,
+            objective: Objective::Language,
+        };
         let gradient = OnceLock::new();
         engine.gradients(
             &settings,
@@ -93,7 +104,8 @@ fn probe() -> Digest {
         );
         let gradient = gradient.into_inner().expect("the engine computes every slot");
         state.step = Step(12_345);
-        engine.update(&mut state, &gradient, &spec::Optimizer::default(), 1e-3);
+        let (optimizer, objective) = (spec::Optimizer::default(), Objective::Language);
+        engine.update(&mut state, &gradient, &optimizer, objective, 1e-3);
         let mut hasher = blake3::Hasher::new();
         hasher.update(bytemuck::cast_slice(&gradient));
         hasher.update(bytemuck::cast_slice(&state.weights));

@@ -1,10 +1,11 @@
 //! Global-norm clipping and AdamW in one pass over the flat buffers.
 
-use looptrain_proto::{Step, spec};
+use looptrain_proto::Step;
+use looptrain_proto::spec::{self, Objective};
 use rayon::prelude::*;
 
 use crate::cpu::simd::{self, AdamW};
-use crate::{Layout, TrainState};
+use crate::{Layout, TensorEntry, TrainState};
 
 /// Elements per task and per partial sum: fixed, so that the norm's sum keeps its shape.
 const CHUNK: usize = 1 << 14;
@@ -49,8 +50,8 @@ impl StepSize<'_> {
 }
 
 /// One update in place: clip by global norm, then decoupled weight decay and Adam with bias
-/// correction (Loshchilov and Hutter, arXiv 1711.05101). Advances `state.step` and returns the
-/// norm before clipping.
+/// correction (Loshchilov and Hutter, arXiv 1711.05101). What the objective does not train stays to the
+/// bit, moments too. Advances `state.step` and returns the norm before clipping.
 ///
 /// # Panics
 /// If the buffers and the layout differ in length.
@@ -59,6 +60,7 @@ pub(crate) fn update(
     state: &mut TrainState,
     gradient: &[f32],
     settings: &spec::Optimizer,
+    objective: Objective,
     learning_rate: f64,
 ) -> f64 {
     assert_eq!(gradient.len(), layout.parameters(), "gradient and layout differ in length");
@@ -66,7 +68,8 @@ pub(crate) fn update(
     state.step = state.step.next();
     let size = StepSize { settings, step: state.step, learning_rate };
     let base = size.clipped(norm);
-    for tensor in layout.tensors() {
+    let trained = |tensor: &&TensorEntry| objective == Objective::Language || tensor.is_exit_gate();
+    for tensor in layout.tensors().iter().filter(trained) {
         let update = size.of_tensor(&base, tensor.decay);
         let range = tensor.range();
         state.weights[range.clone()]

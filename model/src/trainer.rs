@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use looptrain_proto::{Step, spec};
+use looptrain_proto::Step;
+use looptrain_proto::spec::{self, Objective};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cuda::{CudaEngine, DeviceError, DeviceSums};
@@ -409,8 +410,8 @@ impl Trainer {
         Ok(Some(loss * share))
     }
 
-    /// Clips the gradient and applies AdamW; the held state is then that of the next step. Returns the
-    /// gradient's norm before clipping.
+    /// Clips the gradient and applies AdamW to what the objective trains; the held state is then that of
+    /// the next step. Returns the gradient's norm before clipping.
     ///
     /// # Errors
     /// When the device fails; the state is then lost.
@@ -421,12 +422,13 @@ impl Trainer {
         &mut self,
         gradient: &[f32],
         settings: &spec::Optimizer,
+        objective: Objective,
         learning_rate: f64,
     ) -> Result<f64, DeviceError> {
         match &mut self.place {
             Place::Host { engine, state } => {
                 let state = state.as_mut().expect("a state has been adopted");
-                let norm = engine.update(state, gradient, settings, learning_rate);
+                let norm = engine.update(state, gradient, settings, objective, learning_rate);
                 engine.load(&state.weights);
                 Ok(norm)
             }

@@ -20,7 +20,8 @@ pub(crate) use checkpoint::{
 };
 pub(crate) use data::{Data, Inspect, Making, ManoData, Prepare, Verify};
 pub(crate) use model::{
-    DatasetUrl, Eval, Export, Generate, Import, LayerOrder, ModelArgs, ModelSource, Upcycle,
+    DatasetUrl, Eval, Export, Gate, Generate, Import, LayerOrder, ModelArgs, ModelSource, ModelUrl,
+    Upcycle,
 };
 
 use crate::fault::Fault;
@@ -89,6 +90,13 @@ pub(crate) enum Command {
         looptrain eval --from Ouro-1.4B --data s3://lab/datasets/web --sequences 256 --json\n  \
         looptrain eval --from Ouro-1.4B --tokens ids.npy --targets next.npy --json")]
     Eval(Eval),
+    /// Train the exit gate of a trained model, and nothing else of it (the paper's Stage II)
+    #[command(
+        after_help = "Example: looptrain gate --from file://.looptrain/runs/quickstart --steps 200\n\
+        A run of its own, NAME-gate; the same command goes on with it. Ends with the curves of depth \
+        and loss before and after."
+    )]
+    Gate(Gate),
     /// Write a checkpoint as a folder that the published Ouro code loads
     #[command(
         after_help = "Example: looptrain export --checkpoint file://.looptrain/runs/quickstart --to \
@@ -139,6 +147,7 @@ impl Command {
             Self::Audit(_) => "audit",
             Self::Generate(_) => "generate",
             Self::Eval(_) => "eval",
+            Self::Gate(_) => "gate",
             Self::Export(_) => "export",
             Self::Import(_) => "import",
             Self::Upcycle(_) => "upcycle",
@@ -196,6 +205,13 @@ pub(crate) struct Train {
     /// Print the plan as one JSON object
     #[arg(long, requires = "dry_run")]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) fleet: FleetArgs,
+}
+
+/// Workers on this machine.
+#[derive(Debug, Args)]
+pub(crate) struct FleetArgs {
     /// Worker processes to start; overrides cluster.workers
     #[arg(long)]
     pub(crate) workers: Option<u32>,

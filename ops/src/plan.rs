@@ -160,7 +160,7 @@ pub(crate) fn print(plan: &Value) {
                 continue;
             }
             println!(
-                "  memory of {what}: {} and nothing computed again, a loop {}, a layer {}",
+                "  memory of {what}: {}, or {} with a loop at a time computed again, {} with a layer",
                 bytes(&memory["none"]),
                 bytes(&memory["loop"]),
                 bytes(&memory["layer"]),

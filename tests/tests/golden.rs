@@ -13,7 +13,8 @@ use looptrain_model::composite::{LoopLm, Rotary};
 use looptrain_model::{
     Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState, exit_shares, stage_one,
 };
-use looptrain_proto::{Step, spec};
+use looptrain_proto::Step;
+use looptrain_proto::spec::{self, Objective};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -71,6 +72,7 @@ impl Case {
                 loops: size("loops"),
                 entropy_weight: number("beta"),
                 rope_base: number("theta"),
+                objective: Objective::Language,
             },
             batch: size("batch"),
             length: size("seq"),
@@ -140,6 +142,39 @@ fn losses_and_exits(name: &str, case: &Case, losses: &[f32], gates: &[f32], expe
     let tokens = (case.batch * case.length) as f32;
     let pdf: Vec<f32> = exit_shares(gates, loops).iter().map(|p| p * tokens).collect();
     close(&format!("{name} exit distribution"), &pdf, &expected["exit_pdf"]);
+}
+
+#[test]
+fn the_gate_learns_from_the_second_stages_loss_and_nothing_else_does() {
+    for name in CASES.iter().filter(|name| **name != "one-loop") {
+        let (mut case, weights, expected) = Case::read(name);
+        case.settings.objective = Objective::ExitGate;
+        let mut engine = Engine::new(&case.model, 2);
+        let layout = engine.layout().clone();
+        let mut state = TrainState::initial(&case.model, 0);
+        state.weights = flat(&layout, &weights);
+        state.first_moment.fill(0.5);
+        engine.load(&state.weights);
+        let slot = case.slot(&expected["tokens"], &expected["targets"]);
+        let SlotOutput { gradient, statistics } = case.gradient(&engine, slot);
+        near(&format!("{name} loss"), statistics.loss, expected["stage2_loss"][0]);
+        for tensor in layout.tensors() {
+            let found = &gradient[tensor.range()];
+            match expected.get(&format!("stage2_grad.{}", tensor.name)) {
+                Some(exact) => close(&format!("{name} {}", tensor.name), found, exact),
+                None => assert!(found.iter().all(|it| *it == 0.0), "{name} {}", tensor.name),
+            }
+        }
+        let before = state.clone();
+        let optimizer = spec::Optimizer::default();
+        engine.update(&mut state, &gradient, &optimizer, Objective::ExitGate, 1e-2);
+        for tensor in layout.tensors() {
+            let (then, now) = (&before.weights[tensor.range()], &state.weights[tensor.range()]);
+            assert_eq!(then != now, tensor.is_exit_gate(), "{name} {}", tensor.name);
+            let first = &state.first_moment[tensor.range()];
+            assert!(tensor.is_exit_gate() || first.iter().all(|it| *it == 0.5), "{}", tensor.name);
+        }
+    }
 }
 
 #[test]
@@ -229,7 +264,10 @@ fn eight_steps_of_adamw_track_the_reference() {
         let output = case.gradient(&engine, case.slot(batch("tokens"), batch("targets")));
         near(&format!("loss of {step}"), output.statistics.loss, row["loss"].as_f64().unwrap());
         let optimizer = spec::Optimizer::default();
-        let norm = engine.update(&mut state, &output.gradient, &optimizer, case.learning_rate);
+        let norm = {
+            let objective = case.settings.objective;
+            engine.update(&mut state, &output.gradient, &optimizer, objective, case.learning_rate)
+        };
         near(&format!("norm of {step}"), norm, row["grad_norm"].as_f64().unwrap());
     }
     let last = vectors("steps/final.safetensors");

@@ -5,6 +5,7 @@
 //! not with loops times layers. Computed again, every float is the same, so the choice never changes a
 //! bit.
 
+use looptrain_proto::spec::Objective;
 use rayon::prelude::*;
 
 use super::clock::{Clock, Section};
@@ -190,7 +191,7 @@ pub(crate) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// The gradient of the slot's mean Stage I loss, added to `gradient` (flat, in layout order), and
+    /// The gradient of the slot's mean loss, added to `gradient` (flat, in layout order), and
     /// means over the slot's tokens. Calls `on_final` with the gradient whenever more of it is final:
     /// its elements from that one on. Weights of the layers have theirs from all loops, so all but
     /// the head become final in the backward pass of the first loop.
@@ -205,13 +206,20 @@ impl Task<'_> {
     ) -> SlotStatistics {
         let Shape { hidden: d, vocab, layers, loops, .. } = self.shape;
         let dims = self.shape.dims();
-        let places = Places { keep: recompute.into(), loops, layers };
+        let keep = match settings.objective {
+            Objective::Language => recompute.into(),
+            Objective::ExitGate => Keep::States,
+        };
+        let places = Places { keep, loops, layers };
         workspace.resize(&self.shape, &places, true);
         let mut gradients = Gradients::new(self.layout, layers, gradient);
         let [inputs, targets] = batch.ids();
         self.forward(&places, &inputs, workspace);
 
         let clock = self.clock;
+        if settings.objective == Objective::ExitGate {
+            return self.gate_gradient(&targets, workspace, &mut gradients);
+        }
         let mut shares = clock.time(Section::Head, || exit::exit_shares(&workspace.gates, loops));
         let rows = head::Rows { states: &workspace.states, targets: &targets, hidden: d, vocab };
         let into = head::Into {
@@ -269,6 +277,24 @@ impl Task<'_> {
                 simd::add(&mut embedding[at..at + d], dx);
             }
         });
+        loss.statistics
+    }
+
+    /// The rest of a slot that trains the exit gate: there is no backward pass, for nothing before the
+    /// gate is trained.
+    fn gate_gradient(
+        &self,
+        targets: &[u32],
+        workspace: &mut Workspace,
+        gradients: &mut Gradients<'_>,
+    ) -> SlotStatistics {
+        let Shape { hidden, vocab, loops, .. } = self.shape;
+        let (clock, head) = (self.clock, &self.weights.head);
+        let Workspace { states, gates, losses, logits, .. } = &mut *workspace;
+        let rows = head::Rows { states, targets, hidden, vocab };
+        head::cross_entropy(clock, head, &rows, logits, losses, None);
+        let loss = clock.time(Section::Head, || exit::stage_two(losses, gates, loops));
+        self.exit_gate_backward(&loss.dgates, workspace, gradients);
         loss.statistics
     }
 

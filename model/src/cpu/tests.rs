@@ -2,7 +2,7 @@
 //! that fit neither blocks nor panels.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use looptrain_proto::spec;
+use looptrain_proto::spec::{self, Objective};
 
 use super::gradients::Gradients;
 use super::layer::{self, Call, Dims, Saved, Work};
@@ -214,7 +214,12 @@ fn a_slot_gives_the_gradients_of_the_composite_whatever_is_computed_again() {
     {
         let model = spec::Model { num_hidden_layers: layers, ..model.clone() };
         let flat = &flat[flat.len() - Layout::new(&model).parameters()..];
-        let settings = StageSettings { loops, entropy_weight: 0.07, rope_base: 1e3 };
+        let settings = StageSettings {
+            loops,
+            entropy_weight: 0.07,
+            rope_base: 1e3,
+            objective: Objective::Language,
+        };
         let count = sequences * (sequence_length + 1);
         let tokens = (0..count).map(|i| ((i * 7919 + i * i) % 131) as u32).collect();
         let batch = SlotBatch { tokens, sequences, sequence_length };

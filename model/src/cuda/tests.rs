@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use looptrain_proto::spec;
+use looptrain_proto::spec::{self, Objective};
 
 use super::CudaEngine;
 use super::driver::Driver;
@@ -15,7 +15,12 @@ use crate::{
     Engine, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings, TrainState,
 };
 
-const SETTINGS: StageSettings = StageSettings { loops: 3, entropy_weight: 0.05, rope_base: 1e4 };
+const SETTINGS: StageSettings = StageSettings {
+    loops: 3,
+    entropy_weight: 0.05,
+    rope_base: 1e4,
+    objective: Objective::Language,
+};
 
 fn model(head_dim: usize) -> spec::Model {
     spec::Model {
@@ -209,7 +214,7 @@ fn an_update_is_that_of_the_cpu() {
         let norm = engine.norm().expect("a norm");
         let size = StepSize { settings: &settings, step: state.step.next(), learning_rate: 1e-2 };
         engine.update(&size, norm, 1.0).expect("an update");
-        let exact = reference.update(&mut state, &gradient, &settings, 1e-2);
+        let exact = reference.update(&mut state, &gradient, &settings, Objective::Language, 1e-2);
         assert!((norm - exact).abs() < 1e-9 * exact, "{norm} against {exact}");
     }
     let mut found = [(); 3].map(|()| vec![0f32; parameters]);

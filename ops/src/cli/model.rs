@@ -8,7 +8,7 @@ use looptrain_model::CacheSharing;
 use looptrain_proto::spec::is_name;
 use looptrain_storage::Split;
 
-use super::{CheckpointUrl, MAX_THREADS};
+use super::{CheckpointUrl, FleetArgs, MAX_THREADS};
 use crate::folder::Float;
 
 /// Which model.
@@ -262,6 +262,36 @@ impl FromStr for DatasetUrl {
         let (store, name) = parts.ok_or("write STORE/datasets/NAME")?;
         Ok(Self { store: store.to_owned(), name: name.to_owned() })
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Gate {
+    /// URL of the checkpoint of the trained model
+    #[arg(long, value_name = "URL")]
+    pub(crate) from: CheckpointUrl,
+    /// Name of the run; that of the model's with `-gate` behind it by default
+    #[arg(long)]
+    pub(crate) run: Option<String>,
+    /// Optimizer updates, of batches as in the model's last stage
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) steps: u64,
+    /// Highest learning rate; it warms up over a tenth of the steps and decays along a cosine to a tenth
+    #[arg(long, default_value_t = 1e-2, value_parser = temperature)]
+    pub(crate) learning_rate: f64,
+    /// Sequences of the evaluations before and after
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) sequences: u32,
+    /// Forget what the store holds of this run and begin anew
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    #[command(flatten)]
+    pub(crate) fleet: FleetArgs,
+    /// Draw both curves into this file
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Print both curves as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

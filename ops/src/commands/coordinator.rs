@@ -56,16 +56,21 @@ impl PreparedRun {
     pub(crate) async fn new(args: &SpecArgs) -> Result<Self> {
         let mut overrides = args.overrides.clone();
         overrides.extend(args.audit.then(|| "run.audit=true".to_owned()));
-        let mut spec = Spec::load(&args.spec, &overrides)?;
+        let spec = Spec::load(&args.spec, &overrides)?;
+        Self::of(spec, args.fresh, args.until.map(Step)).await
+    }
+
+    /// Opens the store of a spec and makes what datasets are missing.
+    pub(super) async fn of(mut spec: Spec, fresh: bool, until: Option<Step>) -> Result<Self> {
         let store = Store::open(&spec.run.store)?;
         store.check_writable().await?;
         // A run that has a checkpoint has no use for what it began from.
-        if args.fresh || Checkpoints::new(&store, &spec.run.name).list().await?.is_empty() {
+        if fresh || Checkpoints::new(&store, &spec.run.name).list().await?.is_empty() {
             check_initial(&store, &spec).await?;
         }
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
-        Ok(Self { spec, store, datasets, fresh: args.fresh, until: args.until.map(Step) })
+        Ok(Self { spec, store, datasets, fresh, until })
     }
 
     pub(crate) async fn start(

@@ -20,7 +20,7 @@ const TOGETHER: usize = 2048;
 const LONGEST: usize = 4096;
 
 /// Sequences of equal length to measure a model on.
-struct Sequences {
+pub(super) struct Sequences {
     /// What they are called in what is printed.
     name: String,
     /// `[sequences, length]`.
@@ -73,7 +73,7 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
 }
 
 /// Runs the model over all sequences.
-fn measured(
+pub(super) fn measured(
     engine: &Engine,
     settings: &StageSettings,
     sequences: &Sequences,
@@ -133,15 +133,25 @@ async fn of_datasets(args: &Eval, model: &Trained) -> Result<Sequences> {
             vec![dataset.with_context(|| format!("there is no dataset `{name}` in {store}"))?]
         }
     };
+    let length = args.sequence_length.map_or(model.context.min(LONGEST), |length| length as usize);
+    spread(model, &datasets, Split::from(args.split), u64::from(args.sequences), length).await
+}
+
+/// Sequences spread evenly over a split of some datasets.
+pub(super) async fn spread(
+    model: &Trained,
+    datasets: &[Dataset],
+    split: Split,
+    sequences: u64,
+    length: usize,
+) -> Result<Sequences> {
     ensure!(
         !datasets.is_empty(),
         "say what to evaluate on: --data STORE/datasets/NAME, or --tokens and --targets"
     );
-    let split = Split::from(args.split);
-    let length = args.sequence_length.map_or(model.context.min(LONGEST), |length| length as usize);
-    let each = u64::from(args.sequences).div_ceil(datasets.len() as u64);
+    let each = sequences.div_ceil(datasets.len() as u64);
     let mut wanted = Vec::new();
-    for dataset in &datasets {
+    for dataset in datasets {
         let (name, has) = (&dataset.manifest().name, dataset.manifest().vocabulary_size);
         ensure!(
             has <= model.model.vocab_size,
@@ -258,16 +268,6 @@ fn result_json(
         let per_byte = report.tokens as f64 / bytes as f64;
         per_loop(&|loss| loss / std::f64::consts::LN_2 * per_byte)
     });
-    let quality: Vec<Value> = (report.quality.iter())
-        .map(|it| {
-            json!({
-                "threshold": it.threshold,
-                "mean_depth": it.mean_depth,
-                "loss": it.loss,
-                "accuracy": it.accuracy,
-            })
-        })
-        .collect();
     let mut result = json!({
         "model": model.name,
         "data": sequences.name,
@@ -283,7 +283,7 @@ fn result_json(
         "exit_pdf": report.exit_pdf,
         "entropy": report.entropy,
         "mean_depth": report.mean_depth,
-        "quality": quality,
+        "quality": quality_json(report),
     });
     if !answers.is_empty() {
         let answers = answers.iter().map(|(length, report)| {
@@ -296,6 +296,19 @@ fn result_json(
         result["mano"] = answers.collect();
     }
     result
+}
+
+/// The curve of depth and quality.
+pub(super) fn quality_json(report: &DepthReport) -> Value {
+    let quality = report.quality.iter().map(|it| {
+        json!({
+            "threshold": it.threshold,
+            "mean_depth": it.mean_depth,
+            "loss": it.loss,
+            "accuracy": it.accuracy,
+        })
+    });
+    quality.collect()
 }
 
 /// For people: what the JSON says, in columns.

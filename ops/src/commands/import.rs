@@ -9,7 +9,7 @@ use looptrain_model::{Layout, TensorEntry};
 use looptrain_proto::{Cursor, Digest, Generation, Spec, Step, spec};
 use looptrain_storage::{CheckpointManifest, Checkpoints, Store, Tensor, WeightsHasher};
 
-use crate::cli::{Import, LayerOrder, Upcycle};
+use crate::cli::{Import, LayerOrder, ModelUrl, Upcycle};
 use crate::trained::Found;
 
 /// Bytes of a part, or one tensor of more.
@@ -18,13 +18,38 @@ const PART: usize = 256 << 20;
 pub(crate) async fn run(args: Import) -> Result<()> {
     let (found, _) = Found::open(&args.from).await?;
     let layers = (0..found.model().num_hidden_layers).collect();
-    write(args, found, layers, "imported").await
+    bring(args, &Arc::new(found), layers, "imported").await
 }
 
 pub(crate) async fn upcycle(args: Upcycle) -> Result<()> {
     let (found, _) = Found::open(&args.import.from).await?;
     let layers = repeated(found.model().num_hidden_layers, args.layers as usize, args.order)?;
-    write(args.import, found, layers, "upcycled").await
+    bring(args.import, &Arc::new(found), layers, "upcycled").await
+}
+
+/// Writes the model, and prints what a spec says to begin from it.
+async fn bring(args: Import, found: &Arc<Found>, layers: Vec<usize>, what: &str) -> Result<()> {
+    let ModelUrl { store: url, name } = args.to;
+    let store = Store::open(&url)?;
+    if !Checkpoints::of_model(&store, &name).list().await?.is_empty() {
+        bail!("there is a model `{name}` in {url} already; choose another name");
+    }
+    let model = spec::Model { num_hidden_layers: layers.len(), ..found.model().clone() };
+    let (settings, context) = found.settings();
+    let written = write(&store, &name, found, layers).await?;
+    let weights = written.weights_digest;
+    let bytes: u64 = written.parts.iter().map(|part| part.bytes).sum();
+    println!("[model]\n{}", toml::to_string(&model)?);
+    println!("[initial]\n{}", toml::to_string(&spec::Initial { model: name.clone(), weights })?);
+    println!(
+        "# Trained with loops = {}, rope_base = {:?}, sequences of {context} at most.",
+        settings.loops, settings.rope_base
+    );
+    println!(
+        "{what} model={name} weights={weights} parameters={} bytes={bytes} store={url}",
+        model.parameters()
+    );
+    Ok(())
 }
 
 /// Which of `old` layers each of `new` ones is.
@@ -40,26 +65,25 @@ fn repeated(old: usize, new: usize, order: LayerOrder) -> Result<Vec<usize>> {
     Ok((0..new).map(of).collect())
 }
 
-/// Writes a model whose layers are those of the found one that `layers` says.
-async fn write(args: Import, found: Found, layers: Vec<usize>, what: &str) -> Result<()> {
-    let store = Store::open(&args.to.store)?;
-    let name = args.to.name;
-    let checkpoints = Checkpoints::of_model(&store, &name);
-    if !checkpoints.list().await?.is_empty() {
-        bail!("there is a model `{name}` in {} already; choose another name", args.to.store);
-    }
+/// Writes a model into a store whose layers are those of the found one that `layers` says.
+pub(super) async fn write(
+    store: &Store,
+    name: &str,
+    found: &Arc<Found>,
+    layers: Vec<usize>,
+) -> Result<CheckpointManifest> {
+    let checkpoints = Checkpoints::of_model(store, name);
     let model = spec::Model { num_hidden_layers: layers.len(), ..found.model().clone() };
-    let (settings, context) = found.settings();
-    let (old, new) = (Layout::new(found.model()), Layout::new(&model));
-    let mut entries: Vec<TensorEntry> = new.tensors().to_vec();
+    let old = Layout::new(found.model());
+    let mut entries: Vec<TensorEntry> = Layout::new(&model).tensors().to_vec();
     entries.sort_by(|a, b| a.name.cmp(&b.name));
     let parts = parts(&entries);
-    let (found, count, parameters) = (Arc::new(found), parts.len(), new.parameters());
+    let count = parts.len();
     let shared = Arc::new((old, entries, layers));
     let mut hasher = WeightsHasher::default();
     let mut written = Vec::with_capacity(count);
     for (index, part) in parts.into_iter().enumerate() {
-        let (found, shared) = (Arc::clone(&found), Arc::clone(&shared));
+        let (found, shared) = (Arc::clone(found), Arc::clone(&shared));
         let read = move || {
             let (old, entries, layers) = &*shared;
             let mut tensors = Vec::with_capacity(part.len());
@@ -75,37 +99,23 @@ async fn write(args: Import, found: Found, layers: Vec<usize>, what: &str) -> Re
         let read = tokio::task::spawn_blocking(read).await.context("the weights were not read")?;
         let (next, tensors) = read?;
         hasher = next;
-        let metadata = BTreeMap::from([("model".to_owned(), name.clone())]);
+        let metadata = BTreeMap::from([("model".to_owned(), name.to_owned())]);
         let saved = checkpoints.save_part(Step(0), index, count, tensors, metadata).await?;
         written.push(saved);
     }
-    let weights_digest = hasher.finish();
-    let bytes: u64 = written.iter().map(|part| part.bytes).sum();
     let manifest = CheckpointManifest {
         version: CheckpointManifest::VERSION,
-        run: name.clone(),
+        run: name.to_owned(),
         step: Step(0),
         cursor: Cursor::default(),
         // No steps led here.
         trajectory: Digest::of(b""),
         generation: Generation(0),
-        weights_digest,
+        weights_digest: hasher.finish(),
         parts: written,
     };
     checkpoints.commit(&manifest).await?;
-
-    let initial = spec::Initial { model: name.clone(), weights: weights_digest };
-    println!("[model]\n{}", toml::to_string(&model)?);
-    println!("[initial]\n{}", toml::to_string(&initial)?);
-    println!(
-        "# Trained with loops = {}, rope_base = {:?}, sequences of {context} at most.",
-        settings.loops, settings.rope_base
-    );
-    println!(
-        "{what} model={name} weights={weights_digest} parameters={parameters} bytes={bytes} store={}",
-        args.to.store
-    );
-    Ok(())
+    Ok(manifest)
 }
 
 /// Runs of tensors that make a part each.

@@ -8,6 +8,7 @@ mod coordinator;
 mod data;
 mod eval;
 mod export;
+mod gate;
 mod generate;
 mod import;
 mod orders;
@@ -33,6 +34,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Audit(args) => audit::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Eval(args) => eval::run(args).await,
+        Command::Gate(args) => gate::run(args, telemetry).await,
         Command::Export(args) => export::run(args).await,
         Command::Import(args) => import::run(args).await,
         Command::Upcycle(args) => import::upcycle(args).await,

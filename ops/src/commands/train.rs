@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::all_threads;
 use super::coordinator::{PreparedRun, follow};
 use super::generate;
-use crate::cli::Train;
+use crate::cli::{FleetArgs, Train};
 use crate::launcher::Fleet;
 
 use crate::telemetry::Telemetry;
@@ -32,22 +32,15 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;
     // As an override, so that it is checked like any other value.
-    args.spec.overrides.extend(args.workers.map(|workers| format!("cluster.workers={workers}")));
+    args.spec
+        .overrides
+        .extend(args.fleet.workers.map(|workers| format!("cluster.workers={workers}")));
     let mut run = tokio::select! {
         run = PreparedRun::new(&args.spec) => run?,
         () = stop.cancelled() => bail!("stopped before training began"),
     };
-    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let started = run.start(listen, args.spec.dashboard, stop, None, telemetry).await?;
-    let outcome = match started {
-        Started::Finished(outcome) => outcome,
-        Started::Running(running) => {
-            let threads = args.threads.unwrap_or_else(all_threads);
-            let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
-            let fleet = Fleet { device: args.device, ..fleet };
-            with_workers(running, fleet, &run).await?
-        }
-    };
+    let outcome =
+        on_this_machine(&mut run, &args.fleet, args.spec.dashboard, stop, telemetry).await?;
     run.print_outcome(&outcome).await?;
     if !outcome.stopped && run.spec.sample.tokens > 0 {
         generate::print_sample(&run, outcome.step).await?;
@@ -56,9 +49,28 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
     Ok(())
 }
 
+/// Runs the coordinator and its workers to the run's end.
+pub(super) async fn on_this_machine(
+    run: &mut PreparedRun,
+    args: &FleetArgs,
+    dashboard: Option<SocketAddr>,
+    stop: CancellationToken,
+    telemetry: &Telemetry,
+) -> Result<Outcome> {
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let started = run.start(listen, dashboard, stop, None, telemetry).await?;
+    let running = match started {
+        Started::Finished(outcome) => return Ok(outcome),
+        Started::Running(running) => running,
+    };
+    let threads = args.threads.unwrap_or_else(all_threads);
+    let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
+    with_workers(running, Fleet { device: args.device, ..fleet }, run).await
+}
+
 fn print_plan(args: &Train) -> Result<()> {
     let spec = Spec::load(&args.spec.spec, &args.spec.overrides)?;
-    let plan = plan::plan(&spec, &args.plan, args.threads.unwrap_or_else(all_threads))?;
+    let plan = plan::plan(&spec, &args.plan, args.fleet.threads.unwrap_or_else(all_threads))?;
     if args.json {
         println!("{plan}");
     } else {

@@ -119,7 +119,7 @@ impl Config<'_> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use looptrain_proto::spec::{Decay, LearningRate};
+    use looptrain_proto::spec::{Decay, LearningRate, Objective};
 
     use super::*;
 
@@ -151,6 +151,7 @@ mod tests {
             slot_sequences: 1,
             loops: 4,
             entropy_weight: 0.05,
+            objective: Objective::Language,
             rope_base: 1e6,
             learning_rate: LearningRate {
                 peak: 1e-5,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use looptrain_model::{Layout, StageSettings};
-use looptrain_proto::spec::Model;
+use looptrain_proto::spec::{Model, Objective};
 use serde_json::Value;
 
 use super::tensors::TensorFile;
@@ -92,7 +92,12 @@ impl ReadConfig {
             Some(Value::Array(ids)) => ids.iter().map(token).collect::<Result<_>>()?,
             Some(id) => vec![token(id)?],
         };
-        let settings = StageSettings { loops, entropy_weight: ENTROPY_WEIGHT, rope_base };
+        let settings = StageSettings {
+            loops,
+            entropy_weight: ENTROPY_WEIGHT,
+            rope_base,
+            objective: Objective::Language,
+        };
         Ok(Self { model, settings, context, ends })
     }
 }

@@ -63,6 +63,22 @@ impl Spec {
         Ok(spec)
     }
 
+    /// Another run out of this one, in the store `url`, after `change`.
+    ///
+    /// # Errors
+    /// As [`Spec::load`].
+    pub fn derive(&self, url: &str, change: impl FnOnce(&mut Self)) -> Result<Self, SpecError> {
+        let origin = format!("out of run `{}`", self.run.name);
+        let mut spec = self.clone();
+        change(&mut spec);
+        spec.run.store = absolute(url).map_err(|error| SpecError::Invalid {
+            origin: origin.clone(),
+            key: "run.store".into(),
+            message: format!("`{url}`: {error}"),
+        })?;
+        Self::parse(&origin, &spec.to_toml(), &[])
+    }
+
     /// As [`Spec::load`], from text; `origin` names it in errors.
     ///
     /// # Errors

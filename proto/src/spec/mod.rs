@@ -367,6 +367,9 @@ pub struct Stage {
     pub loops: usize,
     /// Weight of the exit distribution's entropy in the loss, beta.
     pub entropy_weight: f64,
+    /// What is trained, and by which loss.
+    #[serde(default, skip_serializing_if = "Objective::is_language")]
+    pub objective: Objective,
     /// Base of the rotary position embedding, theta.
     #[serde(default = "default_rope_base")]
     pub rope_base: f64,
@@ -383,6 +386,25 @@ fn is_zero(count: &u64) -> bool {
 
 fn default_rope_base() -> f64 {
     10_000.0
+}
+
+/// What a stage trains, and by which loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Objective {
+    /// Everything, by the Stage I loss: cross-entropies weighted by the exit distribution, less its
+    /// entropy.
+    #[default]
+    Language,
+    /// The exit gate alone, by the Stage II loss: whether another loop still helps. All else stays as
+    /// it is.
+    ExitGate,
+}
+
+impl Objective {
+    fn is_language(&self) -> bool {
+        *self == Self::Language
+    }
 }
 
 /// A batch that grows: the number of slots rises evenly from `slots` to that of the stage.

@@ -240,6 +240,7 @@ mod tests {
             slot_sequences: 3,
             loops: 1,
             entropy_weight: 0.0,
+            objective: crate::spec::Objective::Language,
             rope_base: 1e4,
             learning_rate: rate(1.0, 0, 0, 0.0),
             mixture: Vec::new(),

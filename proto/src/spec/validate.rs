@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{Dataset, Model, Source, Spec, Stage};
+use super::{Dataset, Model, Objective, Source, Spec, Stage};
 use crate::MAX_SLOTS;
 
 type Complaint = (String, String);
@@ -331,6 +331,11 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
         weight.is_finite() && weight >= 0.0,
         key("entropy_weight"),
         "must be at least 0, not {weight}"
+    );
+    require!(
+        stage.objective == Objective::Language || stage.loops > 1,
+        key("objective"),
+        "an exit gate has nothing to choose from with one loop; train it with more"
     );
     let base = stage.rope_base;
     require!(base.is_finite() && base > 1.0, key("rope_base"), "must be above 1, not {base}");

@@ -321,3 +321,48 @@ fn exercises_of_each_length_are_answered_that_training_has_not_seen() {
     other.train(&["--workers", "1", "--until", "1"]).stopped();
     other.run(&eval).fails(1, &["Mano"]);
 }
+
+#[test]
+fn a_gate_is_trained_alone_by_any_number_of_workers_and_compared_at_equal_depth() {
+    let scratch = Scratch::new();
+    // A stage of three loops.
+    scratch.train(&["--workers", "1", "--until", "8"]).stopped();
+    let from = "file://store/runs/small/checkpoints/step-0000000008";
+    let gate = ["gate", "--from", from, "--steps", "30", "--learning-rate", "0.05"];
+    let gate = |more: &[&str]| scratch.run(&[&gate[..], &["--sequences", "20"], more].concat());
+    let one = gate(&["--workers", "1", "--plot", "gate.svg"]).done();
+    assert_eq!(one.field("run"), "small-gate");
+    assert_eq!(one.stdout.lines().filter(|line| line.starts_with(' ')).count(), 9);
+    assert!(fs::read_to_string(scratch.path("gate.svg")).unwrap().contains("after"));
+    let two = gate(&["--workers", "2", "--run", "other"]).done();
+    assert_eq!(two.field("weights"), one.field("weights"));
+
+    let read = |run: &str, step: u64, parts: u64| {
+        let place = format!("store/runs/{run}/checkpoints/step-{step:010}");
+        let parts = (0..parts).map(|part| format!("state-{part:04}-of-{parts:04}.safetensors"));
+        let parts = parts.map(|part| tensors(&scratch.path(&place).join(part)));
+        parts.flatten().collect::<BTreeMap<_, _>>()
+    };
+    let (before, after) = (read("small", 8, 1), read("other", 30, 2));
+    for (name, bytes) in before.iter().filter(|(name, _)| !name.starts_with("optim.")) {
+        let is_gate = name.starts_with("model.early_exit_gate.");
+        assert_eq!(after[name] != *bytes, is_gate, "{name}");
+    }
+    let log =
+        fs::read_to_string(scratch.path("store/runs/small-gate/metrics/steps-0000000001.jsonl"));
+    let lines: Vec<Value> =
+        log.unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let loss = |line: &Value| line["loss"].as_f64().unwrap();
+    assert!(loss(lines.last().unwrap()) < loss(&lines[0]), "the gate learns");
+
+    let again = gate(&["--json"]);
+    let curves: Value = serde_json::from_str(&again.stdout).unwrap();
+    let rows = curves["at_equal_depth"].as_array().unwrap();
+    // All tokens at the same depth: no gate can differ there.
+    for row in [&rows[0], rows.last().unwrap()] {
+        assert_eq!(row["before"], row["after"], "{curves}");
+    }
+    scratch.train(&["--workers", "1"]).done();
+    let newer = ["gate", "--from", "file://store/runs/small", "--steps", "30"];
+    scratch.run(&newer).fails(1, &["small-gate", "other weights", "--fresh"]);
+}

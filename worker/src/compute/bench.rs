@@ -485,7 +485,8 @@ impl Bench {
             self.trainer.skip();
         } else {
             let rate = self.spec.learning_rate(step);
-            self.trainer.update(&gradient, &self.spec.optimizer, rate)?;
+            let objective = self.spec.stages[self.spec.stage_of(step)].objective;
+            self.trainer.update(&gradient, &self.spec.optimizer, objective, rate)?;
         }
         for output in std::mem::take(&mut self.kept).outputs.into_values() {
             self.trainer.recycle(output.gradient);

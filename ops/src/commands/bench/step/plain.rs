@@ -11,7 +11,8 @@ use burn::tensor::Device;
 use looptrain_model::{
     Engine, Recompute, SlotBatch, SlotOutput, StageSettings, TrainState, Trainer, composite,
 };
-use looptrain_proto::{Spec, Step, spec};
+use looptrain_proto::spec::{self, Objective};
+use looptrain_proto::{Spec, Step};
 use looptrain_worker::bench::{BareStep, FixedSteps};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -59,7 +60,7 @@ pub(super) fn steps(
         let (gradient, loss) = sum.mean(slots.len());
         let prepared = Instant::now();
         let rate = spec.learning_rate(state.step.next());
-        engine.update(&mut state, &gradient, &spec.optimizer, rate);
+        engine.update(&mut state, &gradient, &spec.optimizer, Objective::Language, rate);
         engine.load(&state.weights);
         engine.recycle(gradient);
         steps.push(BareStep {
