@@ -75,8 +75,11 @@ fn draw_one(area: &DrawingArea<SVGBackend<'_>, Shift>, chart: &Chart) -> Result<
             .draw_series(line.points.iter().map(|point| Circle::new(*point, 3, colour.filled())))?;
     }
     if chart.lines.len() > 1 {
-        let legend = context.configure_series_labels().background_style(WHITE.mix(0.8)).draw();
-        legend?;
+        context
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperMiddle)
+            .background_style(WHITE.mix(0.8))
+            .draw()?;
     }
     Ok(())
 }

@@ -227,6 +227,7 @@ fn weight_files(path: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -324,6 +325,37 @@ mod tests {
         assert!(error.contains("has the tensor `model.extra`"), "{error}");
         let error = refusal(&|it| it[0].1 = vec![8, 10]);
         assert!(error.contains("has the shape [8, 10]") && error.contains("[10, 8]"), "{error}");
+    }
+
+    /// Any JSON that is not deep.
+    fn any_value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            (0u64..70).prop_map(Value::from),
+            ".{0,8}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(2, 8, 3, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                proptest::collection::vec((".{0,4}", inner), 0..3)
+                    .prop_map(|pairs| Value::Object(pairs.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_config_is_an_error_or_a_model(place in any::<prop::sample::Index>(), value in any_value()) {
+            let mut config = config();
+            let keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+            config[&keys[place.index(keys.len())]] = value.clone();
+            let _ = folder(&config, &tensors());
+            let _ = ReadConfig::parse(value.to_string().as_bytes());
+        }
     }
 
     #[test]

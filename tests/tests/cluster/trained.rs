@@ -213,7 +213,10 @@ fn a_model_is_measured_written_with_and_begun_from_again_to_the_bit() {
     assert_eq!(cached(&full) % (2 * 2 * 2 * 24 * 4), 0, "{full}");
     for cache in ["last", "averaged"] {
         let shared = generate(&["--seed", "3", "--cache", cache, "--exit", "0.5", "--top-k", "9"]);
-        assert!(shared["mean_loops"] == shared["mean_exit"] && cached(&shared) > 0, "{shared}");
+        // All but the prompt's last token stop where they exit.
+        let [exit, loops] = ["mean_exit", "mean_loops"].map(|key| shared[key].as_f64().unwrap());
+        let tokens = shared["tokens"].as_array().unwrap().len() as f64;
+        assert!(loops >= exit && loops - exit <= 1.0 / tokens && cached(&shared) > 0, "{shared}");
     }
     let early = generate(&["--exit", "0"]);
     assert_eq!((&early["mean_exit"], &early["mean_loops"]), (&1.0.into(), &2.0.into()));

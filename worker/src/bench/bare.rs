@@ -10,7 +10,7 @@ use looptrain_storage::{Reading, Store};
 use tokio::sync::mpsc;
 
 use crate::compute::{Bench, Compute, ComputeError};
-use crate::data::{Data, Slot};
+use crate::data::{Data, DataError, Slot};
 use crate::machine::memory_of;
 use crate::reduce::Sums;
 use crate::{Moments, WorkerError};
@@ -73,7 +73,8 @@ pub async fn bare_steps(
     let data = Data::open(Arc::clone(&spec), &store, &reading).await.map_err(WorkerError::from)?;
     let mut work = Vec::new();
     for step in (1..=steps).map(Step) {
-        let slots = spec.slots_of(step);
+        let at = spec.position(step).ok_or(DataError::NoSuchStep(step));
+        let slots = at.map_err(WorkerError::from)?.slots;
         let mut batches = Vec::new();
         for slot in 0..slots {
             batches.push(data.slot(step, slot).await.map_err(WorkerError::from)?);

@@ -43,7 +43,7 @@ impl Feeding {
     /// # Errors
     /// When the spec has no such step, or data cannot be read.
     pub async fn step(&self, step: Step) -> Result<Fed, DataError> {
-        let slots = self.spec.slots_of(step);
+        let slots = self.spec.position(step).ok_or(DataError::NoSuchStep(step))?.slots;
         let mut fed = Fed { sequences: 0, sum: 0 };
         for slot in self.feed.slots(step, 0..slots).await? {
             fed.sequences += slot.sequences.len() as u64;
