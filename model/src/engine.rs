@@ -159,7 +159,8 @@ impl Engine {
         recompute: Recompute,
     ) -> u64 {
         let shape = shape_of(model, settings, sequences, sequence_length);
-        Workspace::bytes(&shape, recompute) + size_of::<f32>() as u64 * model.parameters()
+        Workspace::bytes(&shape, recompute, settings.objective)
+            + size_of::<f32>() as u64 * model.parameters()
     }
 
     /// The table of the model's tensors.

@@ -23,7 +23,7 @@ pub struct ExitLoss {
 /// Means over the tokens of a slot.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SlotStatistics {
-    /// Stage I loss, in nats.
+    /// The loss that is trained by, of Stage I or II, in nats.
     pub loss: f64,
     /// Cross-entropy of each loop, in nats.
     pub loss_per_loop: Vec<f64>,

@@ -417,7 +417,7 @@ impl Trainer {
     /// When the device fails; the state is then lost.
     ///
     /// # Panics
-    /// If no state is held.
+    /// If no state is held, or a device is to train the exit gate alone, for which it has no kernels.
     pub fn update(
         &mut self,
         gradient: &[f32],
@@ -433,6 +433,7 @@ impl Trainer {
                 Ok(norm)
             }
             Place::Device(on) => {
+                assert_eq!(objective, Objective::Language, "devices train everything");
                 let step = on.held.take().expect("a state has been adopted").next();
                 on.engine.put_gradient(gradient)?;
                 let norm = on.engine.norm()?;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use looptrain_model::Device;
 use looptrain_proto::Spec;
-use looptrain_proto::spec::{Decay, Model, Stage};
+use looptrain_proto::spec::{Decay, Model, Objective, Stage};
 use looptrain_worker::worker_bytes;
 use serde_json::{Value, json};
 
@@ -33,7 +33,7 @@ pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value>
     let mut stages = Vec::new();
     let (mut steps, mut tokens, mut operations) = (0, 0, 0.0);
     for (index, stage) in spec.stages.iter().enumerate() {
-        let of_stage = stage.tokens_of(stage.steps);
+        let of_stage = stage.tokens_in(stage.steps);
         let flops = of_stage as f64 * operations_per_token(&spec.model, stage);
         let memory = |device| -> Result<Value> {
             let [none, by_loop, by_layer] = worker_bytes(spec, stage, device, threads as usize)
@@ -53,7 +53,7 @@ pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value>
             "steps": stage.steps,
             "tokens": of_stage,
             "sequence_length": stage.sequence_length,
-            "batch_tokens": [batch(0), batch(stage.steps)],
+            "batch_tokens": [batch(0), batch(stage.steps - 1)],
             "loops": stage.loops,
             "entropy_weight": stage.entropy_weight,
             "rope_base": stage.rope_base,
@@ -67,8 +67,11 @@ pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value>
             "mixture": mixture,
             "flops": flops,
             "gpu_hours": flops / per_hour,
-            // Kernels for a GPU do not exist for every shape.
-            "gpu_bytes": memory(Device::Cuda(0)).unwrap_or(Value::Null),
+            // Kernels for a GPU do not exist for every shape, nor for the gate.
+            "gpu_bytes": match stage.objective {
+                Objective::Language => memory(Device::Cuda(0)).unwrap_or(Value::Null),
+                Objective::ExitGate => Value::Null,
+            },
             "cpu_bytes": memory(Device::Cpu)?,
         }));
         steps += stage.steps;
@@ -156,7 +159,7 @@ pub(crate) fn print(plan: &Value) {
         ] {
             let memory = &stage[name];
             if memory.is_null() {
-                println!("  memory of {what}: there are no kernels for a model of this shape");
+                println!("  memory of {what}: there are no kernels for this");
                 continue;
             }
             println!(
@@ -225,6 +228,16 @@ mod tests {
         let longer =
             two["stages"][0]["flops"].as_f64().unwrap() / stages[1]["flops"].as_f64().unwrap();
         assert!((1.8..2.0).contains(&longer), "all but the head is there twice: {longer}");
+    }
+
+    #[test]
+    fn a_ramp_that_takes_the_whole_stage_does_not_come_to_its_end() {
+        let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+        let given = ["stages.0.steps=40".to_owned()];
+        let spec = Spec::load(&examples.join("recipe.toml"), &given).unwrap();
+        let plan = plan(&spec, &DryRun { mfu: 0.4, peak_tflops: 989.0 }, 2).unwrap();
+        // 4 slots of 32 tokens, and 7 of the 8 in the last step.
+        assert_eq!(plan["stages"][0]["batch_tokens"], json!([128, 224]));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! A trained model, out of a checkpoint or a folder.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use looptrain_model::{Engine, Layout, StageSettings};
-use looptrain_proto::{Spec, spec};
+use looptrain_proto::{Digest, Spec, spec};
 use looptrain_storage::{
     CheckpointManifest, Checkpoints, Dataset, SkippedCheckpoint, Store, Tensor, TextTokenizer,
     read_record,
@@ -21,6 +22,8 @@ pub(crate) enum Found {
     /// A verified checkpoint.
     Checkpoint {
         spec: Box<Spec>,
+        /// Digests of the datasets that the run is trained on, by name.
+        pins: BTreeMap<String, Digest>,
         manifest: CheckpointManifest,
         /// Sorted by name.
         tensors: Vec<Tensor>,
@@ -60,7 +63,7 @@ impl Found {
             }
             read
         };
-        Ok(Self::Checkpoint { spec, manifest, tensors })
+        Ok(Self::Checkpoint { spec, pins: record.datasets, manifest, tensors })
     }
 
     /// What it is called in what is printed.
@@ -81,7 +84,7 @@ impl Found {
         }
     }
 
-    /// How it is run, and the longest sequence that it was trained with.
+    /// How it is run, and the length of the sequences that it was trained with last.
     pub(crate) fn settings(&self) -> (StageSettings, usize) {
         match self {
             Self::Folder(folder) => (folder.config.settings, folder.config.context),
@@ -122,48 +125,61 @@ pub(crate) struct Trained {
     pub(crate) settings: StageSettings,
     /// Loops that it was trained with.
     pub(crate) trained_loops: usize,
-    /// Longest sequence that it was trained with.
+    /// Length of the sequences that it was trained with last.
     pub(crate) context: usize,
     pub(crate) tokenizer: Option<TextTokenizer>,
     /// Tokens that end a text.
     pub(crate) ends: Vec<u32>,
-    /// The datasets that the stage of a checkpoint draws from.
-    pub(crate) datasets: Vec<Dataset>,
+    /// The datasets that the stage of a checkpoint draws from, to be opened.
+    stored: Vec<(Store, String, Option<Digest>)>,
 }
 
 impl Trained {
     /// Opens what the arguments name and loads its weights.
     pub(crate) async fn open(args: &ModelArgs) -> Result<Self> {
         let (found, store) = Found::open(&args.source()).await?;
-        let mut datasets = Vec::new();
-        if let (Found::Checkpoint { spec, manifest, .. }, Some(store)) = (&found, &store) {
+        let mut stored = Vec::new();
+        if let (Found::Checkpoint { spec, pins, manifest, .. }, Some(store)) = (&found, &store) {
             for (index, _) in spec.mixture(spec.stage_of(manifest.step)) {
-                let name = &spec.datasets[index].name;
-                let dataset = Dataset::open(store, name).await?;
-                let gone = || format!("dataset `{name}`, whose tokenizer the run uses, is gone");
-                datasets.push(dataset.with_context(gone)?);
+                let name = spec.datasets[index].name.clone();
+                let pin = pins.get(&name).copied();
+                stored.push((store.clone(), name, pin));
             }
         }
-        let mut this = Self::new(found, datasets, args.threads.unwrap_or_else(all_threads)).await?;
+        let tokenizer = match stored.first() {
+            Some(first) => Some(open_dataset(first).await?.tokenizer().await?),
+            None => None,
+        };
+        let threads = args.threads.unwrap_or_else(all_threads);
+        let mut this = Self { stored, ..Self::new(found, tokenizer, threads).await? };
         if let Some(loops) = args.loops {
             this.settings.loops = loops as usize;
         }
         Ok(this)
     }
 
-    /// Loads weights that were found; `datasets` are those of a checkpoint's stage.
-    pub(crate) async fn new(found: Found, datasets: Vec<Dataset>, threads: u32) -> Result<Self> {
+    /// Loads weights that were found; the tokenizer of a checkpoint's data is given.
+    pub(crate) async fn new(
+        found: Found,
+        tokenizer: Option<TextTokenizer>,
+        threads: u32,
+    ) -> Result<Self> {
         let mut ends = Vec::new();
         let tokenizer = match &found {
             Found::Folder(folder) => {
                 ends.clone_from(&folder.config.ends);
                 of_folder(folder)?
             }
-            Found::Checkpoint { .. } => match datasets.first() {
-                Some(dataset) => Some(dataset.tokenizer().await?),
-                None => None,
-            },
+            Found::Checkpoint { .. } => tokenizer,
         };
+        if let Some(tokenizer) = &tokenizer {
+            let (has, model) = (tokenizer.vocabulary_size(), found.model().vocab_size);
+            ensure!(
+                has <= model,
+                "the tokenizer of {} has a vocabulary of {has}, the model one of {model}: it is of another model",
+                found.name()
+            );
+        }
         if ends.is_empty() {
             ends.extend(tokenizer.as_ref().map(TextTokenizer::end_of_text));
         }
@@ -189,8 +205,17 @@ impl Trained {
             context,
             tokenizer,
             ends,
-            datasets,
+            stored: Vec::new(),
         })
+    }
+
+    /// The datasets that the stage of a checkpoint draws from.
+    pub(crate) async fn datasets(&self) -> Result<Vec<Dataset>> {
+        let mut datasets = Vec::new();
+        for stored in &self.stored {
+            datasets.push(open_dataset(stored).await?);
+        }
+        Ok(datasets)
     }
 
     /// Its tokenizer.
@@ -207,12 +232,18 @@ fn of_folder(folder: &ModelFolder) -> Result<Option<TextTokenizer>> {
         Some(end) => TextTokenizer::with_end_of_text(&json, *end),
         None => TextTokenizer::from_json(&json, None),
     };
-    let tokenizer = read.with_context(place)?;
-    let (has, model) = (tokenizer.vocabulary_size(), folder.config.model.vocab_size);
+    read.with_context(place).map(Some)
+}
+
+/// Opens a dataset that a run is trained on.
+async fn open_dataset((store, name, pin): &(Store, String, Option<Digest>)) -> Result<Dataset> {
+    let dataset = Dataset::open(store, name).await?;
+    let dataset =
+        dataset.with_context(|| format!("dataset `{name}`, which the run uses, is gone"))?;
+    let has = dataset.digest();
     ensure!(
-        has <= model,
-        "{} has a vocabulary of {has}, config.json says {model}: it is of another model",
-        place()
+        pin.is_none_or(|pin| pin == has),
+        "dataset `{name}` is not what the run was trained on any more: it has the digest {has}"
     );
-    Ok(Some(tokenizer))
+    Ok(dataset)
 }

@@ -26,6 +26,10 @@ pub(crate) enum StateError {
     )]
     OtherInitial { model: String, theirs: Digest, ours: Digest },
     #[error(
+        "the tensors of models/{model} are not those of [model]; copy [model] from what the import printed"
+    )]
+    OtherShape { model: String },
+    #[error(
         "the checkpoint of step {step} is of another model: it has no tensor {name}; use another run.name"
     )]
     Missing { step: Step, name: String },
@@ -137,13 +141,15 @@ pub(crate) fn from_tensors(
     Ok(TrainState { step, weights, first_moment, second_moment })
 }
 
-/// The state before step 1 with weights from elsewhere; every one of the layout must be there, and
+/// The state before step 1 with the weights of `model`; every one of the layout must be there, and
 /// nothing else.
 pub(crate) fn from_weights(
     layout: &Layout,
+    model: &str,
     tensors: Vec<Tensor>,
 ) -> Result<TrainState, StateError> {
-    let [weights] = gather(layout, Step(0), [""], tensors)?;
+    let other = |_| StateError::OtherShape { model: model.to_owned() };
+    let [weights] = gather(layout, Step(0), [""], tensors).map_err(other)?;
     let zeros = vec![0.0; weights.len()];
     Ok(TrainState { step: Step(0), weights, first_moment: zeros.clone(), second_moment: zeros })
 }
@@ -230,6 +236,19 @@ mod tests {
                 assert_eq!(saved.await.unwrap().1, digest(&layout, &state.weights));
             }
         }
+    }
+
+    #[test]
+    fn weights_to_begin_from_come_without_moments_and_are_all_there() {
+        let (layout, state) = sample();
+        let mut weights = Part::copy(&layout, &state, 0, 1).tensors;
+        weights.retain(|tensor| !tensor.name.starts_with("optim."));
+        let begun = from_weights(&layout, "m", weights.clone()).unwrap();
+        assert!(begun.weights == state.weights && begun.step == Step(0));
+        assert!(begun.first_moment.iter().chain(&begun.second_moment).all(|it| *it == 0.0));
+        weights.pop();
+        let error = from_weights(&layout, "m", weights).err().unwrap();
+        assert_eq!(error, StateError::OtherShape { model: "m".into() });
     }
 
     #[test]

@@ -112,16 +112,29 @@ impl Cache {
             return;
         }
         if self.sharing == CacheSharing::Averaged {
-            let (first, others) = self.slots.split_at_mut(layers);
-            for (at, slot) in others.iter().enumerate() {
-                simd::add(&mut first[at % layers].keys, &slot.keys);
-                simd::add(&mut first[at % layers].values, &slot.values);
-            }
+            let (capacity, length) = (self.capacity, self.length);
+            let head_dim = self.shape.hidden / self.shape.heads;
             let share = 1.0 / loops as f32;
-            for slot in first {
-                simd::scale(&mut slot.keys, share);
-                simd::scale(&mut slot.values, share);
-            }
+            let (first, others) = self.slots.split_at_mut(layers);
+            first.par_iter_mut().enumerate().for_each(|(layer, mean)| {
+                let same = || others.iter().skip(layer).step_by(layers);
+                // What is used of keys, and of values.
+                for row in 0..self.shape.hidden {
+                    let used = row * capacity..row * capacity + length;
+                    same().for_each(|slot| {
+                        simd::add(&mut mean.keys[used.clone()], &slot.keys[used.clone()]);
+                    });
+                    simd::scale(&mut mean.keys[used], share);
+                }
+                for head in 0..self.shape.heads {
+                    let first = head * capacity * head_dim;
+                    let used = first..first + length * head_dim;
+                    same().for_each(|slot| {
+                        simd::add(&mut mean.values[used.clone()], &slot.values[used.clone()]);
+                    });
+                    simd::scale(&mut mean.values[used], share);
+                }
+            });
         } else {
             self.slots.rotate_right(layers);
         }

@@ -53,14 +53,15 @@ pub(super) struct Into<'a> {
     pub(super) dhead: &'a mut [f32],
 }
 
-/// Cross-entropy of each row, `[R * N]`, in nats; with `into`, the gradients too. `logits` has
-/// [`logits_len`] elements.
+/// Cross-entropy of each row, `[R * N]`, in nats; with `into`, the gradients too, and without it, with
+/// `hits`, whether the target is the likeliest token. `logits` has [`logits_len`] elements.
 pub(super) fn cross_entropy(
     clock: &Clock,
     head: &Matrix,
     rows: &Rows<'_>,
     logits: &mut [f32],
     losses: &mut [f32],
+    mut hits: Option<&mut [bool]>,
     mut into: Option<Into<'_>>,
 ) {
     let Rows { states, targets, hidden: d, vocab } = *rows;
@@ -79,15 +80,29 @@ pub(super) fn cross_entropy(
             targets[(first + block * BLOCK + row) % targets.len()] as usize
         };
         match &mut into {
-            None => blocks.into_par_iter().enumerate().for_each(|(block, (x, logits, losses))| {
-                clock.time(Section::Head, || {
-                    head.apply(losses.len(), x, logits, stride);
-                    for (row, loss) in losses.iter_mut().enumerate() {
-                        let logits = &logits[row * stride..row * stride + vocab];
-                        *loss = simd::log_sum_exp(logits) - logits[target(block, row)];
-                    }
-                });
-            }),
+            None => {
+                let (x, logits, losses) = blocks;
+                // As many flags as losses, or none.
+                let flags =
+                    hits.as_deref_mut().map_or(&mut [][..], |hits| &mut hits[first..first + count]);
+                let mut flags: Vec<&mut [bool]> = flags.chunks_mut(BLOCK).collect();
+                flags.resize_with(count.div_ceil(BLOCK), Default::default);
+                (x, logits, losses, flags).into_par_iter().enumerate().for_each(
+                    |(block, (x, logits, losses, hits))| {
+                        clock.time(Section::Head, || {
+                            head.apply(losses.len(), x, logits, stride);
+                            for (row, loss) in losses.iter_mut().enumerate() {
+                                let logits = &logits[row * stride..row * stride + vocab];
+                                let target = target(block, row);
+                                *loss = simd::log_sum_exp(logits) - logits[target];
+                                if let Some(hit) = hits.get_mut(row) {
+                                    *hit = is_largest(logits, target);
+                                }
+                            }
+                        });
+                    },
+                );
+            }
             Some(Into { shares, dstates, dhead }) => {
                 let (x, logits_of, losses_of) = blocks;
                 let factors = &mut shares[first..first + count];
@@ -134,36 +149,8 @@ pub(super) fn cross_entropy(
     }
 }
 
-/// Cross-entropy of each row, `[R * N]`, in nats, and whether its target has the largest logit.
-pub(super) fn cross_entropy_and_hits(
-    clock: &Clock,
-    head: &Matrix,
-    rows: &Rows<'_>,
-    logits: &mut [f32],
-    losses: &mut [f32],
-    hits: &mut [bool],
-) {
-    let Rows { states, targets, hidden: d, vocab } = *rows;
-    let (chunk, stride) = (chunk_rows(vocab), stride(vocab));
-    let chunks = states.chunks(chunk * d).zip(losses.chunks_mut(chunk).zip(hits.chunks_mut(chunk)));
-    for (place, (states, (losses, hits))) in chunks.enumerate() {
-        let blocks = (
-            states.par_chunks(BLOCK * d),
-            logits.par_chunks_mut(BLOCK * stride),
-            losses.par_chunks_mut(BLOCK),
-            hits.par_chunks_mut(BLOCK),
-        );
-        blocks.into_par_iter().enumerate().for_each(|(block, (x, logits, losses, hits))| {
-            clock.time(Section::Head, || {
-                head.apply(losses.len(), x, logits, stride);
-                for (row, (loss, hit)) in losses.iter_mut().zip(hits).enumerate() {
-                    let logits = &logits[row * stride..row * stride + vocab];
-                    let target = targets[(place * chunk + block * BLOCK + row) % targets.len()];
-                    let own = logits[target as usize];
-                    *loss = simd::log_sum_exp(logits) - own;
-                    *hit = logits.iter().all(|logit| *logit <= own);
-                }
-            });
-        });
-    }
+/// Whether a token is the likeliest, of several that are the one with the lowest id.
+fn is_largest(logits: &[f32], target: usize) -> bool {
+    let (before, own) = (&logits[..target], logits[target]);
+    before.iter().all(|logit| *logit < own) && logits[target..].iter().all(|logit| *logit <= own)
 }

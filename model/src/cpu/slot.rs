@@ -30,12 +30,13 @@ enum Keep {
     States,
 }
 
-impl From<Recompute> for Keep {
-    fn from(recompute: Recompute) -> Self {
-        match recompute {
-            Recompute::None => Self::All,
-            Recompute::Loop => Self::Loop,
-            Recompute::Layer => Self::Inputs,
+impl Keep {
+    fn of(recompute: Recompute, objective: Objective) -> Self {
+        match (objective, recompute) {
+            (Objective::ExitGate, _) => Self::States,
+            (Objective::Language, Recompute::None) => Self::All,
+            (Objective::Language, Recompute::Loop) => Self::Loop,
+            (Objective::Language, Recompute::Layer) => Self::Inputs,
         }
     }
 }
@@ -110,17 +111,21 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Bytes of the workspace of a slot, with a backward pass. What threads keep for themselves (some
-    /// hundred kilobytes each) is not in it.
-    pub(crate) fn bytes(slot: &Shape, recompute: Recompute) -> u64 {
+    /// Bytes of the workspace of a slot, with the backward pass of its objective. What threads keep for
+    /// themselves (some hundred kilobytes each) is not in it.
+    pub(crate) fn bytes(slot: &Shape, recompute: Recompute, objective: Objective) -> u64 {
         let dims = slot.dims();
-        let places = Places { keep: recompute.into(), loops: slot.loops, layers: slot.layers };
+        let keep = Keep::of(recompute, objective);
+        let places = Places { keep, loops: slot.loops, layers: slot.layers };
         let (n, d) = (dims.tokens(), dims.hidden);
-        let states = slot.loops * n * (2 * d + 3);
-        let streams = (places.streams() + 3) * n * d;
         let saved = places.saves() * n * Saved::width(&dims);
         let logits = head::logits_len(slot.vocab, slot.loops * n);
-        let floats = states + streams + saved + Work::len(&dims) + logits;
+        let forward = slot.loops * n * (d + 3) + (places.streams() + 1) * n * d + saved + logits;
+        let backward = match objective {
+            Objective::Language => (slot.loops + 2) * n * d + Work::len(&dims),
+            Objective::ExitGate => 0,
+        };
+        let floats = forward + backward;
         (floats * size_of::<f32>()) as u64
     }
 
@@ -206,12 +211,8 @@ impl Task<'_> {
     ) -> SlotStatistics {
         let Shape { hidden: d, vocab, layers, loops, .. } = self.shape;
         let dims = self.shape.dims();
-        let keep = match settings.objective {
-            Objective::Language => recompute.into(),
-            Objective::ExitGate => Keep::States,
-        };
-        let places = Places { keep, loops, layers };
-        workspace.resize(&self.shape, &places, true);
+        let places = Places { keep: Keep::of(recompute, settings.objective), loops, layers };
+        workspace.resize(&self.shape, &places, settings.objective == Objective::Language);
         let mut gradients = Gradients::new(self.layout, layers, gradient);
         let [inputs, targets] = batch.ids();
         self.forward(&places, &inputs, workspace);
@@ -228,11 +229,13 @@ impl Task<'_> {
             dhead: gradients.head(),
         };
         let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
-        head::cross_entropy(clock, &self.weights.head, &rows, logits, losses, Some(into));
+        head::cross_entropy(clock, &self.weights.head, &rows, logits, losses, None, Some(into));
         let loss = clock.time(Section::Head, || {
             exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight)
         });
-        self.exit_gate_backward(&loss.dgates, workspace, &mut gradients);
+        let Workspace { states, dstates, .. } = &mut *workspace;
+        self.exit_gate_backward(&loss.dgates, states, &mut gradients);
+        self.exit_gate_input_backward(&loss.dgates, dstates);
         on_final(gradients.flat(), gradients.start_of_exit_gate());
 
         workspace.stream_gradient.fill(0.0);
@@ -292,9 +295,9 @@ impl Task<'_> {
         let (clock, head) = (self.clock, &self.weights.head);
         let Workspace { states, gates, losses, logits, .. } = &mut *workspace;
         let rows = head::Rows { states, targets, hidden, vocab };
-        head::cross_entropy(clock, head, &rows, logits, losses, None);
+        head::cross_entropy(clock, head, &rows, logits, losses, None, None);
         let loss = clock.time(Section::Head, || exit::stage_two(losses, gates, loops));
-        self.exit_gate_backward(&loss.dgates, workspace, gradients);
+        self.exit_gate_backward(&loss.dgates, states, gradients);
         loss.statistics
     }
 
@@ -310,11 +313,8 @@ impl Task<'_> {
         let Workspace { states, gates, losses, logits, .. } = workspace;
         let Shape { hidden, vocab, .. } = self.shape;
         let rows = head::Rows { states, targets, hidden, vocab };
-        let (clock, head) = (self.clock, &self.weights.head);
-        match hits {
-            None => head::cross_entropy(clock, head, &rows, logits, losses, None),
-            Some(hits) => head::cross_entropy_and_hits(clock, head, &rows, logits, losses, hits),
-        }
+        let head = &self.weights.head;
+        head::cross_entropy(self.clock, head, &rows, logits, losses, hits, None);
         (losses.clone(), gates.clone())
     }
 
@@ -387,27 +387,15 @@ impl Task<'_> {
         });
     }
 
-    /// Adds the gate's part to the gradient of the states; gradients of its weight and bias.
-    fn exit_gate_backward(
-        &self,
-        dgates: &[f32],
-        workspace: &mut Workspace,
-        gradients: &mut Gradients<'_>,
-    ) {
+    /// Gradients of the exit gate's weight and bias.
+    fn exit_gate_backward(&self, dgates: &[f32], states: &[f32], gradients: &mut Gradients<'_>) {
         let (d, size) = (self.shape.hidden, self.shape.dims().block());
-        let blocks = (
-            workspace.states.par_chunks(size * d),
-            workspace.dstates.par_chunks_mut(size * d),
-            dgates.par_chunks(size),
-        );
+        let blocks = states.par_chunks(size * d).zip(dgates.par_chunks(size));
         let partial: Vec<(Vec<f32>, f32)> = blocks
-            .into_par_iter()
-            .map(|(states, dstates, dgates)| {
+            .map(|(states, dgates)| {
                 self.clock.time(Section::Head, || {
                     let (mut dweight, mut dbias) = (vec![0.0; d], 0.0);
-                    let rows = states.chunks_exact(d).zip(dstates.chunks_exact_mut(d));
-                    for ((state, dstate), &dgate) in rows.zip(dgates) {
-                        simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
+                    for (state, &dgate) in states.chunks_exact(d).zip(dgates) {
                         simd::add_scaled(&mut dweight, state, dgate);
                         dbias += dgate;
                     }
@@ -420,6 +408,19 @@ impl Task<'_> {
             simd::add(exit_weight, dweight);
             exit_bias[0] += dbias;
         }
+    }
+
+    /// Adds the exit gate's part to the gradient of the states.
+    fn exit_gate_input_backward(&self, dgates: &[f32], dstates: &mut [f32]) {
+        let (d, size) = (self.shape.hidden, self.shape.dims().block());
+        let blocks = dstates.par_chunks_mut(size * d).zip(dgates.par_chunks(size));
+        blocks.for_each(|(dstates, dgates)| {
+            self.clock.time(Section::Head, || {
+                for (dstate, &dgate) in dstates.chunks_exact_mut(d).zip(dgates) {
+                    simd::add_scaled(dstate, &self.weights.exit_weight, dgate);
+                }
+            });
+        });
     }
 
     /// Takes the gradient of the stream from loop `r`'s state to before its final norm.

@@ -172,7 +172,15 @@ fn cross_entropy_of_all_loops_over_several_chunks() {
     let rows = head::Rows { states: &states, targets: &targets, hidden: d, vocab };
     let mut logits = vec![f32::NAN; head::logits_len(vocab, loops * tokens)];
     let mut alone = vec![f32::NAN; loops * tokens];
-    head::cross_entropy(&Clock::default(), &packed.head, &rows, &mut logits, &mut alone, None);
+    head::cross_entropy(
+        &Clock::default(),
+        &packed.head,
+        &rows,
+        &mut logits,
+        &mut alone,
+        None,
+        None,
+    );
     let (mut losses, mut dstates) = (alone.clone(), vec![f32::NAN; states.len()]);
     let mut dhead = vec![0.0; vocab * d];
     let mut used = shares.clone();
@@ -183,6 +191,7 @@ fn cross_entropy_of_all_loops_over_several_chunks() {
         &rows,
         &mut logits,
         &mut losses,
+        None,
         Some(into),
     );
 

@@ -92,7 +92,7 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 80)]
     pub(crate) tokens: usize,
     /// Softmax temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.8, value_parser = not_negative)]
     pub(crate) temperature: f64,
     /// Draw from so many of the most likely tokens; 0 for all
     #[arg(long, value_name = "K", default_value_t = 0)]
@@ -164,7 +164,7 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "FILE.npy", requires = "tokens")]
     pub(crate) targets: Option<PathBuf>,
     /// Weight of the entropy in the Stage I loss, beta; that of the run's stage, or 0.05, by default
-    #[arg(long, value_name = "BETA", value_parser = temperature)]
+    #[arg(long, value_name = "BETA", value_parser = not_negative)]
     pub(crate) entropy_weight: Option<f64>,
     /// Also answer so many Mano exercises of each length that training has not seen
     #[arg(long, value_name = "EXERCISES", conflicts_with = "tokens", value_parser = clap::value_parser!(u32).range(1..))]
@@ -272,11 +272,11 @@ pub(crate) struct Gate {
     /// Name of the run; that of the model's with `-gate` behind it by default
     #[arg(long)]
     pub(crate) run: Option<String>,
-    /// Optimizer updates, of batches as in the model's last stage
+    /// Optimizer updates, of batches as in the stage of the checkpoint
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) steps: u64,
     /// Highest learning rate; it warms up over a tenth of the steps and decays along a cosine to a tenth
-    #[arg(long, default_value_t = 1e-2, value_parser = temperature)]
+    #[arg(long, default_value_t = 1e-2, value_parser = not_negative)]
     pub(crate) learning_rate: f64,
     /// Sequences of the evaluations before and after
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
@@ -307,7 +307,7 @@ pub(crate) struct Export {
     pub(crate) dtype: Float,
 }
 
-fn temperature(text: &str) -> Result<f64, String> {
+fn not_negative(text: &str) -> Result<f64, String> {
     let given = text.parse().ok().filter(|given: &f64| given.is_finite() && *given >= 0.0);
     given.ok_or_else(|| "it must be a number, 0 or more".to_owned())
 }
@@ -327,11 +327,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_temperature_is_no_cold_nor_wild_number() {
-        assert_eq!(temperature("0"), Ok(0.0));
-        assert_eq!(temperature("1.5"), Ok(1.5));
+    fn numbers_have_their_bounds() {
+        assert_eq!(not_negative("0"), Ok(0.0));
+        assert_eq!(not_negative("1.5"), Ok(1.5));
         for wrong in ["-1", "nan", "inf", "warm", ""] {
-            assert!(temperature(wrong).is_err(), "{wrong}");
+            assert!(not_negative(wrong).is_err(), "{wrong}");
         }
         assert_eq!((share("0"), share("1")), (Ok(0.0), Ok(1.0)));
         assert!(share("1.1").is_err() && share("nan").is_err() && probability("0").is_err());

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use looptrain_model::{DepthReport, DepthSums, Engine, StageSettings};
-use looptrain_storage::{Dataset, Mano, Split, Store, TextTokenizer, read_sequences};
+use looptrain_storage::{Dataset, Error, Mano, Split, Store, TextTokenizer, read_sequences};
 use serde_json::{Value, json};
 
 use crate::chart::{self, Chart, Line};
@@ -47,7 +47,7 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
     };
     let exercises = match args.mano {
         None => Vec::new(),
-        Some(count) => mano(&model, count)?,
+        Some(count) => mano(&model, count, length_of(&args, &model))?,
     };
     let measure = move || {
         let report = measured(&model.engine, &model.settings, &sequences)?;
@@ -60,16 +60,16 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
     let result: Result<_> =
         tokio::task::spawn_blocking(measure).await.context("the evaluation failed")?;
     let (model, sequences, report, answers) = result?;
-    if let Some(path) = &args.plot {
-        chart::draw(path, &charts(&model.name, &report))?;
-    }
     let result = result_json(&model, &sequences, &report, &answers);
     if args.json {
         println!("{result}");
     } else {
         print_table(&result);
     }
-    Ok(())
+    match &args.plot {
+        Some(path) => chart::draw(path, &charts(&model.name, &report)),
+        None => Ok(()),
+    }
 }
 
 /// Runs the model over all sequences.
@@ -82,12 +82,20 @@ pub(super) fn measured(
     let mut sums = DepthSums::new(settings, &THRESHOLDS);
     let together = (TOGETHER / length).max(1) * length;
     let parts = inputs.chunks(together).zip(targets.chunks(together)).zip(counts.chunks(together));
+    let mut done = 0;
     for ((inputs, targets), counts) in parts {
         let measures = engine.measure_tokens(settings, inputs, targets, inputs.len() / length);
-        if let Some(at) = measures.losses.iter().position(|loss| !loss.is_finite()) {
-            let (loop_, token) = (at / inputs.len() + 1, at % inputs.len());
-            bail!("the loss of token {} after loop {loop_} is no number", inputs[token]);
+        let tokens = inputs.len();
+        let is_bad = |at: &usize| counts[at % tokens] && !measures.losses[*at].is_finite();
+        if let Some(at) = (0..measures.losses.len()).find(is_bad) {
+            let (sequence, position) = ((done + at % tokens) / length, at % tokens % length);
+            bail!(
+                "the loss at position {position} of sequence {sequence} of {} is no number after loop {}",
+                sequences.name,
+                at / tokens + 1
+            );
         }
+        done += tokens;
         sums.add(&measures, |token| counts[token]);
     }
     sums.report().with_context(|| format!("no target of {} counts", sequences.name))
@@ -109,15 +117,22 @@ fn of_tables(
         targets.columns
     );
     ensure!(!inputs.values.is_empty(), "{name} has no tokens");
-    let id = |value: i64| {
-        let id = u32::try_from(value).ok().filter(|id| (*id as usize) < vocabulary);
-        id.with_context(|| format!("{value} is no id below the model's vocabulary of {vocabulary}"))
+    let ids = |what: &str, values: &[i64]| {
+        let id = |(at, value): (usize, &i64)| {
+            let id = u32::try_from(*value).ok().filter(|id| (*id as usize) < vocabulary);
+            id.with_context(|| {
+                let (row, column) = (at / inputs.columns, at % inputs.columns);
+                format!("{what} [{row}, {column}]: {value} is no id below the model's vocabulary of {vocabulary}")
+            })
+        };
+        values.iter().enumerate().map(id).collect::<Result<Vec<u32>>>()
     };
+    let targets_or_0: Vec<i64> = targets.values.iter().map(|target| (*target).max(0)).collect();
     let counts: Vec<bool> = targets.values.iter().map(|target| *target >= 0).collect();
     Ok(Sequences {
         name,
-        inputs: inputs.values.iter().map(|token| id(*token)).collect::<Result<_>>()?,
-        targets: targets.values.iter().map(|target| id((*target).max(0))).collect::<Result<_>>()?,
+        inputs: ids("--tokens", &inputs.values)?,
+        targets: ids("--targets", &targets_or_0)?,
         counts,
         length: inputs.columns,
         bytes: None,
@@ -127,14 +142,19 @@ fn of_tables(
 /// From the dataset that the arguments name, or those of the run's stage.
 async fn of_datasets(args: &Eval, model: &Trained) -> Result<Sequences> {
     let datasets = match &args.data {
-        None => model.datasets.clone(),
+        None => model.datasets().await?,
         Some(DatasetUrl { store, name }) => {
             let dataset = Dataset::open(&Store::open_existing(store)?, name).await?;
             vec![dataset.with_context(|| format!("there is no dataset `{name}` in {store}"))?]
         }
     };
-    let length = args.sequence_length.map_or(model.context.min(LONGEST), |length| length as usize);
-    spread(model, &datasets, Split::from(args.split), u64::from(args.sequences), length).await
+    let (split, length) = (Split::from(args.split), length_of(args, model));
+    spread(model, &datasets, split, u64::from(args.sequences), length).await
+}
+
+/// Tokens per sequence.
+fn length_of(args: &Eval, model: &Trained) -> usize {
+    args.sequence_length.map_or(model.context.min(LONGEST), |length| length as usize)
 }
 
 /// Sequences spread evenly over a split of some datasets.
@@ -171,13 +191,15 @@ pub(super) async fn spread(
         let take = each.min(held);
         wanted.extend((0..take).map(|turn| (dataset, turn * held / take)));
     }
+    wanted.truncate(usize::try_from(sequences).unwrap_or(usize::MAX));
     let tokens = read_sequences(&wanted, split, length).await?;
     let rows = || tokens.chunks_exact(length + 1);
     let targets: Vec<u32> = rows().flat_map(|row| &row[1..]).copied().collect();
     let bytes = match datasets[0].tokenizer().await {
         Ok(tokenizer) => Some(text_bytes(&tokenizer, &targets, length)?),
         // Nobody wrote the text of a dataset for measurements.
-        Err(_) => None,
+        Err(Error::NotFound { .. }) => None,
+        Err(error) => return Err(error.into()),
     };
     let names: Vec<&str> =
         datasets.iter().map(|dataset| dataset.manifest().name.as_str()).collect();
@@ -204,7 +226,7 @@ fn text_bytes(tokenizer: &TextTokenizer, tokens: &[u32], length: usize) -> Resul
 
 /// Exercises of each length that the model's vocabulary has, as many whole ones to a sequence as there
 /// is room for; the answers count.
-fn mano(model: &Trained, count: u32) -> Result<Vec<(u32, Sequences)>> {
+fn mano(model: &Trained, count: u32, length: usize) -> Result<Vec<(u32, Sequences)>> {
     let tokenizer = model.tokenizer()?;
     let lengths = (1..).take_while(|length| tokenizer.token(&format!("<len_{length}>")).is_some());
     let answer = tokenizer.token("<ans>");
@@ -222,17 +244,17 @@ fn mano(model: &Trained, count: u32) -> Result<Vec<(u32, Sequences)>> {
             inputs: Vec::new(),
             targets: Vec::new(),
             counts: Vec::new(),
-            length: model.context,
+            length,
             bytes: None,
         };
         for text in exercises.held_out()? {
             let tokens = tokenizer.encode(&text)?;
             ensure!(
-                tokens.len() < model.context,
-                "an exercise of {operators} operators has {} tokens, more than the model's sequences",
+                tokens.len() < length,
+                "an exercise of {operators} operators has {} tokens, more than sequences of {length}",
                 tokens.len()
             );
-            if sequence.len() + tokens.len() > model.context {
+            if sequence.len() + tokens.len() > length {
                 sequences.push(&mut sequence, answer, end);
             }
             sequence.extend(tokens);
@@ -410,7 +432,7 @@ mod tests {
         let refused = |inputs: &Table, targets: &Table| {
             of_tables("x".into(), inputs, targets, 4).err().unwrap().to_string()
         };
-        assert!(refused(&inputs, &inputs).contains("4 is no id below the model's vocabulary of 4"));
+        assert!(refused(&inputs, &inputs).contains("--tokens [1, 1]: 4 is no id below"));
         assert!(
             refused(&inputs, &table(1, &[1, 2, 3, 3])).contains("tokens are 2 x 2, targets 1 x 4")
         );

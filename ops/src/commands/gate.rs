@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::coordinator::PreparedRun;
 use super::eval::{self, quality_json};
-use super::train::on_this_machine;
+use super::train::{on_this_machine, refuse_gate_on_gpu};
 use super::{all_threads, import};
 use crate::chart::{self, Chart, Line};
 use crate::cli::{CheckpointUrl, Gate, ModelSource};
@@ -25,6 +25,7 @@ use crate::trained::{Found, Trained};
 const DEPTHS: usize = 8;
 
 pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
+    refuse_gate_on_gpu([Objective::ExitGate], args.fleet.device)?;
     let stop = signals::stop_on_signals(
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;
@@ -39,6 +40,8 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
     let workers = args.fleet.workers;
     let spec = spec.derive(&args.from.store, |spec| {
         spec.run.name.clone_from(&name);
+        // Its data begins anew, and is to be no repetition of what the model has learnt from.
+        spec.run.seed = (spec.run.seed + 1) & (u64::MAX >> 1);
         spec.initial = Some(initial);
         spec.stages = vec![stage];
         spec.cluster.workers = workers.unwrap_or(spec.cluster.workers);
@@ -76,14 +79,15 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
     let (found, _) = Found::open(&ModelSource::Checkpoint(trained)).await?;
     let after = measured(&run, found, &args).await?;
     let compared = at_equal_depth(&before, &after);
-    if let Some(path) = &args.plot {
-        chart::draw(path, &[drawn(&before, &after)])?;
-    }
+    let draw = || match &args.plot {
+        Some(path) => chart::draw(path, &[drawn(&before, &after)]),
+        None => Ok(()),
+    };
     if args.json {
         let curves = [&before, &after].map(quality_json);
         let [first, second] = curves;
         println!("{}", json!({ "before": first, "after": second, "at_equal_depth": compared }));
-        return Ok(());
+        return draw();
     }
     println!("mean depth  loss before   after");
     for it in compared.as_array().into_iter().flatten() {
@@ -92,7 +96,7 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
         println!("{depth:10.3}  {before:11.4}  {after:6.4}");
     }
     run.print_end(&outcome);
-    Ok(())
+    draw()
 }
 
 /// The stage of the gate's run: batches as in the stage that the model comes from.
@@ -122,7 +126,8 @@ async fn measured(run: &PreparedRun, found: Found, args: &Gate) -> Result<DepthR
     let datasets: Vec<_> =
         mixture.into_iter().map(|(index, _)| run.datasets[index].clone()).collect();
     let threads = args.fleet.threads.unwrap_or_else(all_threads);
-    let model = Trained::new(found, datasets.clone(), threads).await?;
+    let tokenizer = datasets[0].tokenizer().await?;
+    let model = Trained::new(found, Some(tokenizer), threads).await?;
     let (count, length) = (u64::from(args.sequences), model.context);
     let sequences = eval::spread(&model, &datasets, Split::Validation, count, length).await?;
     print_line(&format!("measuring {} at every depth", model.name));

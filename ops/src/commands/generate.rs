@@ -1,5 +1,6 @@
 //! `looptrain generate`, and the sample at the end of `looptrain train`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::ControlFlow;
 
@@ -83,9 +84,10 @@ pub(crate) async fn print_sample(run: &PreparedRun, step: Step) -> Result<()> {
     let sample = &run.spec.sample;
     let read = Checkpoints::new(&run.store, &run.spec.run.name).weights(step).await?;
     let (manifest, tensors) = read;
-    let found = Found::Checkpoint { spec: Box::new(run.spec.clone()), manifest, tensors };
-    let model = Trained::new(found, run.datasets[..1].to_vec(), all_threads()).await?;
-    let tokenizer = model.tokenizer()?.clone();
+    let (spec, pins) = (Box::new(run.spec.clone()), BTreeMap::new());
+    let found = Found::Checkpoint { spec, pins, manifest, tensors };
+    let tokenizer = run.datasets[0].tokenizer().await?;
+    let model = Trained::new(found, Some(tokenizer.clone()), all_threads()).await?;
     let prompt = text(&tokenizer, &sample.prompt)?;
     let sampling = Sampling {
         tokens: sample.tokens,
@@ -161,11 +163,13 @@ fn conversation(
     Ok((tokens, end))
 }
 
-/// Prints tokens as text as soon as their bytes are whole characters.
+/// Prints tokens as text as soon as their bytes are whole characters. What a token's text is may depend on
+/// the one before it, so some that are printed are decoded once more with those that are not.
 struct TextStream {
     tokenizer: TextTokenizer,
+    /// The last tokens that were printed together, and those that were not yet.
     tokens: Vec<u32>,
-    /// Bytes of their text that are printed.
+    /// How many of them are printed.
     printed: usize,
 }
 
@@ -176,23 +180,24 @@ impl TextStream {
 
     fn push(&mut self, token: u32) -> Result<()> {
         self.tokens.push(token);
-        let text = self.tokenizer.decode(&self.tokens)?;
         // The rest of a character may come with the next token.
-        self.print(text.trim_end_matches('\u{fffd}'))
+        if !self.tokenizer.decode(&self.tokens)?.ends_with('\u{fffd}') {
+            self.finish()?;
+        }
+        Ok(())
     }
 
+    /// Prints what is there.
     fn finish(&mut self) -> Result<()> {
+        let before = self.tokenizer.decode(&self.tokens[..self.printed])?;
         let text = self.tokenizer.decode(&self.tokens)?;
-        self.print(&text)
-    }
-
-    fn print(&mut self, text: &str) -> Result<()> {
-        if let Some(new) = text.get(self.printed..).filter(|new| !new.is_empty()) {
+        if let Some(new) = text.get(before.len()..) {
             let mut out = std::io::stdout().lock();
             out.write_all(new.as_bytes())?;
             out.flush()?;
-            self.printed = text.len();
         }
+        self.tokens.drain(..self.printed);
+        self.printed = self.tokens.len();
         Ok(())
     }
 }

@@ -45,6 +45,7 @@ async fn bring(args: Import, found: &Arc<Found>, layers: Vec<usize>, what: &str)
         "# Trained with loops = {}, rope_base = {:?}, sequences of {context} at most.",
         settings.loops, settings.rope_base
     );
+    println!("# Data begins anew: on what the model has been trained on, take another run.seed.");
     println!(
         "{what} model={name} weights={weights} parameters={} bytes={bytes} store={url}",
         model.parameters()

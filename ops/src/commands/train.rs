@@ -3,9 +3,11 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use looptrain_coordinator::{Outcome, RunEvent, Running, Started};
+use looptrain_model::Device;
 use looptrain_proto::Spec;
+use looptrain_proto::spec::Objective;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -57,6 +59,7 @@ pub(super) async fn on_this_machine(
     stop: CancellationToken,
     telemetry: &Telemetry,
 ) -> Result<Outcome> {
+    refuse_gate_on_gpu(run.spec.stages.iter().map(|stage| stage.objective), args.device)?;
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let started = run.start(listen, dashboard, stop, None, telemetry).await?;
     let running = match started {
@@ -66,6 +69,19 @@ pub(super) async fn on_this_machine(
     let threads = args.threads.unwrap_or_else(all_threads);
     let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
     with_workers(running, Fleet { device: args.device, ..fleet }, run).await
+}
+
+/// Before anything begins that no worker could go on with.
+pub(super) fn refuse_gate_on_gpu(
+    objectives: impl IntoIterator<Item = Objective>,
+    device: Device,
+) -> Result<()> {
+    let gate = objectives.into_iter().any(|objective| objective == Objective::ExitGate);
+    ensure!(
+        !gate || device == Device::Cpu,
+        "GPUs cannot train the exit gate yet; use --device cpu"
+    );
+    Ok(())
 }
 
 fn print_plan(args: &Train) -> Result<()> {

@@ -86,12 +86,22 @@ impl ReadConfig {
         let rope_base = number("rope_theta")?;
         ensure!(rope_base.is_finite() && rope_base > 1.0, "rope_theta: it must be above 1");
         let context = size("max_position_embeddings")?;
-        ensure!(context > 0, "max_position_embeddings: it must be 1 or more");
+        ensure!(
+            (1..=1 << 24).contains(&context),
+            "max_position_embeddings: {context} is no length of a sequence"
+        );
+        let layers = json.get("layer_types").and_then(Value::as_array).into_iter().flatten();
+        for layer in layers {
+            ensure!(layer == "full_attention", "layer_types: {layer} is not supported");
+        }
         let ends = match json.get("eos_token_id") {
             None | Some(Value::Null) => Vec::new(),
             Some(Value::Array(ids)) => ids.iter().map(token).collect::<Result<_>>()?,
             Some(id) => vec![token(id)?],
         };
+        if let Some(end) = ends.iter().find(|end| **end as usize >= model.vocab_size) {
+            bail!("eos_token_id: {end} is not below vocab_size, {}", model.vocab_size);
+        }
         let settings = StageSettings {
             loops,
             entropy_weight: ENTROPY_WEIGHT,
@@ -297,6 +307,9 @@ mod tests {
             ("total_ut_steps", json!(0), "no number of loops"),
             ("rope_theta", json!("big"), "rope_theta"),
             ("eos_token_id", json!(-1), "eos_token_id: -1 is no token"),
+            ("eos_token_id", json!(10), "eos_token_id: 10 is not below vocab_size"),
+            ("layer_types", json!(["sliding_attention"]), "layer_types: \"sliding_attention\""),
+            ("max_position_embeddings", json!(1u64 << 60), "no length"),
             ("rms_norm_eps", json!(0), "rms_norm_eps"),
         ] {
             let mut config = config();

@@ -118,7 +118,7 @@ fn count_steps(index: usize, stage: &mut Stage) -> Result<(), (String, String)> 
         return Ok(());
     }
     if stage.steps > 0 {
-        let reason = format!("there are steps = {} as well; set one of the two to 0", stage.steps);
+        let reason = format!("there are steps = {} as well; leave one of the two out", stage.steps);
         return Err((format!("stages.{index}.tokens"), reason));
     }
     let counts =
@@ -162,7 +162,12 @@ fn apply(table: &mut toml::Table, given: &str) -> Result<(), String> {
     let (key, value) = given.split_once('=').ok_or("expected key=value")?;
     let path: Vec<&str> = key.trim().split('.').collect();
     let mut root = toml::Value::Table(std::mem::take(table));
-    let result = replace(&mut root, &path, parse_value(value.trim()));
+    let mut result = replace(&mut root, &path, parse_value(value.trim()));
+    // A stage says one of the two; what is said last counts.
+    if let (Ok(()), ["stages", stage, length @ ("steps" | "tokens")]) = (&result, &path[..]) {
+        let other = if *length == "steps" { "tokens" } else { "steps" };
+        result = replace(&mut root, &["stages", stage, other], toml::Value::Integer(0));
+    }
     if let toml::Value::Table(filled) = root {
         *table = filled;
     }

@@ -3,8 +3,8 @@
 //! [`Spec::load`] is the way in: it parses, applies `--set key=value` overrides and validates, so
 //! that whoever holds a `Spec` holds a consistent one; options such as `--workers` are overrides,
 //! too. Afterwards only `evaluation.sequences` is changed, which is lowered to what the validation
-//! text holds. Unknown keys are errors. What decides the weights (model, data, stages, optimizer,
-//! seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, streams, memory,
+//! text holds. Unknown keys are errors. What decides the weights (model, initial weights, data, stages,
+//! optimizer, seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, streams, memory,
 //! intervals, places) may change between two starts of the same run.
 
 mod load;

@@ -43,7 +43,7 @@ impl Stage {
 
     /// Tokens of the first `steps` updates.
     #[must_use]
-    pub fn tokens_of(&self, steps: u64) -> u64 {
+    pub fn tokens_in(&self, steps: u64) -> u64 {
         self.sequences_of(steps) * self.sequence_length as u64
     }
 
@@ -66,7 +66,7 @@ impl Stage {
     #[must_use]
     pub(super) fn steps_for(&self, tokens: u64) -> u64 {
         let ramp = self.ramp.as_ref().map_or(0, |ramp| ramp.steps);
-        let within = self.tokens_of(ramp);
+        let within = self.tokens_in(ramp);
         if tokens > within {
             return ramp + (tokens - within).div_ceil(self.step_tokens());
         }
@@ -74,7 +74,7 @@ impl Stage {
         let (mut low, mut high) = (0, ramp);
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.tokens_of(middle) < tokens {
+            if self.tokens_in(middle) < tokens {
                 low = middle + 1;
             } else {
                 high = middle;
@@ -193,7 +193,7 @@ impl Spec {
         let of_stage = |stage: &Stage| {
             let steps = left.min(stage.steps);
             left -= steps;
-            stage.tokens_of(steps)
+            stage.tokens_in(steps)
         };
         self.stages.iter().map(of_stage).sum()
     }
@@ -255,7 +255,7 @@ mod tests {
             let mut sequences = 0;
             for step in 0..60 {
                 assert_eq!(stage.sequences_of(step), sequences, "{slots} {ramp:?} {step}");
-                assert_eq!(stage.tokens_of(step), 5 * sequences);
+                assert_eq!(stage.tokens_in(step), 5 * sequences);
                 let here = stage.slots_at(step);
                 assert!(here <= slots && (step < 1 || here >= stage.slots_at(step - 1)));
                 sequences += 3 * u64::from(here);
@@ -264,7 +264,7 @@ mod tests {
             assert_eq!((stage.slots_at(0), stage.slots_at(steps)), (first, slots));
             for tokens in [1, 14, 15, 16, 200, 1000, 10_000] {
                 let steps = stage.steps_for(tokens);
-                assert!(stage.tokens_of(steps) >= tokens && stage.tokens_of(steps - 1) < tokens);
+                assert!(stage.tokens_in(steps) >= tokens && stage.tokens_in(steps - 1) < tokens);
             }
         }
         assert_eq!(

@@ -169,8 +169,26 @@ fn a_stage_may_say_its_tokens_and_grow_its_batch() {
     assert_eq!(spec.position(Step(11)).unwrap().first_sequence, 50);
     assert_eq!(Spec::parse("welcome", &spec.to_toml(), &[]).unwrap(), spec);
 
-    let both = parse(example(), &[&tokens(9)]).unwrap_err();
+    // What is said last counts; a file says one of the two.
+    assert_eq!(
+        parse(
+            example(),
+            &[
+                "stages.0.learning_rate.warmup_steps=0",
+                "stages.0.learning_rate.decay_steps=0",
+                &tokens(9)
+            ]
+        )
+        .unwrap()
+        .total_steps(),
+        Step(1)
+    );
+    assert_eq!(given(&[&tokens(9), "stages.0.steps=700"]).unwrap().total_steps(), Step(700));
+    let both = example().replace("steps = 600\n", "steps = 600\ntokens = 9\n");
+    let both = parse(&both, &[]).unwrap_err();
     assert!(both.contains("stages.0.tokens") && both.contains("steps = 600"), "{both}");
+    let endless = given(&["stages.0.steps=1000000000000", "stages.0.sequence_length=10000000"]);
+    assert!(endless.unwrap_err().contains("stages.0.steps"));
     for (ramp, said) in
         [("{ slots = 5, steps = 10 }", "ramp.slots"), ("{ slots = 1, steps = 0 }", "ramp.steps")]
     {

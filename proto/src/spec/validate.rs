@@ -14,6 +14,8 @@ const MAX_SHARD_TOKENS: u64 = 1 << 25;
 const MAX_COUNT: u64 = 1 << 40;
 /// Tokens per step at most: far above any use, far below what wraps.
 const MAX_STEP_TOKENS: u64 = 1 << 40;
+/// Tokens of a stage at most: their count, and that of the sequences, fits 64 bits.
+const MAX_STAGE_TOKENS: u64 = 1 << 61;
 /// Far above the slots of any step that these could share.
 const MAX_WORKERS: u32 = 4096;
 /// As many as there are buckets of a gradient at most, so that more would be idle.
@@ -310,6 +312,13 @@ fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
         key("slots"),
         "{} slots are more than the {MAX_SLOTS} that fixed point can add up; make slots larger",
         stage.slots
+    );
+    let all = tokens.saturating_mul(u128::from(stage.steps));
+    require!(
+        all <= u128::from(MAX_STAGE_TOKENS),
+        key("steps"),
+        "{} steps of {tokens} tokens are more than {MAX_STAGE_TOKENS} tokens; use fewer",
+        stage.steps
     );
     if let Some(ramp) = &stage.ramp {
         require!(

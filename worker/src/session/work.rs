@@ -198,8 +198,9 @@ impl Work {
             let model = initial.model.clone();
             return Err(StateError::OtherInitial { model, theirs, ours }.into());
         }
+        let model = initial.model.clone();
         let adopted = self.compute.submit(move |bench| {
-            bench.adopt(state::from_weights(bench.layout(), tensors)?)?;
+            bench.adopt(state::from_weights(bench.layout(), &model, tensors)?)?;
             Ok::<_, Failure>(())
         });
         adopted.await??;
