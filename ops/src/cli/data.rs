@@ -114,6 +114,9 @@ pub(crate) struct ManoData {
     /// Operators of an expression at most; validation has exercises of so many alone
     #[arg(long, value_name = "L", default_value_t = 10)]
     pub(crate) max_operators: u32,
+    /// Numbers are counted modulo this
+    #[arg(long, value_name = "N", default_value_t = 23)]
+    pub(crate) modulus: u32,
     /// Exercises to train on
     #[arg(long, default_value_t = 1_000_000)]
     pub(crate) exercises: u64,

@@ -22,9 +22,10 @@ pub(crate) async fn run(data: Data) -> Result<()> {
             make(&args.output, Origin::Text(source), &args.making).await
         }
         Data::Mano(args) => {
-            let ManoData { max_operators, exercises, validation, seed, .. } = args;
+            let ManoData { modulus, validation, seed, .. } = args;
+            let (operators, train) = (args.max_operators, args.exercises);
             let shard_tokens = args.making.shard_tokens;
-            let mano = Mano { operators: max_operators, train: exercises, validation, seed };
+            let mano = Mano { operators, modulus, train, validation, seed };
             let origin = Origin::Mano { mano, shard_tokens };
             mano.options(shard_tokens).check().map_err(usage)?;
             make(&args.output, origin, &args.making).await

@@ -310,7 +310,7 @@ async fn verifying_names_each_bad_file_and_inspecting_shows_what_is_there() {
 #[tokio::test]
 async fn exercises_become_a_dataset_a_word_a_token() {
     let store = Store::open("memory://").unwrap();
-    let mano = Mano { operators: 4, train: 500, validation: 50, seed: 1 };
+    let mano = Mano { operators: 4, modulus: 23, train: 500, validation: 50, seed: 1 };
     let recipe = Recipe { origin: Origin::Mano { mano, shard_tokens: 2000 }, threads: None };
     let dataset = prepare_from(&store, "mano", &recipe, &|_| ()).await.unwrap();
     let manifest = dataset.manifest();

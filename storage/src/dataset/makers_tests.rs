@@ -80,7 +80,7 @@ async fn interruptions_change_no_byte(recipe: Recipe) -> DatasetManifest {
 
 #[tokio::test]
 async fn exercises_that_are_interrupted_end_with_the_bytes_of_undisturbed_ones() {
-    let mano = Mano { operators: 4, train: 900, validation: 90, seed: 1 };
+    let mano = Mano { operators: 4, modulus: 23, train: 900, validation: 90, seed: 1 };
     let recipe = Recipe { origin: Origin::Mano { mano, shard_tokens: 2000 }, threads: Some(2) };
     let manifest = interruptions_change_no_byte(recipe).await;
     assert_eq!(manifest.source.records, 990);
@@ -138,7 +138,7 @@ async fn of_two_datasets_of_one_name_the_first_that_is_complete_stands_whole_and
     std::fs::write(other.path().join("a.jsonl"), lines(700..900)).unwrap();
     let exercises = Recipe {
         origin: Origin::Mano {
-            mano: Mano { operators: 3, train: 400, validation: 40, seed: 1 },
+            mano: Mano { operators: 3, modulus: 23, train: 400, validation: 40, seed: 1 },
             shard_tokens: 1000,
         },
         threads: None,

@@ -1,9 +1,9 @@
 //! Mano: modular arithmetic without scratch work, the task of the LoopLM paper (appendix B.2) that
 //! tells models that can compute from models that can only recall.
 //!
-//! An exercise is a prefix expression over the integers modulo 23 with `+`, `-` and `*`, and its
-//! value: `<bos> <len_2> + 4 * 7 22 <ans> 20`. Training exercises have 1 to L operators, all numbers
-//! equally likely; validation exercises have L. How the operators spread over an expression's sides is
+//! An exercise is a prefix expression over the integers modulo 23 (or another number) with `+`, `-` and
+//! `*`, and its value: `<bos> <len_2> + 4 * 7 22 <ans> 20`. Training exercises have 1 to L operators, all
+//! numbers equally likely; validation exercises have L. How the operators spread over an expression's sides is
 //! not published: here every split is equally likely. No validation exercise is in the training split.
 //!
 //! An exercise is a pure function of its number, so that any machine makes any part of the dataset.
@@ -14,8 +14,10 @@ use serde_json::json;
 use super::{Document, Raw, Record, Sink, Source};
 use crate::{Error, Result};
 
-/// Numbers are counted modulo this.
-const MODULUS: u64 = 23;
+/// The modulus of the paper.
+const PAPER_MODULUS: u32 = 23;
+/// The vocabulary has a token for each number below the modulus.
+const MAX_MODULUS: u32 = 1024;
 const OPERATORS: [&str; 3] = ["+", "-", "*"];
 /// Operators of an expression at most: the vocabulary has a token for each number of them.
 const MAX_OPERATORS: u32 = 1024;
@@ -29,6 +31,8 @@ const PATIENCE: u64 = 100;
 pub struct Mano {
     /// Operators of an expression at most, L.
     pub operators: u32,
+    /// Numbers are counted modulo this.
+    pub modulus: u32,
     /// Exercises of the training split.
     pub train: u64,
     /// Exercises of the validation split, of L operators each.
@@ -56,9 +60,14 @@ impl Mano {
     /// The source that stands for these exercises in a manifest.
     #[must_use]
     pub fn options(&self, shard_tokens: u64) -> spec::Source {
-        let Self { operators, train, validation, seed } = self;
+        let Self { operators, modulus, train, validation, seed } = self;
+        // What datasets said before there was another modulus than the paper's.
+        let modulo = match *modulus {
+            PAPER_MODULUS => String::new(),
+            modulus => format!(" modulo {modulus}"),
+        };
         let path = format!(
-            "mano: {operators} operators, {train} to train, {validation} to validate, seed {seed}"
+            "mano: {operators} operators{modulo}, {train} to train, {validation} to validate, seed {seed}"
         );
         spec::Source {
             paths: vec![path],
@@ -71,7 +80,7 @@ impl Mano {
 
     /// The `tokenizer.json`: a token a word.
     pub(in super::super) fn tokenizer(&self) -> Vec<u8> {
-        let numbers = (0..MODULUS).map(|number| number.to_string());
+        let numbers = (0..self.modulus).map(|number| number.to_string());
         let lengths = (1..=self.operators).map(|length| format!("<len_{length}>"));
         let words = ["<|endoftext|>", "<bos>", "<ans>"].into_iter().chain(OPERATORS);
         let words = words.map(str::to_owned).chain(numbers).chain(lengths);
@@ -106,10 +115,13 @@ impl Exercises {
         if !(1..=MAX_OPERATORS).contains(&mano.operators) {
             return Err(format!("an expression has 1 to {MAX_OPERATORS} operators at most"));
         }
+        if !(2..=MAX_MODULUS).contains(&mano.modulus) {
+            return Err(format!("the modulus is from 2 to {MAX_MODULUS}"));
+        }
         if mano.train == 0 || mano.validation == 0 {
             return Err("both splits need an exercise".to_owned());
         }
-        // Of one operator there are 1,587, so that few of them could be held out.
+        // Of one operator there are 1,587 modulo 23, so that few of them could be held out.
         if mano.operators < 2 {
             return Err("with one operator there are too few exercises; write 2 or more".to_owned());
         }
@@ -122,28 +134,28 @@ impl Exercises {
         let most = self.0.operators;
         let length = if held { most } else { 1 + draws.below(u64::from(most)) as u32 };
         let mut words = Vec::with_capacity(2 * length as usize + 1);
-        let value = expression(&mut draws, length, &mut words);
+        let value = expression(&mut draws, u64::from(self.0.modulus), length, &mut words);
         let text = format!("<bos> <len_{length}> {} <ans> {value}", words.join(" "));
         (is_for_validation(&text) == held).then_some(text)
     }
 }
 
 /// Draws an expression and gives its value.
-fn expression(draws: &mut Draws, operators: u32, words: &mut Vec<String>) -> u64 {
+fn expression(draws: &mut Draws, modulus: u64, operators: u32, words: &mut Vec<String>) -> u64 {
     if operators == 0 {
-        let number = draws.below(MODULUS);
+        let number = draws.below(modulus);
         words.push(number.to_string());
         return number;
     }
     let operator = OPERATORS[draws.below(3) as usize];
     words.push(operator.to_owned());
     let left = draws.below(u64::from(operators)) as u32;
-    let a = expression(draws, left, words);
-    let b = expression(draws, operators - 1 - left, words);
+    let a = expression(draws, modulus, left, words);
+    let b = expression(draws, modulus, operators - 1 - left, words);
     match operator {
-        "+" => (a + b) % MODULUS,
-        "-" => (a + MODULUS - b) % MODULUS,
-        _ => a * b % MODULUS,
+        "+" => (a + b) % modulus,
+        "-" => (a + modulus - b) % modulus,
+        _ => a * b % modulus,
     }
 }
 
@@ -184,7 +196,16 @@ impl Source for Exercises {
     }
 
     fn digest(&self) -> Digest {
-        Digest::of(format!("mano v1 {:?}", self.0).as_bytes())
+        let Mano { operators, modulus, train, validation, seed } = self.0;
+        let modulo = match modulus {
+            PAPER_MODULUS => String::new(),
+            modulus => format!(", modulus: {modulus}"),
+        };
+        // The bytes of the same exercises must not change with the program.
+        let text = format!(
+            "mano v1 Mano {{ operators: {operators}{modulo}, train: {train}, validation: {validation}, seed: {seed} }}"
+        );
+        Digest::of(text.as_bytes())
     }
 
     fn place(&self, _: usize) -> String {
@@ -220,7 +241,7 @@ mod tests {
 
     use super::*;
 
-    const MANO: Mano = Mano { operators: 6, train: 3000, validation: 300, seed: 5 };
+    const MANO: Mano = Mano { operators: 6, modulus: 23, train: 3000, validation: 300, seed: 5 };
 
     fn texts(mano: Mano) -> Vec<(String, bool)> {
         let exercises = Exercises::new(mano).unwrap();
@@ -287,11 +308,24 @@ mod tests {
     }
 
     #[test]
+    fn datasets_of_the_papers_modulus_are_called_what_they_always_were() {
+        let digest = |mano| Source::digest(&Exercises::new(mano).unwrap());
+        let old = "mano v1 Mano { operators: 6, train: 3000, validation: 300, seed: 5 }";
+        assert_eq!(digest(MANO), Digest::of(old.as_bytes()));
+        let path = |mano: Mano| mano.options(1000).paths[0].clone();
+        assert_eq!(path(MANO), "mano: 6 operators, 3000 to train, 300 to validate, seed 5");
+        let other = Mano { modulus: 5, ..MANO };
+        assert_ne!(digest(other), digest(MANO));
+        assert!(path(other).contains("modulo 5"));
+    }
+
+    #[test]
     fn numbers_that_make_no_dataset_are_refused() {
         for wrong in [
             Mano { operators: 0, ..MANO },
             Mano { operators: 1, ..MANO },
             Mano { operators: 5000, ..MANO },
+            Mano { modulus: 1, ..MANO },
             Mano { train: 0, ..MANO },
         ] {
             assert!(Exercises::new(wrong).is_err());
