@@ -90,7 +90,7 @@ impl Board {
         let now = unix_ms();
         let tone = match event {
             RunEvent::Committed(record) => {
-                state.steps.push(record.clone());
+                state.steps.push((**record).clone());
                 state.thin();
                 if record.skipped.is_none() {
                     return;
@@ -106,15 +106,19 @@ impl Board {
                 state.checkpoint_unix_ms = Some(now);
                 "good"
             }
-            RunEvent::Formed { .. } | RunEvent::CaughtUp { .. } | RunEvent::Finished { .. } => {
-                "good"
-            }
+            RunEvent::Formed { .. }
+            | RunEvent::CaughtUp { .. }
+            | RunEvent::GateRecovered { .. }
+            | RunEvent::LoopLossFalls { .. }
+            | RunEvent::Finished { .. } => "good",
             RunEvent::WorkerLost { .. }
             | RunEvent::WorkerRefused { .. }
             | RunEvent::Rewound { .. }
             | RunEvent::CheckpointDelayed { .. }
             | RunEvent::CheckpointFailed { .. }
             | RunEvent::Straggles { .. }
+            | RunEvent::GateCollapsed { .. }
+            | RunEvent::LoopLossRises { .. }
             | RunEvent::Failed { .. } => "bad",
             RunEvent::WorkerJoined { .. }
             | RunEvent::Waiting { .. }
@@ -181,7 +185,7 @@ mod tests {
         let board = Board::new(history);
         assert!(steps(&board).len() <= STEPS);
         for step in 30_001..=60_000 {
-            board.record(&RunEvent::Committed(example(step, 1.0)));
+            board.record(&RunEvent::Committed(Box::new(example(step, 1.0))));
         }
         let kept = steps(&board);
         assert!(kept.len() <= STEPS && kept.is_sorted(), "{} are kept", kept.len());

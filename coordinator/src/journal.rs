@@ -21,7 +21,7 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) enum Entry {
     /// A committed step.
-    Step(StepRecord),
+    Step(Box<StepRecord>),
     /// An evaluation.
     Evaluation(EvaluationRecord),
     /// A resume may start here: later lines go to another segment.
@@ -124,7 +124,7 @@ impl Journal {
 
     async fn take(&mut self, entry: Entry) -> looptrain_storage::Result<()> {
         match entry {
-            Entry::Step(record) if self.undone.is_some() => self.steps.push(record),
+            Entry::Step(record) if self.undone.is_some() => self.steps.push(*record),
             Entry::Step(record) => self.log.append(&record)?,
             Entry::Evaluation(record) => {
                 self.evaluations.push_back(record);
@@ -191,7 +191,7 @@ mod tests {
     use crate::records::example;
 
     fn step(step: u64, loss: f64) -> Entry {
-        Entry::Step(example(step, loss))
+        Entry::Step(Box::new(example(step, loss)))
     }
 
     fn evaluation(step: u64) -> EvaluationRecord {

@@ -60,6 +60,12 @@ catalogue! {
     RUN_TOKENS: Gauge "looptrain.run.tokens" ["{token}"] {} "Tokens consumed since the run began.";
     LOSS: Gauge "looptrain.loss" ["{nat}"] {} "Stage I training loss of the newest step, nats per token.";
     LOOP_LOSS: Gauge "looptrain.loop.loss" ["{nat}"] {"loop"} "Training cross-entropy after each loop, nats per token.";
+    LOOP_LOSS_ABOVE_LOWEST: Gauge "looptrain.loop.loss.above_lowest" ["{nat}"] {"loop"} "How far a loop's smoothed cross-entropy is above its lowest of the stage.";
+    LOOP_LOSS_RISES: Counter "looptrain.loop.loss.rises" ["{rise}"] {"loop"} "Times that a loop's cross-entropy began to rise above its lowest of the stage.";
+    GATE_COLLAPSES: Counter "looptrain.gate.collapses" ["{collapse}"] {} "Times that nearly all of the exit distribution came to be after one loop.";
+    LOOP_HIDDEN_RMS: Gauge "looptrain.loop.hidden.rms" ["1"] {"loop"} "Root mean square of a token's residual stream at the end of each loop, the mean over tokens.";
+    LOOP_GRADIENT_NORM: Gauge "looptrain.loop.gradient.norm" ["1"] {"loop"} "Root mean square over tokens of the norm of the gradient by a token's state after each loop.";
+    LOOP_AGREEMENT: Gauge "looptrain.loop.agreement" ["1"] {"loop"} "Share of the tokens whose likeliest successor after each loop is that after the last.";
     EXIT_PROBABILITY: Gauge "looptrain.exit.probability" ["1"] {"loop"} "Mean exit probability of each loop.";
     EXIT_DEPTH: Gauge "looptrain.exit.depth" ["{loop}"] {} "Mean loop of exit, counted from 1.";
     EXIT_ENTROPY: Gauge "looptrain.exit.entropy" ["{nat}"] {} "Mean entropy of the exit distribution.";
@@ -67,6 +73,8 @@ catalogue! {
     LEARNING_RATE: Gauge "looptrain.learning_rate" ["1"] {} "Learning rate of the newest step.";
     STEP_DURATION: Histogram "looptrain.step.duration" ["s"] {} "Time from a step's plan to its commit.";
     SECTION_DURATION: Histogram "looptrain.section.duration" ["s"] {"section"} "Time of the slowest rank in a section of the step.";
+    COMPUTE_RATE: Gauge "looptrain.compute.rate" ["{operation}/s"] {} "Floating-point operations per second of the newest step as the model needs them, without document masking, all workers together.";
+    MFU: Gauge "looptrain.mfu" ["1"] {} "Model FLOPs utilization of the newest step: the share of what the workers' devices could do, where the spec says it.";
     GENERATION: Gauge "looptrain.generation" ["{generation}"] {} "The current generation.";
     WORLD: Gauge "looptrain.world" ["{worker}"] {} "Members of the current generation.";
     GENERATIONS: Counter "looptrain.generations" ["{generation}"] {} "Generations formed by this coordinator.";
@@ -136,6 +144,12 @@ instruments! {
     run_tokens: Gauge<f64> = gauge(RUN_TOKENS),
     loss: Gauge<f64> = gauge(LOSS),
     loop_loss: Gauge<f64> = gauge(LOOP_LOSS),
+    loop_loss_above_lowest: Gauge<f64> = gauge(LOOP_LOSS_ABOVE_LOWEST),
+    loop_loss_rises: Counter<u64> = counter(LOOP_LOSS_RISES),
+    gate_collapses: Counter<u64> = counter(GATE_COLLAPSES),
+    loop_hidden_rms: Gauge<f64> = gauge(LOOP_HIDDEN_RMS),
+    loop_gradient_norm: Gauge<f64> = gauge(LOOP_GRADIENT_NORM),
+    loop_agreement: Gauge<f64> = gauge(LOOP_AGREEMENT),
     exit_probability: Gauge<f64> = gauge(EXIT_PROBABILITY),
     exit_depth: Gauge<f64> = gauge(EXIT_DEPTH),
     exit_entropy: Gauge<f64> = gauge(EXIT_ENTROPY),
@@ -143,6 +157,8 @@ instruments! {
     learning_rate: Gauge<f64> = gauge(LEARNING_RATE),
     step_duration: Histogram<f64> = histogram(STEP_DURATION),
     section_duration: Histogram<f64> = histogram(SECTION_DURATION),
+    compute_rate: Gauge<f64> = gauge(COMPUTE_RATE),
+    mfu: Gauge<f64> = gauge(MFU),
     generation: Gauge<f64> = gauge(GENERATION),
     world: Gauge<f64> = gauge(WORLD),
     generations: Counter<u64> = counter(GENERATIONS),
@@ -190,11 +206,17 @@ impl Instruments {
             }
             RunEvent::CheckpointFailed { .. } => self.checkpoint_failures.add(1, &[]),
             RunEvent::CheckpointDelayed { .. } => self.checkpoint_delays.add(1, &[]),
+            RunEvent::GateCollapsed { .. } => self.gate_collapses.add(1, &[]),
+            RunEvent::LoopLossRises { at, .. } => {
+                self.loop_loss_rises.add(1, &[KeyValue::new("loop", at.to_string())]);
+            }
             RunEvent::Straggles { section, .. } => {
                 self.stragglers.add(1, &[KeyValue::new("section", section.to_string())]);
             }
             RunEvent::Waiting { .. }
             | RunEvent::CaughtUp { .. }
+            | RunEvent::GateRecovered { .. }
+            | RunEvent::LoopLossFalls { .. }
             | RunEvent::Draining { .. }
             | RunEvent::Pausing { .. }
             | RunEvent::Resumed
@@ -212,12 +234,22 @@ impl Instruments {
         self.run_tokens.record(record.tokens as f64, &[]);
         self.loss.record(record.loss, &[]);
         per_loop(&self.loop_loss, &record.loss_per_loop);
+        per_loop(&self.loop_loss_above_lowest, &record.loss_rise_per_loop);
+        per_loop(&self.loop_hidden_rms, &record.hidden_rms_per_loop);
+        per_loop(&self.loop_gradient_norm, &record.gradient_norm_per_loop);
+        per_loop(&self.loop_agreement, &record.agreement_per_loop);
         per_loop(&self.exit_probability, &record.exit_pdf);
         self.exit_depth.record(record.mean_depth, &[]);
         self.exit_entropy.record(record.entropy, &[]);
         self.gradient_norm.record(record.grad_norm, &[]);
         self.learning_rate.record(record.lr, &[]);
         self.step_duration.record(record.seconds, &[]);
+        if record.seconds > 0.0 {
+            self.compute_rate.record(record.flops / record.seconds, &[]);
+        }
+        if let Some(mfu) = record.mfu {
+            self.mfu.record(mfu, &[]);
+        }
         let sections = record.sections;
         for (name, seconds) in [
             ("data_wait", sections.data_wait),

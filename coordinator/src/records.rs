@@ -104,6 +104,21 @@ pub struct StepRecord {
     pub entropy: f64,
     /// Euclidean norm of the gradient before clipping; 0 when the step was skipped.
     pub grad_norm: f64,
+    /// Root mean square of a token's residual stream at the end of each loop, before its norm: the mean
+    /// over tokens. Logs of before there was this have none, as of the next two.
+    #[serde(default)]
+    pub hidden_rms_per_loop: Vec<f64>,
+    /// Root mean square over tokens of the norm of the gradient of their summed losses by a token's
+    /// state after each loop.
+    #[serde(default)]
+    pub gradient_norm_per_loop: Vec<f64>,
+    /// Share of the tokens whose likeliest successor after each loop is that after the last.
+    #[serde(default)]
+    pub agreement_per_loop: Vec<f64>,
+    /// How far the mean of each loop's cross-entropy over its last steps is above its lowest of the
+    /// stage, nats per token, as far as this coordinator has seen it; empty before it can be said.
+    #[serde(default)]
+    pub loss_rise_per_loop: Vec<f64>,
     /// Learning rate of this step.
     pub lr: f64,
     /// Tokens of the run up to and including this step.
@@ -114,6 +129,13 @@ pub struct StepRecord {
     pub cursor: Cursor,
     /// From the plan to the commit decision.
     pub seconds: f64,
+    /// Floating-point operations of the step as the model needs them, all loops counted.
+    #[serde(default)]
+    pub flops: f64,
+    /// Their share of what the workers' devices could have done meanwhile, where the spec says what that
+    /// is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Digest of the reduced gradient, loss and statistics.
     pub digest: Digest,
     /// Slots without a usable gradient; with any, the step changed no weight.
@@ -234,7 +256,7 @@ pub enum RunEvent {
         reason: String,
     },
     /// A step has been committed.
-    Committed(StepRecord),
+    Committed(Box<StepRecord>),
     /// An evaluation is complete.
     Evaluated(EvaluationRecord),
     /// A checkpoint exists: its manifest is in the store.
@@ -290,6 +312,42 @@ pub enum RunEvent {
         /// Where it was slow.
         section: Section,
     },
+    /// Nearly all of the exit distribution is after one loop.
+    GateCollapsed {
+        /// The newest step.
+        step: Step,
+        /// The loop, counted from 1.
+        at: usize,
+        /// Loops of the stage.
+        loops: usize,
+        /// Its share, a mean over some steps.
+        share: f64,
+    },
+    /// The exit distribution is spread over several loops again.
+    GateRecovered {
+        /// The newest step.
+        step: Step,
+    },
+    /// A loop's loss is above where it has been in this stage.
+    LoopLossRises {
+        /// The newest step.
+        step: Step,
+        /// The loop, counted from 1.
+        at: usize,
+        /// Its cross-entropy, a mean over some steps, nats per token.
+        loss: f64,
+        /// The lowest that this mean has been.
+        lowest: f64,
+    },
+    /// A loop's loss that rose is back.
+    LoopLossFalls {
+        /// The newest step.
+        step: Step,
+        /// The loop, counted from 1.
+        at: usize,
+        /// Its cross-entropy.
+        loss: f64,
+    },
     /// A worker has been told to leave.
     Draining {
         /// Its name.
@@ -339,10 +397,12 @@ impl fmt::Display for RunEvent {
                 let s = if *world == 1 { "" } else { "s" };
                 write!(f, "generation {generation}: {world} worker{s} from step {step}; {reason}")
             }
-            Self::Committed(StepRecord { step, skipped: Some(why), .. }) => {
-                write!(f, "step {step} committed without an update: {why}")
-            }
-            Self::Committed(record) => write!(f, "step {} committed", record.step),
+            Self::Committed(record) => match &record.skipped {
+                Some(why) => {
+                    write!(f, "step {} committed without an update: {why}", record.step)
+                }
+                None => write!(f, "step {} committed", record.step),
+            },
             Self::Evaluated(record) => {
                 write!(f, "step {} evaluated: validation loss {:.4}", record.step, record.loss)
             }
@@ -365,6 +425,22 @@ impl fmt::Display for RunEvent {
             ),
             Self::CaughtUp { name, section, .. } => {
                 write!(f, "worker {name} straggles in {section} no longer")
+            }
+            Self::GateCollapsed { step, at, loops, share } => write!(
+                f,
+                "step {step}: the exit gate has collapsed: {:.1} % of the exits are after loop {at} of {loops}; \
+                 a larger entropy_weight keeps the others in use",
+                100.0 * share
+            ),
+            Self::GateRecovered { step } => {
+                write!(f, "step {step}: the exit gate is collapsed no longer")
+            }
+            Self::LoopLossRises { step, at, loss, lowest } => write!(
+                f,
+                "step {step}: the loss of loop {at} rises: {loss:.4}, where it was {lowest:.4} before"
+            ),
+            Self::LoopLossFalls { step, at, loss } => {
+                write!(f, "step {step}: the loss of loop {at} rises no longer: {loss:.4}")
             }
             Self::Draining { name, reason } => write!(f, "worker {name} is to leave: {reason}"),
             Self::Pausing { reason } => write!(f, "pausing: {reason}"),
@@ -389,11 +465,17 @@ pub(crate) fn example(step: u64, loss: f64) -> StepRecord {
         mean_depth: 1.0,
         entropy: 0.0,
         grad_norm: 1.0,
+        hidden_rms_per_loop: vec![1.0],
+        gradient_norm_per_loop: vec![1.0],
+        agreement_per_loop: vec![1.0],
+        loss_rise_per_loop: vec![0.0],
         lr: 1e-3,
         tokens: 10 * step,
         step_tokens: 10,
         cursor: Cursor::default(),
         seconds: 0.1,
+        flops: 1e9,
+        mfu: None,
         digest: Digest([0; 32]),
         bad_slots: 0,
         skipped: None,

@@ -129,7 +129,8 @@ impl Runtime {
                     Action::GoOn { from, lost } => {
                         self.enter(Entry::Rewind(from));
                         self.board.go_on(from, &lost);
-                        lost.into_iter().for_each(|record| self.enter(Entry::Step(record)));
+                        lost.into_iter()
+                            .for_each(|record| self.enter(Entry::Step(Box::new(record))));
                     }
                     Action::SealMetrics => self.enter(Entry::Seal),
                     Action::WriteManifest(draft) => self.note(Note::Manifest(draft)),

@@ -254,6 +254,9 @@ fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
         grad_norm: last.grad_norm,
         tokens: last.step_tokens,
         bad_slots: last.bad_slots,
+        hidden_rms_per_loop: last.hidden_rms_per_loop,
+        gradient_norm_per_loop: last.gradient_norm_per_loop,
+        agreement_per_loop: last.agreement_per_loop,
     });
     let worker = |view: WorkerView| v1::WorkerStatus {
         worker_id: view.id.0,

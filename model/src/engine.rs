@@ -11,10 +11,10 @@ use std::time::Duration;
 use looptrain_proto::spec::{self, Objective};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::batch::assert_starts;
 use crate::cpu::{Cache, CacheSharing, Clock, Rotary, Section, Shape, Task, Weights, Workspace};
-use crate::exit::stage_one;
 use crate::generate::Decoder;
-use crate::{Layout, SlotStatistics, TrainState, optimizer};
+use crate::{Layout, SlotBatch, SlotStatistics, TrainState, optimizer};
 
 /// Gradients of slots that are kept as memory for the next ones, beyond one for each thread.
 const SPARE_BYTES: usize = 512 << 20;
@@ -54,29 +54,6 @@ pub enum Recompute {
     /// A layer at a time, in a loop that is computed again for the inputs of its layers: the states
     /// between loops are kept, those inputs, and the activations of one layer.
     Layer,
-}
-
-/// The tokens of one slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlotBatch {
-    /// `[sequences, sequence_length + 1]`, row after row: inputs and, shifted by one, targets. All
-    /// ids are below the model's vocabulary.
-    pub tokens: Vec<u32>,
-    /// Number of sequences.
-    pub sequences: usize,
-    /// Input tokens per sequence.
-    pub sequence_length: usize,
-}
-
-impl SlotBatch {
-    /// Input ids and target ids, `[sequences * sequence_length]` each.
-    #[must_use]
-    pub fn ids(&self) -> [Vec<u32>; 2] {
-        [0, 1].map(|shift| {
-            let rows = self.tokens.chunks_exact(self.sequence_length + 1);
-            rows.flat_map(|row| &row[shift..shift + self.sequence_length]).copied().collect()
-        })
-    }
 }
 
 /// What the computation of one slot gives.
@@ -247,30 +224,19 @@ impl Engine {
     ) -> Vec<SlotStatistics> {
         let results = Mutex::new(vec![SlotStatistics::default(); batches.len()]);
         self.for_each(batches.len(), cancelled, &|index| {
-            let (losses, gates) = self.losses(settings, &batches[index]);
-            let beta = settings.entropy_weight;
-            let statistics = stage_one(&losses, &gates, settings.loops, beta).statistics;
+            let batch = &batches[index];
+            let [inputs, targets] = batch.ids();
+            let size = [batch.sequences, batch.sequence_length];
+            let statistics = self.with_task(settings, size, &batch.starts, |task, workspace| {
+                task.statistics(settings, [&inputs, &targets], workspace)
+            });
             results.lock().unwrap_or_else(PoisonError::into_inner)[index] = statistics;
         });
         results.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cross-entropies in nats and gate logits of each token, loop after loop: `[R * N]` each. Runs in
-    /// the calling thread's pool.
-    ///
-    /// # Panics
-    /// If no weights are loaded.
-    #[must_use]
-    pub fn losses(&self, settings: &StageSettings, batch: &SlotBatch) -> (Vec<f32>, Vec<f32>) {
-        let SlotBatch { sequences, sequence_length, .. } = *batch;
-        let [inputs, targets] = batch.ids();
-        self.with_task(settings, sequences, sequence_length, |task, workspace| {
-            task.losses([&inputs, &targets], workspace, None)
-        })
-    }
-
     /// What the model makes of each token of some sequences, on all threads. Ids `[N]` of inputs and
-    /// targets, sequence after sequence.
+    /// targets, sequence after sequence; `starts` as in [`SlotBatch`].
     ///
     /// # Panics
     /// If no weights are loaded, an id is outside the vocabulary, or the sequences do not divide the
@@ -281,16 +247,15 @@ impl Engine {
         settings: &StageSettings,
         inputs: &[u32],
         targets: &[u32],
+        starts: &[u32],
         sequences: usize,
     ) -> TokenMeasures {
         assert_eq!(inputs.len(), targets.len(), "an input has a target");
         assert!(inputs.len().is_multiple_of(sequences), "sequences are equally long");
-        let mut hits = vec![false; settings.loops * inputs.len()];
-        let length = inputs.len() / sequences;
-        let (losses, gates) = self.with_task(settings, sequences, length, |task, workspace| {
-            self.pool.install(|| task.losses([inputs, targets], workspace, Some(&mut hits)))
-        });
-        TokenMeasures { losses, gates, hits }
+        let size = [sequences, inputs.len() / sequences];
+        self.with_task(settings, size, starts, |task, workspace| {
+            self.pool.install(|| task.measures([inputs, targets], workspace))
+        })
     }
 
     /// Begins the decoding of a sequence of up to `capacity` tokens, with a cache of keys and values.
@@ -315,7 +280,7 @@ impl Engine {
     /// If no weights are loaded, or an id is outside the vocabulary.
     #[must_use]
     pub fn states(&self, settings: &StageSettings, ids: &[u32]) -> Vec<f32> {
-        self.with_task(settings, 1, ids.len(), |task, workspace| {
+        self.with_task(settings, [1, ids.len()], &[], |task, workspace| {
             self.pool.install(|| task.states(ids, workspace).0.to_vec())
         })
     }
@@ -375,15 +340,17 @@ impl Engine {
     fn with_task<R>(
         &self,
         settings: &StageSettings,
-        sequences: usize,
-        sequence_length: usize,
+        [sequences, sequence_length]: [usize; 2],
+        starts: &[u32],
         work: impl FnOnce(&Task<'_>, &mut Workspace) -> R,
     ) -> R {
+        assert_starts(starts, sequences * sequence_length, sequence_length);
         let rotary = Rotary::new(sequence_length, self.model.head_dim(), settings.rope_base);
         let task = Task {
             weights: self.loaded(),
             layout: &self.layout,
             shape: shape_of(&self.model, settings, sequences, sequence_length),
+            starts,
             rotary: &rotary,
             clock: &self.clock,
         };
@@ -405,7 +372,8 @@ impl Engine {
         let mut gradient = spare.unwrap_or_default();
         gradient.clear();
         gradient.resize(self.layout.parameters(), 0.0);
-        let statistics = self.with_task(settings, sequences, sequence_length, |task, workspace| {
+        let size = [sequences, sequence_length];
+        let statistics = self.with_task(settings, size, &batch.starts, |task, workspace| {
             task.gradient(settings, batch, self.recompute, workspace, &mut gradient, on_final)
         });
         SlotOutput { gradient, statistics }
@@ -470,7 +438,12 @@ mod tests {
             (0..count).map(|i| ((slot * 31 + i * 7 + i * i) % 53) as u32).collect()
         };
         (0..count)
-            .map(|slot| SlotBatch { tokens: tokens(slot), sequences, sequence_length })
+            .map(|slot| SlotBatch {
+                tokens: tokens(slot),
+                sequences,
+                sequence_length,
+                ..SlotBatch::default()
+            })
             .collect()
     }
 
@@ -559,8 +532,12 @@ mod tests {
         let mut engine = Engine::new(&model(), 2);
         engine.load(&TrainState::initial(&model(), 3).weights);
         let found = engine.evaluate(&SETTINGS, &slots, &AtomicBool::new(false));
-        let trained: Vec<_> = gradients(1, &slots).into_iter().map(|o| o.statistics).collect();
-        assert_eq!(found, trained);
+        let without_gradient = |statistics: SlotStatistics| {
+            assert!(statistics.gradient_norm_per_loop.iter().all(|norm| *norm > 0.0));
+            SlotStatistics { gradient_norm_per_loop: vec![0.0; SETTINGS.loops], ..statistics }
+        };
+        let trained = gradients(1, &slots).into_iter().map(|o| without_gradient(o.statistics));
+        assert_eq!(found, trained.collect::<Vec<_>>());
     }
 
     #[test]

@@ -31,6 +31,41 @@ pub struct SlotStatistics {
     pub exit_pdf: Vec<f64>,
     /// Entropy of the exit distribution, in nats.
     pub entropy: f64,
+    /// Root mean square of a token's residual stream at the end of each loop, before its norm: the mean
+    /// over tokens.
+    pub hidden_rms_per_loop: Vec<f64>,
+    /// Root mean square over tokens of the norm of the gradient of their summed losses with respect to
+    /// a token's state after each loop; 0 where no gradient was taken.
+    pub gradient_norm_per_loop: Vec<f64>,
+    /// Share of the tokens whose likeliest successor after each loop is that after the last.
+    pub agreement_per_loop: Vec<f64>,
+}
+
+impl SlotStatistics {
+    /// The statistics with what loops are like beside their losses: from the stream's root mean squares
+    /// and the likeliest successors of all tokens, `[R * N]` each, and the squared norms of the gradients
+    /// of the slot's mean loss, summed over tokens, `[R]` or empty.
+    pub(crate) fn with_loops(
+        mut self,
+        hidden_rms: impl Iterator<Item = f64>,
+        likeliest: &[u32],
+        gradient_squares: &[f64],
+    ) -> Self {
+        let loops = self.loss_per_loop.len();
+        let tokens = likeliest.len() / loops.max(1);
+        let hidden_rms: Vec<f64> = hidden_rms.collect();
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / tokens as f64;
+        self.hidden_rms_per_loop = hidden_rms.chunks(tokens).map(mean).collect();
+        let last = &likeliest[likeliest.len() - tokens..];
+        let agreement = |own: &[u32]| {
+            own.iter().zip(last).filter(|(own, last)| own == last).count() as f64 / tokens as f64
+        };
+        self.agreement_per_loop = likeliest.chunks(tokens).map(agreement).collect();
+        self.gradient_norm_per_loop =
+            gradient_squares.iter().map(|squares| (tokens as f64 * squares).sqrt()).collect();
+        self.gradient_norm_per_loop.resize(loops, 0.0);
+        self
+    }
 }
 
 /// `ln(1 + e^x)` without overflow or cancellation.

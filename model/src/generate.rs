@@ -44,6 +44,9 @@ pub struct Sampling {
     pub exit: Exit,
     /// Whose keys and values loops read.
     pub sharing: CacheSharing,
+    /// The last token of a document, for models that have learned to see nothing of the document
+    /// before.
+    pub document_end: Option<u32>,
 }
 
 /// What was generated, and what it took.
@@ -118,6 +121,11 @@ impl Decoder<'_> {
         self.cache.length() * self.cache.token_bytes()
     }
 
+    /// Has tokens see nothing of the document before theirs; `end` is the last token of a document.
+    pub fn end_documents_with(&mut self, end: u32) {
+        self.cache.end_documents_with(end);
+    }
+
     /// Forgets all tokens.
     pub fn clear(&mut self) {
         self.cache.clear();
@@ -141,6 +149,9 @@ pub fn generate(
     let mut tokens = prompt.to_vec();
     let needed = prompt.len().saturating_add(sampling.tokens).min(sampling.context);
     let mut decoder = engine.decoder(settings, needed, sampling.sharing);
+    if let Some(end) = sampling.document_end {
+        decoder.end_documents_with(end);
+    }
     let begin = Instant::now();
     let mut next = decoder.extend(&prompt[prompt.len().saturating_sub(needed)..], sampling.exit);
     let prompt_time = begin.elapsed();
@@ -230,6 +241,7 @@ mod tests {
             vocabulary: usize::MAX,
             exit: Exit::Last,
             sharing: CacheSharing::Full,
+            document_end: None,
         }
     }
 
@@ -292,6 +304,26 @@ mod tests {
             let rest = decoder.extend(&tokens[first + 60..first + 80], Exit::Last);
             assert!(rest.logits == uncached(&engine, &tokens[..first + 80])[2], "{first}");
         }
+    }
+
+    #[test]
+    fn a_document_is_decoded_as_if_there_were_none_before_it() {
+        let engine = engine();
+        let (before, tokens) = (prompt(290), prompt(60));
+        let alone = uncached(&engine, &tokens).swap_remove(2);
+        for first in [291, 300] {
+            let mut decoder = engine.decoder(&SETTINGS, 400, CacheSharing::Full);
+            decoder.end_documents_with(52);
+            let all = [&before[..], &[52], &tokens].concat();
+            decoder.extend(&all[..first], Exit::Last);
+            let next = decoder.extend(&all[first..], Exit::Last);
+            let off = next.logits.iter().zip(&alone).map(|(a, b)| (a - b).abs());
+            assert!(off.fold(0.0, f32::max) < 1e-4, "{first}");
+            // What is forgotten takes its documents with it.
+            decoder.clear();
+            assert!(decoder.extend(&tokens, Exit::Last).logits == alone);
+        }
+        assert!(!before.contains(&52) && !tokens.contains(&52));
     }
 
     #[test]

@@ -126,6 +126,55 @@ mod tests {
         }
     }
 
+    /// Names and shapes of the published checkpoints, and the sizes of their files: a header of all names
+    /// in order, padded to 8 bytes, and two bytes a parameter.
+    #[test]
+    fn names_and_shapes_are_those_of_the_published_checkpoints() {
+        const OF_LAYER: [(&str, &[usize]); 11] = [
+            ("self_attn.q_proj.weight", &[2048, 2048]),
+            ("self_attn.k_proj.weight", &[2048, 2048]),
+            ("self_attn.v_proj.weight", &[2048, 2048]),
+            ("self_attn.o_proj.weight", &[2048, 2048]),
+            ("mlp.gate_proj.weight", &[5632, 2048]),
+            ("mlp.up_proj.weight", &[5632, 2048]),
+            ("mlp.down_proj.weight", &[2048, 5632]),
+            ("input_layernorm.weight", &[2048]),
+            ("input_layernorm_2.weight", &[2048]),
+            ("post_attention_layernorm.weight", &[2048]),
+            ("post_attention_layernorm_2.weight", &[2048]),
+        ];
+        const OTHERS: [(&str, &[usize]); 5] = [
+            ("model.embed_tokens.weight", &[49_152, 2048]),
+            ("model.norm.weight", &[2048]),
+            ("model.early_exit_gate.weight", &[1, 2048]),
+            ("model.early_exit_gate.bias", &[1]),
+            ("lm_head.weight", &[49_152, 2048]),
+        ];
+        for (layers, file_bytes) in [(24, 2_869_336_434_usize), (48, 5_336_011_242)] {
+            let of_layers = (0..layers).flat_map(|layer| {
+                OF_LAYER.map(|(name, shape)| (format!("model.layers.{layer}.{name}"), shape))
+            });
+            let others = OTHERS.map(|(name, shape)| (name.to_owned(), shape));
+            let mut expected: Vec<_> = of_layers.chain(others).collect();
+            let layout = Layout::new(&ouro(layers));
+            let mut found: Vec<_> =
+                layout.tensors().iter().map(|t| (t.name.clone(), t.shape.as_slice())).collect();
+            expected.sort();
+            found.sort();
+            assert_eq!(found, expected);
+
+            let mut end = 0;
+            let entries = found.iter().map(|(name, shape)| {
+                let begin = end;
+                end += 2 * shape.iter().product::<usize>();
+                format!(r#""{name}":{{"dtype":"BF16","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#)
+                    .replace(", ", ",")
+            });
+            let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
+            assert_eq!(8 + header.len().next_multiple_of(8) + end, file_bytes);
+        }
+    }
+
     #[test]
     fn an_element_knows_its_tensor() {
         let layout = Layout::new(&ouro(1));

@@ -5,6 +5,7 @@
 //! Everything here is a function of weights, tokens and settings; nothing knows of networks or stores.
 //! How long parts of the work take is measured, and nothing depends on it.
 
+mod batch;
 pub mod composite;
 mod cpu;
 mod cuda;
@@ -18,9 +19,10 @@ mod optimizer;
 mod state;
 mod trainer;
 
+pub use batch::{SlotBatch, document_starts};
 pub use cpu::{CacheSharing, KernelLevel};
 pub use cuda::{DeviceError, DeviceSums};
-pub use engine::{Engine, Recompute, SlotBatch, SlotOutput, StageSettings, TokenMeasures};
+pub use engine::{Engine, Recompute, SlotOutput, StageSettings, TokenMeasures};
 pub use evaluation::{DepthReport, DepthSums, Quality};
 pub use exit::{
     ExitLoss, SlotStatistics, exit_loop, exit_shares, log_exit_pdf, stage_one, stage_two,

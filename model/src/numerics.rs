@@ -52,7 +52,7 @@ fn probe_of_device(device: Device) -> Result<(String, Digest), DeviceError> {
         rope_base: 1e4,
         objective: Objective::Language,
     };
-    let batch = SlotBatch { tokens, sequences, sequence_length };
+    let batch = SlotBatch { tokens, sequences, sequence_length, ..SlotBatch::default() };
     engine.queue_slot(&settings, Recompute::None, &batch, &mut |_| {})?.statistics()?;
     let norm = engine.norm()?;
     let optimizer = spec::Optimizer::default();
@@ -96,7 +96,7 @@ fn probe() -> Digest {
         let gradient = OnceLock::new();
         engine.gradients(
             &settings,
-            &[SlotBatch { tokens, sequences, sequence_length }],
+            &[SlotBatch { tokens, sequences, sequence_length, ..SlotBatch::default() }],
             &AtomicBool::new(false),
             &|_, slot| {
                 let _ = gradient.set(slot.gradient);

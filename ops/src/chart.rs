@@ -30,6 +30,9 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(230, 159, 0),
 ];
 
+/// Lines of more points have no dots.
+const DOTS: usize = 60;
+
 /// Width and height of a chart.
 const SIZE: (u32, u32) = (480, 360);
 
@@ -71,8 +74,10 @@ fn draw_one(area: &DrawingArea<SVGBackend<'_>, Shift>, chart: &Chart) -> Result<
             .draw_series(LineSeries::new(line.points.iter().copied(), style))?
             .label(&line.name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
-        context
-            .draw_series(line.points.iter().map(|point| Circle::new(*point, 3, colour.filled())))?;
+        if line.points.len() <= DOTS {
+            let dots = line.points.iter().map(|point| Circle::new(*point, 3, colour.filled()));
+            context.draw_series(dots)?;
+        }
     }
     if chart.lines.len() > 1 {
         context

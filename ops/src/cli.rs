@@ -57,6 +57,12 @@ pub(crate) enum Command {
         looptrain status --store file://.looptrain --run quickstart --json"
     )]
     Status(Status),
+    /// Draw what a run's loops did over its steps: loss, exits, agreement
+    #[command(
+        after_help = "Example: looptrain plot --store file://.looptrain --run quickstart --output \
+        curves.svg"
+    )]
+    Plot(Plot),
     /// Have a worker leave a run, without anybody waiting for it
     #[command(
         after_help = "Example: looptrain drain node7-4211 --coordinator http://127.0.0.1:7400"
@@ -140,6 +146,7 @@ impl Command {
             Self::Coordinator(_) => "coordinator",
             Self::Worker(_) => "worker",
             Self::Status(_) => "status",
+            Self::Plot(_) => "plot",
             Self::Drain(_) => "drain",
             Self::Pause(_) => "pause",
             Self::Resume(_) => "resume",
@@ -316,6 +323,19 @@ pub(crate) struct Status {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Plot {
+    /// The store of the run
+    #[arg(long, value_name = "URL")]
+    pub(crate) store: String,
+    /// Name of the run in the store
+    #[arg(long)]
+    pub(crate) run: String,
+    /// The SVG file to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Debug, Args)]

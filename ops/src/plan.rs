@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use looptrain_model::Device;
 use looptrain_proto::Spec;
-use looptrain_proto::spec::{Decay, Model, Objective, Stage};
+use looptrain_proto::spec::{Decay, Objective, operations_per_token};
 use looptrain_worker::worker_bytes;
 use serde_json::{Value, json};
 
@@ -12,20 +12,6 @@ use crate::cli::DryRun;
 
 /// Bytes of a parameter in a checkpoint: weight and two moments.
 const CHECKPOINT_BYTES: u64 = 12;
-
-/// Floating-point operations of a token, forward and backward, as the model needs them: nothing that is
-/// computed again, and of attention the causal half. A multiplication and an addition are two;
-/// backward takes twice as many as forward.
-pub(crate) fn operations_per_token(model: &Model, stage: &Stage) -> f64 {
-    let [d, f, v] =
-        [model.hidden_size, model.intermediate_size, model.vocab_size].map(|n| n as f64);
-    let [layers, loops, length] =
-        [model.num_hidden_layers, stage.loops, stage.sequence_length].map(|n| n as f64);
-    let matrices = loops * (layers * (4.0 * d * d + 3.0 * d * f) + v * d);
-    let attention = 2.0 * loops * layers * d * (length + 1.0) / 2.0;
-    let (operations, passes) = (2.0, 3.0);
-    passes * operations * (matrices + attention)
-}
 
 /// The plan as JSON: what the table shows, and more exactly.
 pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value> {

@@ -253,6 +253,10 @@ impl RunProgress {
             | RunEvent::CheckpointDelayed { .. }
             | RunEvent::Straggles { .. }
             | RunEvent::CaughtUp { .. }
+            | RunEvent::GateCollapsed { .. }
+            | RunEvent::GateRecovered { .. }
+            | RunEvent::LoopLossRises { .. }
+            | RunEvent::LoopLossFalls { .. }
             | RunEvent::Draining { .. }
             | RunEvent::Pausing { .. }
             | RunEvent::Resumed
@@ -267,7 +271,7 @@ impl RunProgress {
 
     fn committed(&mut self, record: &StepRecord) {
         if record.skipped.is_some() {
-            print_line(&RunEvent::Committed(record.clone()).to_string());
+            print_line(&RunEvent::Committed(Box::new(record.clone())).to_string());
         }
         let seconds = match self.seconds_per_step {
             Some(mean) => mean + SMOOTHING * (record.seconds - mean),

@@ -95,6 +95,16 @@ impl Found {
         }
     }
 
+    /// Whether it has learned to see nothing of other documents.
+    fn masks_documents(&self) -> bool {
+        match self {
+            Self::Folder(_) => false,
+            Self::Checkpoint { spec, manifest, .. } => {
+                spec.stages[spec.stage_of(manifest.step)].document_masking
+            }
+        }
+    }
+
     /// Reads a tensor, by its index in the layout.
     pub(crate) fn tensor(&self, layout: &Layout, index: usize) -> Result<Cow<'_, [f32]>> {
         match self {
@@ -130,6 +140,8 @@ pub(crate) struct Trained {
     pub(crate) tokenizer: Option<TextTokenizer>,
     /// Tokens that end a text.
     pub(crate) ends: Vec<u32>,
+    /// The last token of a document, where it has learned to see nothing of the document before.
+    pub(crate) document_end: Option<u32>,
     /// The datasets that the stage of a checkpoint draws from, to be opened.
     stored: Vec<(Store, String, Option<Digest>)>,
 }
@@ -183,6 +195,8 @@ impl Trained {
         if ends.is_empty() {
             ends.extend(tokenizer.as_ref().map(TextTokenizer::end_of_text));
         }
+        let ends_documents = tokenizer.as_ref().filter(|_| found.masks_documents());
+        let document_end = ends_documents.map(TextTokenizer::end_of_text);
         let ((settings, context), name) = (found.settings(), found.name());
         let load = move || {
             let model = found.model().clone();
@@ -205,6 +219,7 @@ impl Trained {
             context,
             tokenizer,
             ends,
+            document_end,
             stored: Vec::new(),
         })
     }

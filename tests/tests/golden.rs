@@ -11,7 +11,8 @@ use std::sync::atomic::AtomicBool;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use looptrain_model::composite::{LoopLm, Rotary};
 use looptrain_model::{
-    Engine, Layout, SlotBatch, SlotOutput, StageSettings, TrainState, exit_shares, stage_one,
+    Engine, Layout, SlotBatch, SlotOutput, StageSettings, TokenMeasures, TrainState, exit_shares,
+    stage_one,
 };
 use looptrain_proto::Step;
 use looptrain_proto::spec::{self, Objective};
@@ -95,7 +96,12 @@ impl Case {
             .flat_map(|(inputs, targets)| inputs.iter().chain(targets.last()))
             .map(|&id| id as u32)
             .collect();
-        SlotBatch { tokens, sequences: self.batch, sequence_length: self.length }
+        SlotBatch {
+            tokens,
+            sequences: self.batch,
+            sequence_length: self.length,
+            ..SlotBatch::default()
+        }
     }
 
     fn gradient(&self, engine: &Engine, slot: SlotBatch) -> SlotOutput {
@@ -184,7 +190,9 @@ fn logits_losses_and_exits_of_every_loop() {
         let mut engine = Engine::new(&case.model, 2);
         engine.load(&flat(engine.layout(), &weights));
         let batch = case.slot(&expected["tokens"], &expected["targets"]);
-        let (losses, gates) = engine.losses(&case.settings, &batch);
+        let [inputs, targets] = batch.ids();
+        let measures = engine.measure_tokens(&case.settings, &inputs, &targets, &[], case.batch);
+        let TokenMeasures { losses, gates, .. } = measures;
         losses_and_exits(name, &case, &losses, &gates, &expected);
         // Logits of the sequences one by one, as generation takes them.
         let (loops, vocab) = (case.settings.loops, case.model.vocab_size);
@@ -217,7 +225,7 @@ fn the_composite_has_the_logits_losses_and_exits_of_every_loop() {
         let base = case.settings.rope_base;
         let rotary = Rotary::new(case.length, case.model.head_dim(), base, &device);
         let floats = |tensor: Tensor<1>| tensor.into_data().try_into_vec::<f32>().unwrap();
-        let outputs = lm.forward(ids("tokens"), case.batch, case.settings.loops, &rotary);
+        let outputs = lm.forward(ids("tokens"), case.batch, case.settings.loops, &rotary, &[]);
         let (mut losses, mut gates) = (Vec::new(), Vec::new());
         for (t, output) in outputs.into_iter().enumerate() {
             let logits = lm.logits(output.hidden.clone()).flatten::<1>(0, 1);

@@ -6,7 +6,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use looptrain_model::SlotBatch;
+use looptrain_model::{SlotBatch, document_starts};
+use looptrain_proto::spec::Stage;
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{Dataset, Order, Reading, Split, Store, check_fit, read_sequences};
 
@@ -101,15 +102,16 @@ impl Data {
         let wanted: Vec<(&Dataset, u64)> =
             sequences.iter().map(|&(dataset, at)| (&self.datasets[dataset], at)).collect();
         let tokens = read_sequences(&wanted, Split::Train, length).await?;
-        let batch = SlotBatch { tokens, sequences: count, sequence_length: length };
-        Ok(Slot { batch, sequences })
+        let datasets: Vec<&Dataset> = wanted.into_iter().map(|(dataset, _)| dataset).collect();
+        Ok(Slot { batch: batch(stage, &datasets, tokens), sequences })
     }
 
     /// Memory that a slot of a step takes, if there is such a step.
     pub(crate) fn slot_bytes(&self, step: Step) -> Option<usize> {
         let stage = &self.spec.stages[self.spec.position(step)?.stage];
-        let batch = stage.slot_sequences * (4 * (stage.sequence_length + 1) + 16);
-        Some(size_of::<Slot>() + batch)
+        let starts = if stage.document_masking { stage.sequence_length } else { 0 };
+        let sequence = 4 * (stage.sequence_length + 1 + starts) + 16;
+        Some(size_of::<Slot>() + stage.slot_sequences * sequence)
     }
 
     /// The evaluation sequences `range` of the stage of `step`, each a batch of its own, so that a
@@ -124,7 +126,8 @@ impl Data {
         range: Range<u64>,
     ) -> Result<Vec<SlotBatch>, DataError> {
         let index = self.spec.stage_of(step);
-        let length = self.spec.stages[index].sequence_length;
+        let stage = &self.spec.stages[index];
+        let length = stage.sequence_length;
         let mixture = self.spec.mixture(index);
         let turns = mixture.len() as u64;
         let wanted = self.spec.evaluation.sequences.div_ceil(turns);
@@ -136,11 +139,26 @@ impl Data {
             if sequence < held {
                 let dataset = &self.datasets[dataset];
                 let tokens = dataset.read_sequence(Split::Validation, length, sequence).await?;
-                batches.push(SlotBatch { tokens, sequences: 1, sequence_length: length });
+                batches.push(batch(stage, &[dataset], tokens));
             }
         }
         Ok(batches)
     }
+}
+
+/// A batch of a stage: sequences of `datasets`, one after the other.
+fn batch(stage: &Stage, datasets: &[&Dataset], tokens: Vec<u32>) -> SlotBatch {
+    let (sequences, sequence_length) = (datasets.len(), stage.sequence_length);
+    let mut starts = Vec::new();
+    if stage.document_masking {
+        starts.reserve(sequences * sequence_length);
+        for (dataset, tokens) in datasets.iter().zip(tokens.chunks_exact(sequence_length + 1)) {
+            let inputs = &tokens[..sequence_length];
+            let end = dataset.manifest().end_of_text;
+            starts.extend(document_starts(inputs, sequence_length, end));
+        }
+    }
+    SlotBatch { tokens, sequences, sequence_length, starts }
 }
 
 /// The `index`-th of `count` places spread evenly over `length`.
@@ -176,6 +194,40 @@ mod tests {
         assert!(text.contains("more than model.vocab_size = 270"), "{text}");
         let text = refusal(|spec| spec.stages[0].sequence_length = 100_000).await;
         assert!(text.contains("training sequences") && text.contains("`only`"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn documents_of_a_stage_that_masks_them_begin_after_each_end() {
+        let (mut spec, store) = tiny_store().await;
+        let open = |spec: Arc<Spec>| async { Data::open(spec, &store, &Reading::default()).await };
+        let plain = open(Arc::clone(&spec)).await.unwrap();
+        assert!(plain.slot(Step(1), 0).await.unwrap().batch.starts.is_empty());
+        Arc::make_mut(&mut spec).stages[0].document_masking = true;
+        let data = open(Arc::clone(&spec)).await.unwrap();
+        let end = data.datasets[0].manifest().end_of_text;
+        let mut ends = 0;
+        let mut check = |batch: &SlotBatch| {
+            let length = batch.sequence_length;
+            let starts = batch.starts.chunks_exact(length);
+            for (tokens, starts) in batch.tokens.chunks_exact(length + 1).zip(starts) {
+                for (at, start) in starts.iter().enumerate() {
+                    let before = tokens[..at].iter().rposition(|token| *token == end);
+                    assert_eq!(*start as usize, before.map_or(0, |end| end + 1));
+                }
+                ends += tokens[..length].iter().filter(|token| **token == end).count();
+            }
+            assert_eq!(batch.starts.len(), batch.sequences * length);
+        };
+        for step in 1..=4 {
+            for slot in 0..spec.slots_of(Step(step)) {
+                let found = data.slot(Step(step), slot).await.unwrap().batch;
+                check(&found);
+                let plain = plain.slot(Step(step), slot).await.unwrap().batch;
+                assert_eq!(plain.tokens, found.tokens);
+            }
+        }
+        data.validation(Step(1), 0..u64::MAX).await.unwrap().iter().for_each(&mut check);
+        assert!(ends > 0, "documents end within sequences");
     }
 
     #[tokio::test]

@@ -32,6 +32,7 @@ mod action;
 mod admission;
 mod agreement;
 mod boundary;
+mod depth;
 mod evaluation;
 mod event;
 mod finishing;
@@ -153,6 +154,7 @@ pub(crate) struct Core {
     /// The newest step in the log.
     logged: Step,
     pace: step::Pace,
+    depth: depth::Depth,
 
     checkpoint: Option<Mark>,
     saving: Option<saving::Saving>,
@@ -241,6 +243,7 @@ impl Core {
             lineage,
             workers_may_return,
             pace: step::Pace::default(),
+            depth: depth::Depth::default(),
             checkpoint,
             saving: None,
             save_overdue: false,

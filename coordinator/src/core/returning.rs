@@ -108,13 +108,13 @@ impl Core {
         let (computed_slots, detail) = (vote.computed_slots, vote.detail.clone());
         let vote_of_rank =
             Vote { digest, statistics, sections: sections.into(), computed_slots, detail };
-        let record = self.record(Step(vote.step), digest, &[vote_of_rank]);
-        Some(StepRecord {
+        let record = StepRecord {
             generation: Generation(vote.generation),
             world,
             seconds: sections.data_wait + sections.compute + sections.reduce,
-            ..record
-        })
+            ..self.record(Step(vote.step), digest, &[vote_of_rank])
+        };
+        Some(StepRecord { mfu: self.mfu(&record), ..record })
     }
 
     /// What a worker brought is of no meaning any more once it is told to change it.

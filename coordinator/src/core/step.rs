@@ -155,7 +155,9 @@ impl Core {
         }
         let seconds = (self.now - started).as_secs_f64();
         self.observe(votes, seconds);
-        let record = StepRecord { seconds, ..self.record(step, digest, votes) };
+        let mut record = StepRecord { seconds, ..self.record(step, digest, votes) };
+        record.mfu = self.mfu(&record);
+        let of_depth = self.watch_depth(&mut record);
         self.committed = step;
         self.logged = step;
         self.fruitless = 0;
@@ -165,7 +167,8 @@ impl Core {
         self.last = Some(record.clone());
         self.skipped = if record.skipped.is_some() { self.skipped + 1 } else { 0 };
         let why = record.skipped.clone().unwrap_or_default();
-        self.publish(RunEvent::Committed(record));
+        self.publish(RunEvent::Committed(Box::new(record)));
+        of_depth.into_iter().for_each(|event| self.publish(event));
         if self.skipped >= MAX_SKIPPED {
             return self.fail(format!(
                 "{MAX_SKIPPED} steps in a row had to be skipped, the last one since {why}"
@@ -174,12 +177,19 @@ impl Core {
         self.proceed();
     }
 
+    /// Which share of what its workers' devices could do a step has needed, where the spec says that.
+    pub(super) fn mfu(&self, record: &StepRecord) -> Option<f64> {
+        let peak = 1e12 * self.spec.cluster.peak_tflops * f64::from(record.world);
+        (peak > 0.0 && record.seconds > 0.0).then(|| record.flops / record.seconds / peak)
+    }
+
     /// The record of a step that this generation commits with these votes; how long it took is
     /// for the caller to say.
     pub(super) fn record(&self, step: Step, digest: Digest, votes: &[Vote]) -> StepRecord {
         // The statistics are part of the digest: all ranks hold the same.
+        let statistics = votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
         let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, bad_slots, .. } =
-            votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
+            statistics;
         let skipped = (bad_slots > 0).then(|| why_skipped(bad_slots, votes));
         let sections = votes.iter().map(|vote| vote.sections);
         StepRecord {
@@ -192,11 +202,17 @@ impl Core {
             exit_pdf,
             entropy,
             grad_norm,
+            hidden_rms_per_loop: statistics.hidden_rms_per_loop,
+            gradient_norm_per_loop: statistics.gradient_norm_per_loop,
+            agreement_per_loop: statistics.agreement_per_loop,
+            loss_rise_per_loop: Vec::new(),
             lr: self.spec.learning_rate(step),
             tokens: self.spec.tokens_after(step),
             step_tokens: self.spec.tokens_of(step),
             cursor: self.spec.cursor_after(step),
             seconds: 0.0,
+            flops: self.spec.step_operations(step),
+            mfu: None,
             digest,
             bad_slots,
             skipped,

@@ -220,6 +220,7 @@ fn vote(plan: v1::Plan, odd: bool) -> up::Kind {
             grad_norm: 2.0,
             tokens: 160,
             bad_slots: 0,
+            ..v1::StepStatistics::default()
         }),
         sections: Some(v1::Sections { compute: 0.01, ..v1::Sections::default() }),
         computed_slots: plan.slot_end - plan.slot_begin,

@@ -136,6 +136,7 @@ impl Layer {
         batch: usize,
         heads: usize,
         rotary: &Rotary,
+        starts: &[u32],
         eps: f32,
     ) -> Tensor<2> {
         let [rows, d] = h.dims();
@@ -144,7 +145,8 @@ impl Layer {
             ops::linear(normed.clone(), weight.val()).reshape([batch, rows / batch, d])
         };
         let (q, k, v) = (project(&self.query), project(&self.key), project(&self.value));
-        let mixed = ops::attention(q, k, v, rotary.cos.clone(), rotary.sin.clone(), heads);
+        let (cos, sin) = (rotary.cos.clone(), rotary.sin.clone());
+        let mixed = ops::attention(q, k, v, cos, sin, starts, heads);
         let branch = ops::linear(mixed.reshape([rows, d]), self.output.val());
         let h = ops::rms_norm_add(branch, self.attention_norm.val(), h, eps);
 
@@ -189,7 +191,8 @@ impl LoopLm {
         self.clone().map(&mut Leaves)
     }
 
-    /// All loops' states and gate logits for `ids [B * T]`, sequence after sequence.
+    /// All loops' states and gate logits for `ids [B * T]`, sequence after sequence; `starts` as in
+    /// [`SlotBatch`].
     #[must_use]
     pub fn forward(
         &self,
@@ -197,12 +200,13 @@ impl LoopLm {
         batch: usize,
         loops: usize,
         rotary: &Rotary,
+        starts: &[u32],
     ) -> Vec<LoopOutput> {
         let mut h = ops::embedding(self.embedding.val(), ids);
         let mut outputs = Vec::with_capacity(loops);
         for _ in 0..loops {
             for layer in 0..self.layers.len() {
-                h = self.layer(layer, h, batch, rotary);
+                h = self.layer(layer, h, batch, rotary, starts);
             }
             h = ops::rms_norm(h, self.norm.val(), self.eps);
             let gate = ops::linear(h.clone(), self.exit_weight.val()).squeeze_dim::<1>(1);
@@ -213,8 +217,15 @@ impl LoopLm {
 
     /// One layer of the stack: `h [B * T, d]` -> the same shape.
     #[must_use]
-    pub fn layer(&self, layer: usize, h: Tensor<2>, batch: usize, rotary: &Rotary) -> Tensor<2> {
-        self.layers[layer].forward(h, batch, self.heads, rotary, self.eps)
+    pub fn layer(
+        &self,
+        layer: usize,
+        h: Tensor<2>,
+        batch: usize,
+        rotary: &Rotary,
+        starts: &[u32],
+    ) -> Tensor<2> {
+        self.layers[layer].forward(h, batch, self.heads, rotary, starts, self.eps)
     }
 
     /// Next-token cross-entropy of each row of a loop's state: `[B * T]`, in nats.
@@ -278,7 +289,7 @@ pub fn gradient(
         let count = ids.len();
         Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), device)
     });
-    let outputs = lm.forward(inputs, batch.sequences, loops, &rotary);
+    let outputs = lm.forward(inputs, batch.sequences, loops, &rotary, &batch.starts);
     let cross_entropy =
         |output: &LoopOutput| lm.cross_entropy(output.hidden.clone(), targets.clone());
     let losses = Tensor::cat(outputs.iter().map(cross_entropy).collect(), 0);

@@ -43,13 +43,15 @@ fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
 
 /// Causal attention of rotated queries and keys, scaled by `head_dim^-0.5`: `q`, `k`, `v` and the
 /// result `[B, T, heads * head_dim]`; `cos`, `sin` `[T, head_dim / 2]`, halves rotated (the
-/// convention of the Llama family): `(a, b) -> (a cos - b sin, b cos + a sin)`.
+/// convention of the Llama family): `(a, b) -> (a cos - b sin, b cos + a sin)`. A query sees what is not
+/// after it nor before its start, by `starts [B * T]`, or empty.
 pub(crate) fn attention(
     q: Tensor<3>,
     k: Tensor<3>,
     v: Tensor<3>,
     cos: Tensor<2>,
     sin: Tensor<2>,
+    starts: &[u32],
     heads: usize,
 ) -> Tensor<3> {
     let [batch, length, width] = q.dims();
@@ -58,11 +60,14 @@ pub(crate) fn attention(
     let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
     let q = rotate(split(q), cos.clone(), sin.clone());
     let k = rotate(split(k), cos, sin);
-    let future: Vec<bool> = (0..length * length).map(|at| at % length > at / length).collect();
-    let device = v.device();
+    let is_masked = |at: usize| {
+        let (token, query, key) = (at / length, at / length % length, at % length);
+        key > query || starts.get(token).is_some_and(|&start| key < start as usize)
+    };
+    let masked: Vec<bool> = (0..batch * length * length).map(is_masked).collect();
+    let masked = TensorData::new(masked, [batch, 1, length, length]);
     let mask =
-        Tensor::<4, Bool>::from_data(TensorData::new(future, [1, 1, length, length]), &device)
-            .expand([batch, heads, length, length]);
+        Tensor::<4, Bool>::from_data(masked, &v.device()).expand([batch, heads, length, length]);
     let scores = q.matmul(k.swap_dims(2, 3)) / (head_dim as f32).sqrt();
     let weights = softmax(scores.mask_fill(mask, f32::NEG_INFINITY), 3);
     weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, width])

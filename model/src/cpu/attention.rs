@@ -1,13 +1,16 @@
 //! Causal attention on rotated queries and keys, one (sequence, head) pair per task.
 //!
 //! Queries are taken in tiles of [`TILE`] rows against all keys up to the tile's last row, so the
-//! masked half is skipped and scores never take more than `TILE x T` floats per task. Backward
+//! masked half is skipped and scores never take more than `TILE x T` floats per task. Where documents
+//! do not see each other, the keys before the document of a tile's first row are skipped too. Backward
 //! recomputes the probabilities from the saved log-sum-exp (Dao et al., arXiv 2205.14135).
 
 use rayon::prelude::*;
 
 use super::clock::{Clock, Section};
-use super::product::{Left, Right, Shape, gather_rows, pack_transposed, panels_len, product};
+use super::product::{
+    Left, PANEL, Right, Shape, gather_rows, pack_transposed, panels_len, product,
+};
 use super::scratch::with_scratch;
 use super::simd;
 
@@ -37,6 +40,13 @@ impl Dims {
         self.length * self.head_dim
     }
 
+    /// The first position that each query of a task sees, by `starts [B * T]`, which grow along a
+    /// sequence; of an empty one all see the sequence's beginning.
+    fn begin<'s>(&self, starts: &'s [u32], task: usize) -> impl Fn(usize) -> usize + use<'s> {
+        let first = task / self.heads * self.length;
+        move |position| starts.get(first + position).map_or(0, |&start| start as usize)
+    }
+
     /// Where the columns of task `task` begin in rows of `stride` elements.
     fn start(&self, task: usize, stride: usize) -> usize {
         (task / self.heads) * self.length * stride + (task % self.heads) * self.head_dim
@@ -61,12 +71,13 @@ impl<'a> Head<'a> {
     }
 }
 
-/// From `qkv [B * T, 3 d]`: the outputs of each head, `[B, H, T, head_dim]`, and the log-sum-exp of
-/// each query's scores, `[B, H, T]`.
+/// From `qkv [B * T, 3 d]` and where attention begins for each token, `starts [B * T]` or empty: the
+/// outputs of each head, `[B, H, T, head_dim]`, and the log-sum-exp of each query's scores, `[B, H, T]`.
 pub(super) fn forward(
     clock: &Clock,
     qkv: &[f32],
     dims: &Dims,
+    starts: &[u32],
     mixed: &mut [f32],
     log_sums: &mut [f32],
 ) {
@@ -76,29 +87,35 @@ pub(super) fn forward(
     tasks.for_each(|(task, (mixed, log_sums))| {
         clock.time(Section::Attention, || {
             let head = Head::new(qkv, dims, task);
+            let begin = dims.begin(starts, task);
             let lengths = [panels_len(head_dim, length), dims.head_len(), TILE * length];
             with_scratch(lengths, |[keys, values, scores]| {
                 pack_transposed(head.k, head.stride, head_dim, length, keys);
                 gather_rows(head.v, head.stride, length, head_dim, values);
                 for first in (0..length).step_by(TILE) {
                     let rows = TILE.min(length - first);
-                    let seen = first + rows;
+                    // Keys before this one are of no use to the tile.
+                    let from = begin(first) / PANEL * PANEL;
+                    let seen = first + rows - from;
                     let queries = Left::rows(&head.q[first * head.stride..], head.stride);
                     let shape = Shape { m: rows, n: seen, k: head_dim };
-                    product(shape, scores, seen, false, queries, Right::Panels(keys));
+                    let panels = Right::Panels(&keys[from * head_dim..]);
+                    product(shape, scores, seen, false, queries, panels);
                     let mut inverse = [0.0; TILE];
                     for row in 0..rows {
+                        let own = begin(first + row) - from..first + row + 1 - from;
                         let line = &mut scores[row * seen..(row + 1) * seen];
-                        let (own, masked) = line.split_at_mut(first + row + 1);
-                        let (max, sum) = simd::exp_and_sum(own);
-                        masked.fill(0.0);
+                        let (max, sum) = simd::exp_and_sum(&mut line[own.clone()]);
+                        line[..own.start].fill(0.0);
+                        line[own.end..].fill(0.0);
                         log_sums[first + row] = max + sum.ln();
                         inverse[row] = 1.0 / sum;
                     }
                     let shape = Shape { m: rows, n: head_dim, k: seen };
-                    let tile = &mut mixed[first * head_dim..seen * head_dim];
+                    let tile = &mut mixed[first * head_dim..(first + rows) * head_dim];
                     let weights = Left::rows(scores, seen);
-                    product(shape, tile, head_dim, false, weights, Right::Rows(values, head_dim));
+                    let values = Right::Rows(&values[from * head_dim..], head_dim);
+                    product(shape, tile, head_dim, false, weights, values);
                     for (row, inverse) in tile.chunks_mut(head_dim).zip(inverse) {
                         simd::scale(row, inverse);
                     }
@@ -116,12 +133,13 @@ pub(super) struct Saved<'a> {
     pub(super) log_sums: &'a [f32],
 }
 
-/// From the gradient of the heads' outputs, `dmixed [B * T, d]`: those of the rotated queries and
+/// From the gradient of the heads' outputs, `dmixed [B * T, d]`, with `starts` as forward: those of the rotated queries and
 /// keys and of the values of each head, `[B, H, 3, T, head_dim]`.
 pub(super) fn backward(
     clock: &Clock,
     saved: Saved<'_>,
     dims: &Dims,
+    starts: &[u32],
     dmixed: &[f32],
     dqkv: &mut [f32],
 ) {
@@ -134,6 +152,7 @@ pub(super) fn backward(
     tasks.for_each(|(task, (dqkv, (mixed, log_sums)))| {
         clock.time(Section::Attention, || {
             let head = Head::new(saved.qkv, dims, task);
+            let begin = dims.begin(starts, task);
             let upstream = &dmixed[dims.start(task, width)..];
             let packed = panels_len(head_dim, length);
             let lengths = [packed, packed, head_len, TILE * length, TILE * length];
@@ -146,34 +165,43 @@ pub(super) fn backward(
                 let (dk, dv) = rest.split_at_mut(head_len);
                 for first in (0..length).step_by(TILE) {
                     let rows = TILE.min(length - first);
-                    let seen = first + rows;
+                    let from = begin(first) / PANEL * PANEL;
+                    let seen = first + rows - from;
+                    let of_from = from * head_dim;
                     let queries = &head.q[first * head.stride..];
                     let upstream = &upstream[first * width..];
                     let square = Shape { m: rows, n: seen, k: head_dim };
                     let left = Left::rows(queries, head.stride);
-                    product(square, scores, seen, false, left, Right::Panels(keys));
+                    product(square, scores, seen, false, left, Right::Panels(&keys[of_from..]));
                     let left = Left::rows(upstream, width);
-                    product(square, dscores, seen, false, left, Right::Panels(values));
+                    let panels = Right::Panels(&values[of_from..]);
+                    product(square, dscores, seen, false, left, panels);
                     for row in 0..rows {
                         let at = (first + row) * head_dim;
                         let dout = &upstream[row * width..row * width + head_dim];
                         let delta = simd::dot(dout, &mixed[at..at + head_dim]);
                         let line = row * seen..(row + 1) * seen;
-                        let (own, masked) = scores[line.clone()].split_at_mut(first + row + 1);
-                        let (down, dmasked) = dscores[line].split_at_mut(first + row + 1);
-                        simd::softmax_backward(own, down, log_sums[first + row], delta);
-                        masked.fill(0.0);
-                        dmasked.fill(0.0);
+                        let (scores, dscores) = (&mut scores[line.clone()], &mut dscores[line]);
+                        let own = begin(first + row) - from..first + row + 1 - from;
+                        let (up, down) = (&mut scores[own.clone()], &mut dscores[own.clone()]);
+                        simd::softmax_backward(up, down, log_sums[first + row], delta);
+                        for line in [scores, dscores] {
+                            line[..own.start].fill(0.0);
+                            line[own.end..].fill(0.0);
+                        }
                     }
                     let tall = Shape { m: seen, n: head_dim, k: rows };
                     let weights = Left::columns(scores, seen);
-                    product(tall, dv, head_dim, true, weights, Right::Rows(upstream, width));
+                    let upstream = Right::Rows(upstream, width);
+                    product(tall, &mut dv[of_from..], head_dim, true, weights, upstream);
                     let weights = Left::columns(dscores, seen);
-                    product(tall, dk, head_dim, true, weights, Right::Rows(queries, head.stride));
+                    let queries = Right::Rows(queries, head.stride);
+                    product(tall, &mut dk[of_from..], head_dim, true, weights, queries);
                     let wide = Shape { m: rows, n: head_dim, k: seen };
-                    let tile = &mut dq[first * head_dim..seen * head_dim];
+                    let tile = &mut dq[first * head_dim..(first + rows) * head_dim];
                     let weights = Left::rows(dscores, seen);
-                    product(wide, tile, head_dim, false, weights, Right::Rows(key_rows, head_dim));
+                    let keys = Right::Rows(&key_rows[of_from..], head_dim);
+                    product(wide, tile, head_dim, false, weights, keys);
                 }
             });
         });

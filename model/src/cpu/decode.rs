@@ -52,6 +52,10 @@ pub(crate) struct Cache {
     slots: Vec<Slot>,
     is_shared: bool,
     rotary: Rotary,
+    /// The last token of a document, where documents do not see each other.
+    document_end: Option<u32>,
+    /// Where the document of the next token begins.
+    start: usize,
 }
 
 /// What the loops make of the last of some new tokens.
@@ -79,6 +83,8 @@ impl Cache {
             slots: Vec::new(),
             is_shared: false,
             rotary: Rotary::new(capacity, head_dim, rope_base),
+            document_end: None,
+            start: 0,
         };
         this.clear();
         this
@@ -91,7 +97,13 @@ impl Cache {
         let slot = || Slot { keys: vec![0.0; len], values: vec![0.0; len] };
         self.slots.resize_with(count, slot);
         self.length = 0;
+        self.start = 0;
         self.is_shared = false;
+    }
+
+    /// From here on a token sees nothing from before `end`, where that is not the last token.
+    pub(crate) fn end_documents_with(&mut self, end: u32) {
+        self.document_end = Some(end);
     }
 
     /// Tokens that are in it.
@@ -182,12 +194,21 @@ impl Cache {
             let at = id as usize * d;
             x.extend_from_slice(&weights.embedding[at..at + d]);
         }
+        let starts: Vec<usize> = (ids.iter().enumerate())
+            .map(|(row, &id)| {
+                let own = self.start;
+                if self.document_end == Some(id) {
+                    self.start = self.length + row + 1;
+                }
+                own
+            })
+            .collect();
         let mut decoded = Decoded { states: Vec::new(), gates: Vec::new() };
         let mut sums = Vec::new();
         for r in 0..self.shape.loops {
             for (l, layer) in weights.layers.iter().enumerate() {
                 let slot = if self.is_shared { l } else { r * self.shape.layers + l };
-                let kv = self.layer(layer, slot, &mut x, n);
+                let kv = self.layer(layer, slot, &mut x, &starts);
                 if self.is_shared && self.sharing == CacheSharing::Averaged {
                     if r == 0 {
                         sums.push(kv);
@@ -234,8 +255,10 @@ impl Cache {
         });
     }
 
-    /// One layer over `x [n, d]`, in place; the new tokens' rotated keys and values, `[n, 2 d]`.
-    fn layer(&mut self, layer: &Layer, slot: usize, x: &mut [f32], n: usize) -> Vec<f32> {
+    /// One layer over `x [n, d]`, in place, of tokens whose attention begins at `starts [n]`; their
+    /// rotated keys and values, `[n, 2 d]`.
+    fn layer(&mut self, layer: &Layer, slot: usize, x: &mut [f32], starts: &[usize]) -> Vec<f32> {
+        let n = starts.len();
         let Shape { hidden: d, inner: f, eps, .. } = self.shape;
         let size = super::layer::block_of(n);
         let (mut queries, mut kv) = (vec![0.0; n * d], vec![0.0; n * 2 * d]);
@@ -261,7 +284,7 @@ impl Cache {
             }
         });
         self.put(slot, &kv, n);
-        let mixed = self.attention(slot, &queries, n);
+        let mixed = self.attention(slot, &queries, starts);
         x.par_chunks_mut(size * d).zip(mixed.par_chunks(size * d)).for_each(|(x, mixed)| {
             let rows = x.len() / d;
             let (mut branch, mut normed) = (vec![0.0; rows * d], vec![0.0; rows * d]);
@@ -293,8 +316,9 @@ impl Cache {
     }
 
     /// Outputs of the heads beside each other, `[n, d]`, of rotated queries `[n, d]` against what is in
-    /// the slot up to each of them.
-    fn attention(&self, slot: usize, queries: &[f32], n: usize) -> Vec<f32> {
+    /// the slot from each one's start up to itself.
+    fn attention(&self, slot: usize, queries: &[f32], starts: &[usize]) -> Vec<f32> {
+        let n = starts.len();
         let (d, capacity, first) = (self.shape.hidden, self.capacity, self.length);
         let head_dim = d / self.shape.heads;
         let Slot { keys, values } = &self.slots[slot];
@@ -310,9 +334,10 @@ impl Cache {
                     product(shape, scores, seen, false, queries, Right::Rows(keys, capacity));
                     let mut inverses = Vec::with_capacity(n);
                     for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
-                        let (own, masked) = scores.split_at_mut(first + row + 1);
-                        inverses.push(1.0 / simd::exp_and_sum(own).1);
-                        masked.fill(0.0);
+                        let own = starts[row]..first + row + 1;
+                        inverses.push(1.0 / simd::exp_and_sum(&mut scores[own.clone()]).1);
+                        scores[..own.start].fill(0.0);
+                        scores[own.end..].fill(0.0);
                     }
                     let shape = Product { m: n, n: head_dim, k: seen };
                     let (left, right) = (Left::rows(scores, seen), Right::Rows(values, head_dim));

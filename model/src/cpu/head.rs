@@ -53,15 +53,15 @@ pub(super) struct Into<'a> {
     pub(super) dhead: &'a mut [f32],
 }
 
-/// Cross-entropy of each row, `[R * N]`, in nats; with `into`, the gradients too, and without it, with
-/// `hits`, whether the target is the likeliest token. `logits` has [`logits_len`] elements.
+/// Cross-entropy of each row, `[R * N]`, in nats, and the likeliest next token, of several the one with
+/// the lowest id; with `into`, the gradients too. `logits` has [`logits_len`] elements.
 pub(super) fn cross_entropy(
     clock: &Clock,
     head: &Matrix,
     rows: &Rows<'_>,
     logits: &mut [f32],
     losses: &mut [f32],
-    mut hits: Option<&mut [bool]>,
+    likeliest: &mut [u32],
     mut into: Option<Into<'_>>,
 ) {
     let Rows { states, targets, hidden: d, vocab } = *rows;
@@ -71,54 +71,50 @@ pub(super) fn cross_entropy(
         let states = &states[first * d..(first + count) * d];
         let logits = &mut logits[..count * stride];
         let losses = &mut losses[first..first + count];
+        let likeliest = &mut likeliest[first..first + count];
         let blocks = (
             states.par_chunks(BLOCK * d),
             logits.par_chunks_mut(BLOCK * stride),
             losses.par_chunks_mut(BLOCK),
+            likeliest.par_chunks_mut(BLOCK),
         );
         let target = |block: usize, row: usize| {
             targets[(first + block * BLOCK + row) % targets.len()] as usize
         };
         match &mut into {
             None => {
-                let (x, logits, losses) = blocks;
-                // As many flags as losses, or none.
-                let flags =
-                    hits.as_deref_mut().map_or(&mut [][..], |hits| &mut hits[first..first + count]);
-                let mut flags: Vec<&mut [bool]> = flags.chunks_mut(BLOCK).collect();
-                flags.resize_with(count.div_ceil(BLOCK), Default::default);
-                (x, logits, losses, flags).into_par_iter().enumerate().for_each(
-                    |(block, (x, logits, losses, hits))| {
+                blocks.into_par_iter().enumerate().for_each(
+                    |(block, (x, logits, losses, likeliest))| {
                         clock.time(Section::Head, || {
                             head.apply(losses.len(), x, logits, stride);
-                            for (row, loss) in losses.iter_mut().enumerate() {
+                            let rows = losses.iter_mut().zip(likeliest).enumerate();
+                            for (row, (loss, likeliest)) in rows {
                                 let logits = &logits[row * stride..row * stride + vocab];
-                                let target = target(block, row);
-                                *loss = simd::log_sum_exp(logits) - logits[target];
-                                if let Some(hit) = hits.get_mut(row) {
-                                    *hit = is_largest(logits, target);
-                                }
+                                *loss = simd::log_sum_exp(logits) - logits[target(block, row)];
+                                *likeliest = simd::index_of_max(logits) as u32;
                             }
                         });
                     },
                 );
             }
             Some(Into { shares, dstates, dhead }) => {
-                let (x, logits_of, losses_of) = blocks;
+                let (x, logits_of, losses_of, likeliest) = blocks;
                 let factors = &mut shares[first..first + count];
                 let shares = factors.par_chunks_mut(BLOCK);
                 let dstates = dstates[first * d..(first + count) * d].par_chunks_mut(BLOCK * d);
-                (x, logits_of, losses_of, shares, dstates).into_par_iter().enumerate().for_each(
-                    |(block, (x, logits, losses, shares, dx))| {
+                (x, logits_of, losses_of, likeliest, shares, dstates)
+                    .into_par_iter()
+                    .enumerate()
+                    .for_each(|(block, (x, logits, losses, likeliest, shares, dx))| {
                         clock.time(Section::Head, || {
                             head.apply(losses.len(), x, logits, stride);
                             // The softmax is divided by its sum where that takes fewest divisions: in the
                             // states' gradient, and in the rows that the weight's is made from.
-                            for (row, (loss, share)) in
-                                losses.iter_mut().zip(&mut *shares).enumerate()
-                            {
+                            let rows = losses.iter_mut().zip(likeliest).zip(&mut *shares);
+                            for (row, ((loss, likeliest), share)) in rows.enumerate() {
                                 let logits = &mut logits[row * stride..row * stride + vocab];
                                 let target = target(block, row);
+                                *likeliest = simd::index_of_max(logits) as u32;
                                 let own = logits[target];
                                 let (max, sum) = simd::exp_and_sum(logits);
                                 *loss = max + sum.ln() - own;
@@ -130,8 +126,7 @@ pub(super) fn cross_entropy(
                                 simd::scale(dx, factor);
                             }
                         });
-                    },
-                );
+                    });
                 accumulate(
                     (clock, Section::Head),
                     count,
@@ -147,10 +142,4 @@ pub(super) fn cross_entropy(
             }
         }
     }
-}
-
-/// Whether a token is the likeliest, of several that are the one with the lowest id.
-fn is_largest(logits: &[f32], target: usize) -> bool {
-    let (before, own) = (&logits[..target], logits[target]);
-    before.iter().all(|logit| *logit < own) && logits[target..].iter().all(|logit| *logit <= own)
 }

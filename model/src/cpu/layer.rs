@@ -57,6 +57,8 @@ impl Dims {
 #[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
     pub(super) dims: &'a Dims,
+    /// Where attention begins for each token; empty: with its sequence.
+    pub(super) starts: &'a [u32],
     pub(super) rotary: &'a Rotary,
     pub(super) clock: &'a Clock,
     /// What its time is counted as, attention apart.
@@ -162,10 +164,10 @@ fn join(heads: &[f32], dims: &Dims, first: usize, rows: &mut [f32]) {
 
 /// `x [N, d]` -> `y [N, d]`, both in rows.
 pub(super) fn forward(layer: &Layer, call: &Call<'_>, x: &[f32], y: &mut [f32], saved: &mut Saved) {
-    let Call { dims, clock, .. } = *call;
+    let Call { dims, starts, clock, .. } = *call;
     attention_inputs(layer, call, x, saved);
     let Saved { qkv, mixed, log_sums, .. } = saved;
-    attention::forward(clock, qkv, &dims.attention, mixed, log_sums);
+    attention::forward(clock, qkv, &dims.attention, starts, mixed, log_sums);
     from_heads(layer, call, x, y, saved);
 }
 
@@ -263,12 +265,13 @@ pub(super) fn backward(
     work: &mut Work,
     gradients: &mut LayerGradients<'_>,
 ) {
-    let Call { dims, clock, .. } = *call;
+    let Call { dims, starts, clock, .. } = *call;
     work.norms.fill(0.0);
     back_to_heads(layer, call, dy, saved, work);
     let Saved { qkv, mixed, log_sums, .. } = &*saved;
     let from_forward = attention::Saved { qkv, mixed, log_sums };
-    attention::backward(clock, from_forward, &dims.attention, &work.dmixed, &mut work.dheads);
+    let Work { dmixed, dheads, .. } = &mut *work;
+    attention::backward(clock, from_forward, &dims.attention, starts, dmixed, dheads);
     back_to_input(layer, call, x, dy, saved, work);
     weight_gradients(call, saved, work, gradients);
 }

@@ -116,6 +116,12 @@ kernels! {
         max + sum_of(row.len(), |i| exp::<FMA>(row[i] - max)).ln()
     }
 
+    /// Where the largest element is; of several that are, the first. 0 where none is a number.
+    fn index_of_max(row: &[f32]) -> usize {
+        let max = max_of(row);
+        row.iter().position(|&x| x == max).unwrap_or(0)
+    }
+
     /// In place: `row = exp(row - max row)`; returns the maximum and the sum of the new row.
     fn exp_and_sum(row: &mut [f32]) -> (f32, f32) {
         let max = max_of(row);

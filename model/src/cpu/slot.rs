@@ -15,7 +15,7 @@ use super::rotary::Rotary;
 use super::weights::Weights;
 use super::{attention, head, simd};
 use crate::exit::{self, SlotStatistics};
-use crate::{Layout, Recompute, SlotBatch, StageSettings};
+use crate::{Layout, Recompute, SlotBatch, StageSettings, TokenMeasures};
 
 /// What stays of the forward pass.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -100,6 +100,8 @@ pub(crate) struct Workspace {
     gates: Vec<f32>,
     /// Cross-entropies, `[R * N]`.
     losses: Vec<f32>,
+    /// Likeliest next tokens, `[R * N]`.
+    likeliest: Vec<u32>,
     /// Gradient of the states, `[R * N, d]`.
     dstates: Vec<f32>,
     /// Gradient of the residual stream, `[N, d]`.
@@ -120,13 +122,19 @@ impl Workspace {
         let (n, d) = (dims.tokens(), dims.hidden);
         let saved = places.saves() * n * Saved::width(&dims);
         let logits = head::logits_len(slot.vocab, slot.loops * n);
-        let forward = slot.loops * n * (d + 3) + (places.streams() + 1) * n * d + saved + logits;
+        let forward = slot.loops * n * (d + 4) + (places.streams() + 1) * n * d + saved + logits;
         let backward = match objective {
             Objective::Language => (slot.loops + 2) * n * d + Work::len(&dims),
             Objective::ExitGate => 0,
         };
         let floats = forward + backward;
         (floats * size_of::<f32>()) as u64
+    }
+
+    /// Statistics with what the loops of the slot that is in it were like.
+    fn of_loops(&self, statistics: SlotStatistics, gradient_squares: &[f64]) -> SlotStatistics {
+        let hidden_rms = self.inverses.iter().map(|inverse| 1.0 / f64::from(*inverse));
+        statistics.with_loops(hidden_rms, &self.likeliest, gradient_squares)
     }
 
     fn resize(&mut self, slot: &Shape, places: &Places, backward: bool) {
@@ -145,6 +153,7 @@ impl Workspace {
         self.inverses.resize(loops * n, 0.0);
         self.gates.resize(loops * n, 0.0);
         self.losses.resize(loops * n, 0.0);
+        self.likeliest.resize(loops * n, 0);
         self.logits.resize(head::logits_len(slot.vocab, loops * n), 0.0);
         if backward {
             self.work.resize(&dims);
@@ -191,6 +200,8 @@ pub(crate) struct Task<'a> {
     pub(crate) weights: &'a Weights,
     pub(crate) layout: &'a Layout,
     pub(crate) shape: Shape,
+    /// Where attention begins for each token; empty: with its sequence.
+    pub(crate) starts: &'a [u32],
     pub(crate) rotary: &'a Rotary,
     pub(crate) clock: &'a Clock,
 }
@@ -222,30 +233,34 @@ impl Task<'_> {
             return self.gate_gradient(&targets, workspace, &mut gradients);
         }
         let mut shares = clock.time(Section::Head, || exit::exit_shares(&workspace.gates, loops));
-        let rows = head::Rows { states: &workspace.states, targets: &targets, hidden: d, vocab };
-        let into = head::Into {
-            shares: &mut shares,
-            dstates: &mut workspace.dstates,
-            dhead: gradients.head(),
-        };
-        let (logits, losses) = (&mut workspace.logits, &mut workspace.losses);
-        head::cross_entropy(clock, &self.weights.head, &rows, logits, losses, None, Some(into));
-        let loss = clock.time(Section::Head, || {
-            exit::stage_one(losses, &workspace.gates, loops, settings.entropy_weight)
-        });
+        let Workspace { states, dstates, gates, logits, losses, likeliest, .. } = &mut *workspace;
+        let rows = head::Rows { states, targets: &targets, hidden: d, vocab };
+        let into = head::Into { shares: &mut shares, dstates, dhead: gradients.head() };
+        head::cross_entropy(
+            clock,
+            &self.weights.head,
+            &rows,
+            logits,
+            losses,
+            likeliest,
+            Some(into),
+        );
+        let loss = clock
+            .time(Section::Head, || exit::stage_one(losses, gates, loops, settings.entropy_weight));
         let Workspace { states, dstates, .. } = &mut *workspace;
         self.exit_gate_backward(&loss.dgates, states, &mut gradients);
         self.exit_gate_input_backward(&loss.dgates, dstates);
         on_final(gradients.flat(), gradients.start_of_exit_gate());
 
         workspace.stream_gradient.fill(0.0);
+        let mut squares = vec![0.0; loops];
         for r in (0..loops).rev() {
             let is_last = r + 1 == loops;
             // What is kept of one loop is still that of the last one.
             if places.keep != Keep::All && !is_last {
                 self.loop_forward(&places, r, workspace, Section::Recompute);
             }
-            self.final_norm_backward(&places, r, workspace, gradients.norm());
+            squares[r] = self.final_norm_backward(&places, r, workspace, gradients.norm());
             for l in (0..layers).rev() {
                 let Workspace {
                     embedded,
@@ -280,7 +295,7 @@ impl Task<'_> {
                 simd::add(&mut embedding[at..at + d], dx);
             }
         });
-        loss.statistics
+        workspace.of_loops(loss.statistics, &squares)
     }
 
     /// The rest of a slot that trains the exit gate: there is no backward pass, for nothing before the
@@ -293,29 +308,48 @@ impl Task<'_> {
     ) -> SlotStatistics {
         let Shape { hidden, vocab, loops, .. } = self.shape;
         let (clock, head) = (self.clock, &self.weights.head);
-        let Workspace { states, gates, losses, logits, .. } = &mut *workspace;
+        let Workspace { states, gates, losses, likeliest, logits, .. } = &mut *workspace;
         let rows = head::Rows { states, targets, hidden, vocab };
-        head::cross_entropy(clock, head, &rows, logits, losses, None, None);
+        head::cross_entropy(clock, head, &rows, logits, losses, likeliest, None);
         let loss = clock.time(Section::Head, || exit::stage_two(losses, gates, loops));
         self.exit_gate_backward(&loss.dgates, states, gradients);
-        loss.statistics
+        workspace.of_loops(loss.statistics, &[])
     }
 
-    /// Cross-entropies and gate logits of all loops, `[R * N]` each, from ids `[N]`; with `hits`
-    /// (`[R * N]`), also whether the target has the largest logit.
-    pub(crate) fn losses(
+    /// What the model makes of each token, from ids `[N]`.
+    pub(crate) fn measures(
         &self,
         [inputs, targets]: [&[u32]; 2],
         workspace: &mut Workspace,
-        hits: Option<&mut [bool]>,
-    ) -> (Vec<f32>, Vec<f32>) {
+    ) -> TokenMeasures {
+        self.cross_entropies([inputs, targets], workspace);
+        let Workspace { gates, losses, likeliest, .. } = workspace;
+        let hits = likeliest.iter().zip(targets.iter().cycle()).map(|(own, target)| own == target);
+        TokenMeasures { losses: losses.clone(), gates: gates.clone(), hits: hits.collect() }
+    }
+
+    /// The Stage I loss, without gradients.
+    pub(crate) fn statistics(
+        &self,
+        settings: &StageSettings,
+        [inputs, targets]: [&[u32]; 2],
+        workspace: &mut Workspace,
+    ) -> SlotStatistics {
+        self.cross_entropies([inputs, targets], workspace);
+        let Workspace { gates, losses, .. } = &*workspace;
+        let beta = settings.entropy_weight;
+        let loss = exit::stage_one(losses, gates, settings.loops, beta);
+        workspace.of_loops(loss.statistics, &[])
+    }
+
+    /// Gate logits, cross-entropies and likeliest next tokens of all loops.
+    fn cross_entropies(&self, [inputs, targets]: [&[u32]; 2], workspace: &mut Workspace) {
         self.states(inputs, workspace);
-        let Workspace { states, gates, losses, logits, .. } = workspace;
+        let Workspace { states, losses, likeliest, logits, .. } = workspace;
         let Shape { hidden, vocab, .. } = self.shape;
         let rows = head::Rows { states, targets, hidden, vocab };
         let head = &self.weights.head;
-        head::cross_entropy(self.clock, head, &rows, logits, losses, hits, None);
-        (losses.clone(), gates.clone())
+        head::cross_entropy(self.clock, head, &rows, logits, losses, likeliest, None);
     }
 
     /// Normed states `[R * N, d]` and gate logits `[R * N]` of all loops, without what backward
@@ -338,7 +372,7 @@ impl Task<'_> {
     }
 
     fn call<'b>(&'b self, dims: &'b Dims, section: Section) -> layer::Call<'b> {
-        layer::Call { dims, rotary: self.rotary, clock: self.clock, section }
+        layer::Call { dims, starts: self.starts, rotary: self.rotary, clock: self.clock, section }
     }
 
     /// States and gate logits of all loops.
@@ -423,20 +457,21 @@ impl Task<'_> {
         });
     }
 
-    /// Takes the gradient of the stream from loop `r`'s state to before its final norm.
+    /// Takes the gradient of the stream from loop `r`'s state to before its final norm; the sum of the
+    /// squares of that of the state.
     fn final_norm_backward(
         &self,
         places: &Places,
         r: usize,
         workspace: &mut Workspace,
         dnorm: &mut [f32],
-    ) {
+    ) -> f64 {
         let (d, len) = (self.shape.hidden, self.loop_len());
         let size = self.shape.dims().block();
         let Workspace { streams, dstates, stream_gradient, inverses, .. } = workspace;
         let tokens = len / d;
         let x = &mut streams[places.stream(r, self.shape.layers - 1)];
-        let partial: Vec<Vec<f32>> = (
+        let partial: Vec<(Vec<f32>, f64)> = (
             x.par_chunks_mut(size * d),
             stream_gradient.par_chunks_mut(size * d),
             dstates[r * len..(r + 1) * len].par_chunks(size * d),
@@ -445,19 +480,21 @@ impl Task<'_> {
             .into_par_iter()
             .map(|(x, gradient, dstate, inverses)| {
                 self.clock.time(Section::Backward, || {
-                    let mut dnorm = vec![0.0; d];
+                    let (mut dnorm, mut squares) = (vec![0.0; d], 0.0);
                     simd::add(gradient, dstate);
                     let rows = x.chunks_exact_mut(d).zip(gradient.chunks_exact_mut(d));
                     for ((x, gradient), &inverse) in rows.zip(inverses) {
                         let weight = &self.weights.norm;
+                        squares += f64::from(simd::dot(gradient, gradient));
                         simd::rms_norm_backward(x, weight, inverse, gradient, &mut dnorm);
                         gradient.copy_from_slice(x);
                     }
-                    dnorm
+                    (dnorm, squares)
                 })
             })
             .collect();
-        partial.iter().for_each(|part| simd::add(dnorm, part));
+        partial.iter().for_each(|(part, _)| simd::add(dnorm, part));
+        partial.iter().map(|(_, squares)| squares).sum()
     }
 }
 

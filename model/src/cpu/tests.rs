@@ -1,7 +1,7 @@
 //! The kernels against the same formulas in plain Burn operations, values and gradients, on shapes
 //! that fit neither blocks nor panels.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use looptrain_proto::spec::{self, Objective};
 
 use super::gradients::Gradients;
@@ -55,6 +55,20 @@ fn joined(heads: &[f32], dims: &attention::Dims) -> Vec<f32> {
 
 #[test]
 fn attention_sees_the_past_alone() {
+    attention_is_that_of_the_composite(&[]);
+}
+
+#[test]
+fn attention_sees_its_document_alone() {
+    // Documents of one token, over tiles and panels, and to the end.
+    let ends = [3, 4, 40, 47, 100, 145];
+    let start =
+        |at: usize| ends.iter().filter(|&&end| end < at % 150).max().map_or(0, |end| end + 1);
+    let starts: Vec<u32> = (0..300).map(|at| if at < 150 { start(at) as u32 } else { 0 }).collect();
+    attention_is_that_of_the_composite(&starts);
+}
+
+fn attention_is_that_of_the_composite(starts: &[u32]) {
     let dims = attention::Dims { sequences: 2, length: 150, heads: 3, head_dim: 10 };
     let (n, d) = (300, 30);
     let [q, k, v, upstream] = [1, 2, 3, 4].map(|salt| filled(n * d, salt));
@@ -68,16 +82,16 @@ fn attention_sees_the_past_alone() {
         rotary.turn(token, &mut row[d..2 * d], 1.0);
     }
     let (mut mixed, mut log_sums) = (vec![f32::NAN; n * d], vec![f32::NAN; n * dims.heads]);
-    attention::forward(&Clock::default(), &qkv, &dims, &mut mixed, &mut log_sums);
+    attention::forward(&Clock::default(), &qkv, &dims, starts, &mut mixed, &mut log_sums);
     let saved = attention::Saved { qkv: &qkv, mixed: &mixed, log_sums: &log_sums };
     let mut dheads = vec![f32::NAN; 3 * n * d];
-    attention::backward(&Clock::default(), saved, &dims, &upstream, &mut dheads);
+    attention::backward(&Clock::default(), saved, &dims, starts, &upstream, &mut dheads);
 
     let shape = [dims.sequences, dims.length, d];
     let leaves = [&q, &k, &v].map(|x| leaf(x, shape));
     let [q, k, v] = leaves.clone();
     let table = composite::Rotary::new(dims.length, dims.head_dim, 100.0, &device());
-    let out = ops::attention(q, k, v, table.cos, table.sin, dims.heads);
+    let out = ops::attention(q, k, v, table.cos, table.sin, starts, dims.heads);
     close_within(OPERATOR, "output", &joined(&mixed, &dims), &values(out.clone().inner()));
     let grads = (out * leaf(&upstream, shape).detach()).sum().backward();
     for (which, (leaf, name)) in leaves.iter().zip(["queries", "keys", "values"]).enumerate() {
@@ -128,7 +142,13 @@ fn a_layer_and_the_gradients_of_all_its_weights() {
     let dims = Dims { attention: heads, hidden: d, inner: 70, eps: 1e-6 };
     let (x, upstream) = (filled(dims.tokens() * d, 1), filled(dims.tokens() * d, 2));
     let (rotary, clock) = (Rotary::new(length, 12, 1e4), Clock::default());
-    let call = Call { dims: &dims, rotary: &rotary, clock: &clock, section: Section::Forward };
+    let call = Call {
+        dims: &dims,
+        starts: &[],
+        rotary: &rotary,
+        clock: &clock,
+        section: Section::Forward,
+    };
     let (mut saved, mut work) = (Saved::default(), Work::default());
     saved.resize(&dims);
     work.resize(&dims);
@@ -142,7 +162,7 @@ fn a_layer_and_the_gradients_of_all_its_weights() {
     let lm = composite::LoopLm::new(&model, &layout, &flat, &device()).with_gradients();
     let input = leaf(&x, [dims.tokens(), d]);
     let table = composite::Rotary::new(length, 12, 1e4, &device());
-    let out = lm.layer(1, input.clone(), sequences, &table);
+    let out = lm.layer(1, input.clone(), sequences, &table, &[]);
     close_within(LAYER, "output", &y, &values(out.clone().inner()));
     let mut grads = (out * leaf(&upstream, [dims.tokens(), d]).detach()).sum().backward();
     close_within(LAYER, "input", &dx, &values(input.grad(&grads).unwrap()));
@@ -172,13 +192,15 @@ fn cross_entropy_of_all_loops_over_several_chunks() {
     let rows = head::Rows { states: &states, targets: &targets, hidden: d, vocab };
     let mut logits = vec![f32::NAN; head::logits_len(vocab, loops * tokens)];
     let mut alone = vec![f32::NAN; loops * tokens];
+    let mut likeliest_alone = vec![u32::MAX; loops * tokens];
+    let mut likeliest = likeliest_alone.clone();
     head::cross_entropy(
         &Clock::default(),
         &packed.head,
         &rows,
         &mut logits,
         &mut alone,
-        None,
+        &mut likeliest_alone,
         None,
     );
     let (mut losses, mut dstates) = (alone.clone(), vec![f32::NAN; states.len()]);
@@ -191,15 +213,21 @@ fn cross_entropy_of_all_loops_over_several_chunks() {
         &rows,
         &mut logits,
         &mut losses,
-        None,
+        &mut likeliest,
         Some(into),
     );
+    assert_eq!(likeliest, likeliest_alone);
 
     let (x, w) = (leaf(&states, [loops * tokens, d]), leaf(weight, [vocab, d]));
     let ids: Vec<i64> = targets.iter().chain(&targets).map(|&id| i64::from(id)).collect();
     let ids = Tensor::from_data(TensorData::new(ids, [loops * tokens]), &device());
     let expected = ops::cross_entropy(x.clone(), w.clone(), ids);
     close_within(OPERATOR, "losses", &losses, &values(expected.clone().inner()));
+    let all = values(ops::linear(x.clone(), w.clone()).inner());
+    for (row, own) in all.chunks(vocab).zip(&likeliest) {
+        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        assert!(most - row[*own as usize] < 1e-4, "{own}");
+    }
     close_within(OPERATOR, "losses without gradients", &alone, &losses);
     let grads = (expected * leaf(&shares, [loops * tokens]).detach()).sum().backward();
     close_within(OPERATOR, "states", &dstates, &values(x.grad(&grads).unwrap()));
@@ -231,7 +259,7 @@ fn a_slot_gives_the_gradients_of_the_composite_whatever_is_computed_again() {
         };
         let count = sequences * (sequence_length + 1);
         let tokens = (0..count).map(|i| ((i * 7919 + i * i) % 131) as u32).collect();
-        let batch = SlotBatch { tokens, sequences, sequence_length };
+        let batch = SlotBatch { tokens, sequences, sequence_length, ..SlotBatch::default() };
         let expected = composite::gradient(&model, flat, &settings, &batch, &device());
         let mut engine = Engine::new(&model, 2);
         engine.load(flat);
@@ -254,4 +282,114 @@ fn a_slot_gives_the_gradients_of_the_composite_whatever_is_computed_again() {
             assert!(slot_of(&mut engine, &settings, &batch) == found, "{recompute:?}");
         }
     }
+}
+
+#[test]
+fn what_the_loops_of_a_slot_are_like() {
+    let model = model();
+    let (flat, layout) = (weights(&model), Layout::new(&model));
+    let settings = StageSettings {
+        loops: 3,
+        entropy_weight: 0.07,
+        rope_base: 1e3,
+        objective: Objective::Language,
+    };
+    let (sequences, sequence_length) = (2, 45);
+    let tokens = (0..92).map(|i| ((i * 7919 + i * i) % 131) as u32).collect();
+    let batch = SlotBatch { tokens, sequences, sequence_length, ..SlotBatch::default() };
+    let mut engine = Engine::new(&model, 2);
+    engine.load(&flat);
+    let found = slot_of(&mut engine, &settings, &batch).statistics;
+
+    let [ids, targets] = batch.ids().map(|ids| {
+        let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        Tensor::<1, Int>::from_data(TensorData::new(ids, [90]), &device())
+    });
+    let lm = composite::LoopLm::new(&model, &layout, &flat, &device());
+    let table = composite::Rotary::new(sequence_length, 12, 1e3, &device());
+    let embedding = leaf(&flat[layout.tensors()[0].range()], [131, 36]).inner();
+    let mut h = ops::embedding(embedding, ids.clone());
+    let outputs = lm.forward(ids, sequences, 3, &table, &[]);
+    let likeliest = |r: usize| {
+        let logits = values(lm.logits(outputs[r].hidden.clone()));
+        let of_row = |row: &[f32]| (0..131).rev().max_by(|a, b| row[*a].total_cmp(&row[*b]));
+        logits.chunks(131).map(|row| of_row(row).unwrap()).collect::<Vec<_>>()
+    };
+    for (r, output) in outputs.iter().enumerate() {
+        for layer in 0..2 {
+            h = lm.layer(layer, h, sequences, &table, &[]);
+        }
+        let rms = values(h.clone().square().mean_dim(1).sqrt());
+        let rms = rms.iter().map(|x| f64::from(*x)).sum::<f64>() / 90.0;
+        assert!((found.hidden_rms_per_loop[r] - rms).abs() < 1e-4 * rms, "loop {r}: {rms}");
+        h = output.hidden.clone();
+        let same = likeliest(r).iter().zip(likeliest(2)).filter(|(a, b)| **a == *b).count();
+        // Two tokens may be so near that either is the likeliest.
+        assert!((found.agreement_per_loop[r] - same as f64 / 90.0).abs() < 0.012, "loop {r}");
+    }
+    assert!(found.agreement_per_loop[0] < 1.0);
+
+    // What reaches the last state comes from its losses alone, each with its share.
+    let shares = crate::exit_shares(
+        &outputs.iter().flat_map(|output| values(output.gate.clone())).collect::<Vec<_>>(),
+        3,
+    );
+    let state = leaf(&values(h), [90, 36]);
+    let head = leaf(&flat[layout.tensors().last().unwrap().range()], [131, 36]).inner();
+    let losses = ops::cross_entropy(state.clone(), Tensor::from_inner(head), targets);
+    let share = leaf(&shares[180..], [90]).detach();
+    let grads = (losses * share).sum().backward();
+    let squares: f64 =
+        values(state.grad(&grads).unwrap()).iter().map(|x| f64::from(*x).powi(2)).sum();
+    let norm = (90.0 * squares).sqrt();
+    assert!((found.gradient_norm_per_loop[2] - norm).abs() < 1e-4 * norm, "{norm}");
+    assert!(found.gradient_norm_per_loop[0] > 0.0);
+}
+
+#[test]
+fn documents_that_do_not_see_each_other_are_as_each_alone() {
+    let model = model();
+    let flat = weights(&model);
+    let settings = StageSettings {
+        loops: 3,
+        entropy_weight: 0.07,
+        rope_base: 1e3,
+        objective: Objective::Language,
+    };
+    let mut engine = Engine::new(&model, 2);
+    engine.load(&flat);
+    // 0 ends a document.
+    let mut tokens: Vec<u32> = (0..131).map(|i| (1 + (i * 7919 + i * i) % 130) as u32).collect();
+    let lengths = [1, 50, 64, 15];
+    let mut end = 0;
+    for length in lengths {
+        end += length;
+        tokens[end - 1] = 0;
+    }
+    let batch = |tokens: &[u32], starts| SlotBatch {
+        tokens: tokens.to_vec(),
+        sequences: 1,
+        sequence_length: tokens.len() - 1,
+        starts,
+    };
+    let starts = crate::document_starts(&tokens[..130], 130, 0);
+    let together = slot_of(&mut engine, &settings, &batch(&tokens, starts));
+    let (mut gradient, mut loss, mut first) = (vec![0.0; flat.len()], 0.0, 0);
+    for length in lengths {
+        let alone = batch(&tokens[first..=first + length], Vec::new());
+        let alone = slot_of(&mut engine, &settings, &alone);
+        let share = length as f32 / 130.0;
+        gradient.iter_mut().zip(&alone.gradient).for_each(|(sum, x)| *sum += share * x);
+        loss += f64::from(share) * alone.statistics.loss;
+        first += length;
+    }
+    assert!((together.statistics.loss - loss).abs() < 1e-5 * loss);
+    for tensor in engine.layout().tensors() {
+        let range = tensor.range();
+        close_within(2e-4, &tensor.name, &together.gradient[range.clone()], &gradient[range]);
+    }
+    let apart = slot_of(&mut engine, &settings, &batch(&tokens, Vec::new()));
+    let head = engine.layout().tensors().last().unwrap().range();
+    let off = apart.gradient[head.clone()].iter().zip(&gradient[head]).map(|(a, b)| (a - b).abs());
+    assert!(off.fold(0.0, f32::max) > 1e-3, "without starts they see each other");
 }

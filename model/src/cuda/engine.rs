@@ -512,7 +512,15 @@ impl CudaEngine {
     fn queued(&self, task: &Task<'_>) -> Result<Queued<'_>, DeviceError> {
         let SlotSizes { loops, .. } = task.work.sizes;
         let (tokens, sums) = (task.work.sizes.tokens(), task.work.sums);
-        Ok(Queued { driver: &*self.driver, sums, tokens, loops, after: self.driver.mark()? })
+        let loop_sums = task.work.loop_sums;
+        Ok(Queued {
+            driver: &*self.driver,
+            sums,
+            loop_sums,
+            tokens,
+            loops,
+            after: self.driver.mark()?,
+        })
     }
 }
 
@@ -520,6 +528,7 @@ impl CudaEngine {
 pub(crate) struct Queued<'a> {
     driver: &'a dyn Driver,
     sums: Address,
+    loop_sums: Address,
     tokens: usize,
     loops: usize,
     after: Mark,
@@ -534,11 +543,22 @@ impl Queued<'_> {
         let mean = |column: usize| {
             sums.chunks_exact(width).map(|row| row[column]).sum::<f64>() / self.tokens as f64
         };
+        let mut loop_sums = vec![0f64; 3 * self.loops];
+        self.driver.download(
+            self.after,
+            self.loop_sums,
+            bytemuck::cast_slice_mut(&mut loop_sums),
+        )?;
+        let tokens = self.tokens as f64;
+        let of_loops = |place: usize| loop_sums[place..].iter().step_by(3);
         Ok(SlotStatistics {
             loss: mean(0),
             entropy: mean(1),
             loss_per_loop: (3..3 + self.loops).map(mean).collect(),
             exit_pdf: (3 + self.loops..3 + 2 * self.loops).map(mean).collect(),
+            hidden_rms_per_loop: of_loops(0).map(|sum| sum / tokens).collect(),
+            agreement_per_loop: of_loops(1).map(|sum| sum / tokens).collect(),
+            gradient_norm_per_loop: of_loops(2).map(|sum| (tokens * sum).sqrt()).collect(),
         })
     }
 }

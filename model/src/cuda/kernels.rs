@@ -16,7 +16,7 @@ pub(super) const SOURCE: &str = concat!(
 );
 
 /// All kernels' names.
-pub(super) const NAMES: [&str; 28] = [
+pub(super) const NAMES: [&str; 29] = [
     "embed",
     "stream_norm",
     "residual_norm",
@@ -37,6 +37,7 @@ pub(super) const NAMES: [&str; 28] = [
     "cross_entropy",
     "exit_shares",
     "stage_one",
+    "loop_sums",
     "gate_bias_backward",
     "squares",
     "adamw",

@@ -188,8 +188,19 @@ pub(super) struct Workspace {
     pub(super) gate_logits: Address,
     pub(super) losses: Address,
     pub(super) shares: Address,
+    /// Likeliest next tokens, u32 `[R, N]`, root mean squares of the stream at the end of loops, f32
+    /// `[R, N]`, and squares of their states' gradients.
+    pub(super) likeliest: Address,
+    pub(super) hidden_rms: Address,
+    pub(super) gradient_squares: Address,
+    /// Sums of the three over tokens, f64 `[R, 3]`.
+    pub(super) loop_sums: Address,
     pub(super) ids: Address,
     pub(super) targets: Address,
+    /// Where attention begins for each token in its sequence, u32 `[N]`, and one past the last token
+    /// that sees it.
+    pub(super) first_seen: Address,
+    pub(super) seen_until: Address,
     /// Cosines and sines, f32 `[T, head_dim / 2]` each.
     pub(super) cosines: Address,
     pub(super) sines: Address,
@@ -275,7 +286,10 @@ impl Workspace {
         let stream = floats(n * d);
         let of_loops = sizes.loops * n;
         let (gate_logits, losses, shares) = (floats(of_loops), floats(of_loops), floats(of_loops));
+        let (likeliest, hidden_rms) = (floats(of_loops), floats(of_loops));
+        let loop_sums = floats(2 * 3 * sizes.loops);
         let (ids, targets) = (floats(n), floats(of_loops));
+        let (first_seen, seen_until) = (floats(n), floats(n));
         let half_head = model.head_dim / 2;
         let (cosines, sines) = (floats(sizes.length * half_head), floats(sizes.length * half_head));
         let logit_rows = of_loops.min(LOGIT_ROWS);
@@ -284,6 +298,7 @@ impl Workspace {
         let sums = floats(2 * n.div_ceil(Self::EXIT_THREADS) * width);
         let backward = usize::from(!sizes.forward_only);
         let dgate_logits = floats(of_loops);
+        let gradient_squares = floats(backward * of_loops);
         let dstates = floats(backward * of_loops * d);
         let dstream = floats(backward * n * d);
         let means = floats(backward * n * model.heads);
@@ -309,8 +324,14 @@ impl Workspace {
             gate_logits,
             losses,
             shares,
+            likeliest,
+            hidden_rms,
+            gradient_squares,
+            loop_sums,
             ids,
             targets,
+            first_seen,
+            seen_until,
             cosines,
             sines,
             logit_rows,

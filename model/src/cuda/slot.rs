@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
 use super::kernels::{ATTENTION_ROWS, ATTENTION_THREADS, Sizes};
 use super::memory::{Kept, NORM_BLOCKS, Places, SlotSizes, Workspace};
+use crate::batch::assert_starts;
 use crate::{Recompute, SlotBatch, StageSettings};
 
 /// Flat buffers on the device, each of [`Places::len`] elements.
@@ -31,6 +32,19 @@ fn over(kernel: &'static str, blocks: usize, threads: u32) -> Launch {
 
 macro_rules! arguments {
     ($($argument:expr),* $(,)?) => { &[$(Argument::from($argument)),*] };
+}
+
+/// Where attention begins for each of `tokens` in its sequence, and one past the last token of the
+/// sequence that sees it: by `starts`, which grow along a sequence, or without them.
+fn seen(starts: &[u32], tokens: usize, length: usize) -> (Vec<u32>, Vec<u32>) {
+    if starts.is_empty() {
+        return (vec![0; tokens], vec![length as u32; tokens]);
+    }
+    let of_sequence = |starts: &[u32]| {
+        let until = |at| starts.partition_point(|&start| start <= at) as u32;
+        (0..length as u32).map(until).collect::<Vec<u32>>()
+    };
+    (starts.to_vec(), starts.chunks(length).flat_map(of_sequence).collect())
 }
 
 /// What all parts of a slot's work need.
@@ -64,6 +78,10 @@ impl Task<'_> {
         };
         self.driver.upload(self.work.ids, bytemuck::cast_slice(&inputs))?;
         self.driver.upload(self.work.targets, bytemuck::cast_slice(&targets.repeat(loops)))?;
+        assert_starts(&batch.starts, inputs.len(), length);
+        let (first_seen, seen_until) = seen(&batch.starts, inputs.len(), length);
+        self.driver.upload(self.work.first_seen, bytemuck::cast_slice(&first_seen))?;
+        self.driver.upload(self.work.seen_until, bytemuck::cast_slice(&seen_until))?;
         self.driver.upload(self.work.cosines, bytemuck::cast_slice(&table(f64::cos)))?;
         self.driver.upload(self.work.sines, bytemuck::cast_slice(&table(f64::sin)))?;
         if !self.work.sizes.forward_only {
@@ -164,7 +182,7 @@ impl Task<'_> {
             ],
         )?;
         on_final((0, self.driver.mark()?));
-        Ok(())
+        self.loop_sums(work.gradient_squares)
     }
 
     /// The first element that is final when a layer of the first loop has been taken back: its first
@@ -185,7 +203,8 @@ impl Task<'_> {
         self.prepare(settings, batch)?;
         self.forward()?;
         self.head(false)?;
-        self.stage_one(settings)
+        self.stage_one(settings)?;
+        self.loop_sums(Address::NONE)
     }
 
     fn stream_bytes(&self) -> usize {
@@ -349,6 +368,7 @@ impl Task<'_> {
                 self.weight(self.places.exit_weight),
                 self.weight(self.places.exit_bias),
                 work.gate_logits.plus(r * rows * size_of::<f32>()),
+                work.hidden_rms.plus(r * rows * size_of::<f32>()),
             ],
         )
     }
@@ -387,7 +407,14 @@ impl Task<'_> {
         let SlotSizes { length, .. } = self.work.sizes;
         self.driver.launch(
             self.attention_launch("attention", forward),
-            arguments![kept.qkv, length, score_scale, kept.mixed, kept.log_sums],
+            arguments![
+                kept.qkv,
+                self.work.first_seen,
+                length,
+                score_scale,
+                kept.mixed,
+                kept.log_sums
+            ],
         )
     }
 
@@ -402,7 +429,10 @@ impl Task<'_> {
             over("attention_means", blocks, 128),
             arguments![kept.mixed, work.dmixed, tokens, length, work.means],
         )?;
-        for kernel in ["attention_backward_keys", "attention_backward_queries"] {
+        for (kernel, seen) in [
+            ("attention_backward_keys", work.seen_until),
+            ("attention_backward_queries", work.first_seen),
+        ] {
             self.driver.launch(
                 self.attention_launch(kernel, backward),
                 arguments![
@@ -410,6 +440,7 @@ impl Task<'_> {
                     work.dmixed,
                     kept.log_sums,
                     work.means,
+                    seen,
                     length,
                     scale,
                     score_scale,
@@ -461,6 +492,7 @@ impl Task<'_> {
                     of_row(work.targets),
                     of_row(work.shares),
                     of_row(work.losses),
+                    of_row(work.likeliest),
                     dlogits,
                 ],
             )?;
@@ -488,6 +520,22 @@ impl Task<'_> {
                 settings.entropy_weight,
                 work.dgate_logits,
                 work.sums,
+            ],
+        )
+    }
+
+    /// What loops are like, summed over tokens.
+    fn loop_sums(&self, gradient_squares: Address) -> Result<(), DeviceError> {
+        let (work, SlotSizes { loops, .. }) = (self.work, self.work.sizes);
+        self.driver.launch(
+            over("loop_sums", loops, 256),
+            arguments![
+                work.hidden_rms,
+                work.likeliest,
+                gradient_squares,
+                work.sizes.tokens(),
+                loops,
+                work.loop_sums,
             ],
         )
     }
@@ -535,6 +583,7 @@ impl Task<'_> {
                 self.weight(output_norm),
                 work.dbranch,
                 work.parts,
+                work.gradient_squares.plus(r * rows * size_of::<f32>()),
             ],
         )?;
         self.add_parts(&[self.places.norm, output_norm, self.places.exit_weight])

@@ -1,13 +1,14 @@
 //! `looptrain eval`.
 
 use anyhow::{Context, Result, bail, ensure};
-use looptrain_model::{DepthReport, DepthSums, Engine, StageSettings};
+use looptrain_model::{DepthReport, DepthSums, document_starts};
 use looptrain_storage::{Dataset, Error, Mano, Split, Store, TextTokenizer, read_sequences};
 use serde_json::{Value, json};
 
 use crate::chart::{self, Chart, Line};
 use crate::cli::{DatasetUrl, Eval};
 use crate::npy::Table;
+use crate::progress::print_line;
 use crate::trained::Trained;
 
 /// Where tokens exit, for the curve of depth and quality.
@@ -50,10 +51,9 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
         Some(count) => mano(&model, count, length_of(&args, &model))?,
     };
     let measure = move || {
-        let report = measured(&model.engine, &model.settings, &sequences)?;
-        let answers = exercises.iter().map(|(length, sequences)| {
-            Ok((*length, measured(&model.engine, &model.settings, sequences)?))
-        });
+        let report = measured(&model, &sequences)?;
+        let answers =
+            exercises.iter().map(|(length, sequences)| Ok((*length, measured(&model, sequences)?)));
         let answers = answers.collect::<Result<Vec<_>>>()?;
         Ok((model, sequences, report, answers))
     };
@@ -73,19 +73,18 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
 }
 
 /// Runs the model over all sequences.
-pub(super) fn measured(
-    engine: &Engine,
-    settings: &StageSettings,
-    sequences: &Sequences,
-) -> Result<DepthReport> {
+pub(super) fn measured(model: &Trained, sequences: &Sequences) -> Result<DepthReport> {
+    let Trained { engine, settings, document_end, .. } = model;
     let Sequences { inputs, targets, counts, length, .. } = sequences;
     let mut sums = DepthSums::new(settings, &THRESHOLDS);
     let together = (TOGETHER / length).max(1) * length;
     let parts = inputs.chunks(together).zip(targets.chunks(together)).zip(counts.chunks(together));
     let mut done = 0;
     for ((inputs, targets), counts) in parts {
-        let measures = engine.measure_tokens(settings, inputs, targets, inputs.len() / length);
         let tokens = inputs.len();
+        let starts = document_end.map(|end| document_starts(inputs, *length, end));
+        let starts = starts.unwrap_or_default();
+        let measures = engine.measure_tokens(settings, inputs, targets, &starts, tokens / length);
         let is_bad = |at: &usize| counts[at % tokens] && !measures.losses[*at].is_finite();
         if let Some(at) = (0..measures.losses.len()).find(is_bad) {
             let (sequence, position) = ((done + at % tokens) / length, at % tokens % length);
@@ -231,13 +230,16 @@ fn mano(model: &Trained, count: u32, length: usize) -> Result<Vec<(u32, Sequence
     let lengths = (1..).take_while(|length| tokenizer.token(&format!("<len_{length}>")).is_some());
     let answer = tokenizer.token("<ans>");
     let lengths: Vec<u32> = lengths.collect();
-    let (Some(answer), false) = (answer, lengths.is_empty()) else {
+    let numbers = (0_u32..).take_while(|number| tokenizer.token(&number.to_string()).is_some());
+    let modulus = numbers.count() as u32;
+    let Some(answer) = answer.filter(|_| !lengths.is_empty() && modulus > 1) else {
         bail!("the model's tokenizer is not that of Mano exercises");
     };
     let end = tokenizer.end_of_text();
     let mut all = Vec::new();
     for operators in lengths {
-        let exercises = Mano { operators, train: 1, validation: u64::from(count), seed: 0 };
+        let exercises =
+            Mano { operators, modulus, train: 1, validation: u64::from(count), seed: 0 };
         let mut sequence = Vec::new();
         let mut sequences = Sequences {
             name: format!("Mano exercises of {operators} operators"),
@@ -247,7 +249,12 @@ fn mano(model: &Trained, count: u32, length: usize) -> Result<Vec<(u32, Sequence
             length,
             bytes: None,
         };
-        for text in exercises.held_out()? {
+        let Ok(held_out) = exercises.held_out() else {
+            // Modulo a small number there are few of one operator.
+            print_line(&format!("training has seen all Mano exercises of {operators} operators"));
+            continue;
+        };
+        for text in held_out {
             let tokens = tokenizer.encode(&text)?;
             ensure!(
                 tokens.len() < length,

@@ -131,7 +131,7 @@ async fn measured(run: &PreparedRun, found: Found, args: &Gate) -> Result<DepthR
     let (count, length) = (u64::from(args.sequences), model.context);
     let sequences = eval::spread(&model, &datasets, Split::Validation, count, length).await?;
     print_line(&format!("measuring {} at every depth", model.name));
-    let measure = move || eval::measured(&model.engine, &model.settings, &sequences);
+    let measure = move || eval::measured(&model, &sequences);
     tokio::task::spawn_blocking(measure).await.context("the evaluation failed")?
 }
 

@@ -46,6 +46,7 @@ pub(crate) async fn run(args: Generate) -> Result<()> {
         vocabulary: tokenizer.vocabulary_size(),
         exit: args.exit.map_or(Exit::Last, Exit::Threshold),
         sharing: args.cache.into(),
+        document_end: model.document_end,
     };
     let prompt_tokens = prompt.len();
     let stream = (!args.json).then(|| TextStream::new(tokenizer.clone()));
@@ -100,6 +101,7 @@ pub(crate) async fn print_sample(run: &PreparedRun, step: Step) -> Result<()> {
         vocabulary: tokenizer.vocabulary_size(),
         exit: Exit::Last,
         sharing: CacheSharing::Full,
+        document_end: model.document_end,
     };
     let generated = written(model, prompt, sampling, None).await?;
     println!("sample: {}{}", sample.prompt, tokenizer.decode(&generated.tokens)?);

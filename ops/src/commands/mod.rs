@@ -12,6 +12,7 @@ mod gate;
 mod generate;
 mod import;
 mod orders;
+mod plot;
 mod status;
 mod train;
 mod worker;
@@ -27,6 +28,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Coordinator(args) => coordinator::run(args, telemetry).await,
         Command::Worker(args) => worker::run(args, telemetry).await,
         Command::Status(args) => status::run(args).await,
+        Command::Plot(args) => plot::run(args).await,
         Command::Drain(args) => orders::drain(args).await,
         Command::Pause(args) => orders::pause(args).await,
         Command::Resume(args) => orders::resume(args).await,

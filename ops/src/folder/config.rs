@@ -161,6 +161,7 @@ mod tests {
                 decay: Decay::Linear,
             },
             mixture: Vec::new(),
+            document_masking: false,
         };
         let tokens = Tokens { end_of_text: 0, text: "<|endoftext|>".into() };
         let (model, stage, tokens) = (&model, &stage, &tokens);

@@ -7,6 +7,7 @@
 //! optimizer, seed, reduction) enters [`Spec::trajectory_digest`]; the rest (workers, streams, memory,
 //! intervals, places) may change between two starts of the same run.
 
+mod cost;
 mod load;
 mod schedule;
 #[cfg(test)]
@@ -15,6 +16,7 @@ mod validate;
 
 use serde::{Deserialize, Serialize};
 
+pub use cost::operations_per_token;
 pub use load::SpecError;
 pub use schedule::StagePosition;
 pub use validate::is_name;
@@ -112,6 +114,9 @@ pub struct Cluster {
     /// it. While one waits the other sends; more help where two do not fill the network, as on long
     /// or busy ways.
     pub streams: u32,
+    /// What the device of one worker could do at most, in TFLOP/s, for model FLOPs utilization in the step
+    /// log (989 for dense bf16 on an H100); 0 when it is not known.
+    pub peak_tflops: f64,
 }
 
 impl Default for Cluster {
@@ -125,6 +130,7 @@ impl Default for Cluster {
             reduction: Reduction::Exact,
             fraction_bits: 40,
             streams: 2,
+            peak_tflops: 0.0,
         }
     }
 }
@@ -378,6 +384,14 @@ pub struct Stage {
     /// Datasets and their shares; an empty list takes the only dataset of the spec.
     #[serde(default)]
     pub mixture: Vec<MixturePart>,
+    /// Whether tokens see nothing of other documents in their sequence.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub document_masking: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn is_zero(count: &u64) -> bool {

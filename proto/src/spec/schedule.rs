@@ -244,6 +244,7 @@ mod tests {
             rope_base: 1e4,
             learning_rate: rate(1.0, 0, 0, 0.0),
             mixture: Vec::new(),
+            document_masking: false,
         }
     }
 

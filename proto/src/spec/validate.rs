@@ -107,6 +107,12 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
         "cluster.straggler_factor",
         "must be above 1, not {factor}"
     );
+    let peak = cluster.peak_tflops;
+    require!(
+        peak.is_finite() && peak >= 0.0,
+        "cluster.peak_tflops",
+        "must be 0 or more, not {peak}"
+    );
     let share = cluster.drain_below;
     require!(
         (0.0..1.0).contains(&share),

@@ -7,7 +7,8 @@ use crate::support::{Running, Scratch, repository};
 #[test]
 fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     let scratch = Scratch::new();
-    let end = scratch.train(&["--workers", "2"]).done();
+    let peak = ["--set", "cluster.peak_tflops=0.001"];
+    let end = scratch.train(&[&["--workers", "2"][..], &peak].concat()).done();
     assert_eq!(end.field("run"), "small");
     assert_eq!(end.field("step"), "14");
     assert_eq!(end.field("tokens"), (8 * 6 * 24 + 6 * 10 * 40).to_string());
@@ -23,7 +24,18 @@ fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     assert_eq!(steps, (1..=14).collect::<Vec<_>>(), "one line per committed step");
     for line in &lines {
         let loops = if line["step"].as_u64() <= Some(8) { 3 } else { 2 };
-        assert_eq!(line["loss_per_loop"].as_array().unwrap().len(), loops);
+        let of_loops = |key: &str| -> Vec<f64> {
+            line[key].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+        };
+        for key in ["loss_per_loop", "hidden_rms_per_loop", "gradient_norm_per_loop"] {
+            assert_eq!(of_loops(key).len(), loops, "{key} in {line}");
+            assert!(of_loops(key).iter().all(|value| *value > 0.0), "{key} in {line}");
+        }
+        let agreement = of_loops("agreement_per_loop");
+        assert_eq!((agreement.len(), agreement.last()), (loops, Some(&1.0)), "{line}");
+        assert!(of_loops("loss_rise_per_loop").is_empty(), "the stages are short");
+        let mfu = line["flops"].as_f64().unwrap() / line["seconds"].as_f64().unwrap() / 2e9;
+        assert!((line["mfu"].as_f64().unwrap() / mfu - 1.0).abs() < 1e-9, "{line}");
         let pdf = line["exit_pdf"].as_array().unwrap();
         let total: f64 = pdf.iter().map(|p| p.as_f64().unwrap()).sum();
         assert!((total - 1.0).abs() < 1e-6, "{line}");
@@ -34,6 +46,13 @@ fn a_run_trains_to_its_last_step_and_leaves_everything_in_the_store() {
     }
     let loss = |line: &Value| line["loss_per_loop"][0].as_f64().unwrap();
     assert!(loss(&lines[13]) < loss(&lines[0]) - 0.3, "it learns");
+
+    let plot = ["plot", "--store", "file://store", "--run", "small", "--output", "curves.svg"];
+    assert_eq!(scratch.run(&plot).code, Some(0));
+    let curves = std::fs::read_to_string(scratch.path("curves.svg")).unwrap();
+    for words in ["small: loss by loop", "exit distribution", "agreement", "loop 3"] {
+        assert!(curves.contains(words), "{words}");
+    }
 
     let status = scratch.run(&["status", "--store", "file://store", "--run", "small", "--json"]);
     let status: Value = serde_json::from_str(&status.stdout).unwrap();

@@ -308,10 +308,15 @@ fn layers_are_repeated_in_both_orders_and_trained_on() {
 fn exercises_of_each_length_are_answered_that_training_has_not_seen() {
     let scratch = Scratch::new();
     let mano = ["data", "mano", "--max-operators", "2", "--exercises", "3000", "--validation"];
-    let output = ["200", "--output", "file://store/datasets/mano"];
+    let output = ["200", "--modulus", "7", "--output", "file://store/datasets/mano"];
     assert_eq!(scratch.run(&[&mano[..], &output].concat()).code, Some(0));
-    spec_for(&scratch, "mano", 31);
-    scratch.train(&["--workers", "1", "--set", "sample.tokens=0"]).done();
+    // Two lengths, seven numbers, three operators and three words of their own.
+    spec_for(&scratch, "mano", 15);
+    let masked = ["--set", "stages.0.document_masking=true"];
+    let train = ["--workers", "1", "--set", "sample.tokens=0"];
+    let end = scratch.train(&[&train[..], &masked].concat()).done();
+    let seeing = scratch.train(&[&train[..], &["--set", "run.name=seeing"]].concat()).done();
+    assert_ne!(end.field("weights"), seeing.field("weights"), "documents saw each other");
     let eval = ["eval", "--checkpoint", "file://store/runs/small", "--mano", "25", "--json"];
     let found = json_of(&scratch.run(&eval));
     let mano = found["mano"].as_array().unwrap();

@@ -272,6 +272,7 @@ impl Duties for Mime {
                 grad_norm: 1.0,
                 tokens: at.step_tokens(),
                 bad_slots: 0,
+                ..StepStatistics::default()
             }),
             sections: Some(Sections { compute, ..Sections::default() }),
             computed_slots: own.len() as u32,

@@ -203,7 +203,12 @@ mod tests {
         let slots: Vec<SlotBatch> = (0..stage.slots)
             .map(|slot| {
                 let tokens = (0..(sequences * (length + 1)) as u32).map(|i| (i * 7 + slot) % 300);
-                SlotBatch { tokens: tokens.collect(), sequences, sequence_length: length }
+                SlotBatch {
+                    tokens: tokens.collect(),
+                    sequences,
+                    sequence_length: length,
+                    ..SlotBatch::default()
+                }
             })
             .collect();
         let trainer = Trainer::new(device, &spec.model, 2).unwrap();

@@ -505,7 +505,7 @@ impl Bench {
     ) -> Result<(Vec<i64>, u64), ComputeError> {
         self.must_hold(Some(step), "evaluate", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
-        let mut totals = vec![0; sums::statistics_len(stage.loops)];
+        let mut totals = vec![0; sums::evaluation_len(stage.loops)];
         let mut tokens = 0;
         if batches.is_empty() {
             return Ok((totals, tokens));

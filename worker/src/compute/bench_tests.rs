@@ -22,6 +22,7 @@ fn batches(slots: std::ops::Range<u32>) -> Vec<Slot> {
         tokens: (0..18).map(|place| (slot * 31 + place * 7) % 300).collect(),
         sequences: 2,
         sequence_length: 8,
+        starts: Vec::new(),
     };
     let slot = |slot: u32| Slot {
         batch: batch(slot),

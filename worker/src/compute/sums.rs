@@ -1,9 +1,10 @@
 //! The integers beside the gradient in the reduced buffer: a step's statistics.
 //!
 //! They have a fixed point of their own, whatever the gradient is summed in: loss, a cross-entropy
-//! per loop, an exit probability per loop, entropy. Each slot adds its means, so dividing by the
-//! number of slots gives the step's means. The last integer counts slots that have no usable
-//! gradient, and add nothing else.
+//! per loop, an exit probability per loop, entropy; then what each loop is like: the root mean square of
+//! its stream, the norm of its state's gradient, the agreement with the last loop. Each slot adds its
+//! means, so dividing by the number of slots gives the step's means. The last integer counts slots that
+//! have no usable gradient, and add nothing else.
 
 use looptrain_model::SlotStatistics;
 use looptrain_proto::v1::StepStatistics;
@@ -14,9 +15,17 @@ use crate::reduce::exact::FixedPoint;
 /// Statistics are means of a few nats at most, so they need range more than fraction bits.
 const STATISTICS_FRACTION_BITS: u32 = 32;
 
-/// Elements of the statistics of one stage.
-pub(super) fn statistics_len(loops: usize) -> usize {
+/// What the loops are like can be large, where training goes wrong.
+const LOOP_FRACTION_BITS: u32 = 20;
+
+/// Elements of the statistics of an evaluation.
+pub(super) fn evaluation_len(loops: usize) -> usize {
     2 + 2 * loops
+}
+
+/// Elements of the statistics of a step.
+fn statistics_len(loops: usize) -> usize {
+    evaluation_len(loops) + 3 * loops
 }
 
 /// Elements of the buffer of a step beside the gradient.
@@ -40,11 +49,27 @@ fn flattened(statistics: &SlotStatistics) -> impl Iterator<Item = (f64, String)>
         .chain(std::iter::once((statistics.entropy, "the entropy".to_owned())))
 }
 
-/// A slot's statistics as integers; gives name and value of the first that is no finite, moderate
-/// number.
+fn loop_fixed_point() -> FixedPoint {
+    FixedPoint::new(LOOP_FRACTION_BITS, MAX_SLOTS)
+}
+
+/// What the loops are like, as integers. It is there to be watched and trains nothing, so what is beyond
+/// all range becomes the largest number that has a place, and what is no number 0.
+fn of_loops(statistics: &SlotStatistics) -> impl Iterator<Item = i64> {
+    let fixed = loop_fixed_point();
+    let most = f64::from(fixed.limit());
+    let SlotStatistics { hidden_rms_per_loop, gradient_norm_per_loop, agreement_per_loop, .. } =
+        statistics;
+    let all = hidden_rms_per_loop.iter().chain(gradient_norm_per_loop).chain(agreement_per_loop);
+    all.map(move |value| fixed.encode(value.clamp(-most, most)).unwrap_or(0))
+}
+
+/// A slot's statistics as integers; gives name and value of the first, of those that the loss is made
+/// of, that is no finite, moderate number.
 pub(super) fn encoded(statistics: &SlotStatistics) -> Result<Vec<i64>, (String, f64)> {
     let fixed = statistics_fixed_point();
-    flattened(statistics).map(|(value, name)| fixed.encode(value).ok_or((name, value))).collect()
+    let encoded = |(value, name)| fixed.encode(value).ok_or((name, value));
+    flattened(statistics).map(encoded).chain(of_loops(statistics).map(Ok)).collect()
 }
 
 /// The step's means from the reduced statistics: over the slots that have them, so that without
@@ -61,14 +86,23 @@ pub(super) fn step_statistics(
     let good_slots = i64::from(spec.slots_of(step)) - bad_slots;
     let mean = |index: usize| fixed.decode_one(tail[index], good_slots as f64);
     let per_loop = if good_slots > 0 { loops } else { 0 };
+    let means = |first: usize| (first..first + per_loop).map(mean).collect();
+    let of_loops = evaluation_len(loops);
+    let watched = |first: usize| {
+        let mean = |at| loop_fixed_point().decode_one(tail[at], good_slots as f64);
+        (of_loops + first..of_loops + first + per_loop).map(mean).collect()
+    };
     StepStatistics {
         loss: mean(0),
-        loss_per_loop: (1..=per_loop).map(mean).collect(),
-        exit_pdf: (loops + 1..=loops + per_loop).map(mean).collect(),
+        loss_per_loop: means(1),
+        exit_pdf: means(loops + 1),
         entropy: mean(2 * loops + 1),
         grad_norm,
         tokens: spec.tokens_of(step),
         bad_slots: bad_slots as u32,
+        hidden_rms_per_loop: watched(0),
+        gradient_norm_per_loop: watched(loops),
+        agreement_per_loop: watched(2 * loops),
     }
 }
 
@@ -101,6 +135,9 @@ mod tests {
             loss_per_loop: vec![2.0, 1.5],
             exit_pdf: vec![0.25, 0.75],
             entropy: 0.5,
+            hidden_rms_per_loop: vec![3.0, 4.0],
+            gradient_norm_per_loop: vec![0.5, 0.75],
+            agreement_per_loop: vec![0.875, 1.0],
         }
     }
 
@@ -118,6 +155,9 @@ mod tests {
         assert_eq!(step.loss_per_loop, [2.0, 1.5]);
         assert_eq!(step.exit_pdf, [0.25, 0.75]);
         assert_eq!((step.entropy, step.grad_norm), (0.5, 1.25));
+        assert_eq!(step.hidden_rms_per_loop, [3.0, 4.0]);
+        assert_eq!(step.gradient_norm_per_loop, [0.5, 0.75]);
+        assert_eq!(step.agreement_per_loop, [0.875, 1.0]);
         assert_eq!(step.tokens, spec.stages[0].step_tokens());
     }
 
@@ -125,12 +165,23 @@ mod tests {
     fn a_statistic_that_is_no_number_is_named() {
         let mut bad = statistics(1.0);
         bad.loss_per_loop[1] = f64::NAN;
-        let mut sums = vec![0; statistics_len(2)];
+        let mut sums = vec![0; evaluation_len(2)];
         assert_eq!(encoded(&bad).unwrap_err().0, "the cross-entropy of loop 2");
         assert_eq!(
             add_evaluation(&mut sums, &bad, 4).unwrap_err().0,
             "the cross-entropy of loop 2"
         );
+    }
+
+    #[test]
+    fn what_is_only_watched_never_keeps_a_step_from_its_place() {
+        let mut wild = statistics(1.0);
+        wild.hidden_rms_per_loop[0] = f64::INFINITY;
+        wild.gradient_norm_per_loop[1] = f64::NAN;
+        let encoded = encoded(&wild).unwrap();
+        let fixed = loop_fixed_point();
+        assert_eq!(encoded[6], fixed.encode(f64::from(fixed.limit())).unwrap());
+        assert_eq!(encoded[9], 0);
     }
 
     #[test]
@@ -149,7 +200,7 @@ mod tests {
 
     #[test]
     fn an_evaluation_adds_tokens_not_batches() {
-        let mut sums = vec![0; statistics_len(2)];
+        let mut sums = vec![0; evaluation_len(2)];
         add_evaluation(&mut sums, &statistics(3.0), 100).unwrap();
         add_evaluation(&mut sums, &statistics(5.0), 300).unwrap();
         assert_eq!(sums[0], 1800 << EVALUATION_FRACTION_BITS);

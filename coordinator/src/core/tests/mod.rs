@@ -216,6 +216,7 @@ impl Rig {
                 grad_norm: 2.0,
                 tokens: 160,
                 bad_slots: 0,
+                ..v1::StepStatistics::default()
             },
             sections: v1::Sections { compute: 0.1, ..v1::Sections::default() },
             computed_slots: 0,

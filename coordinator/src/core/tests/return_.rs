@@ -28,7 +28,7 @@ fn logged(steps: u64) -> Vec<StepRecord> {
     before.run_to(4 + steps);
     (before.published.into_iter())
         .filter_map(|event| match event {
-            RunEvent::Committed(record) if record.step > Step(4) => Some(record),
+            RunEvent::Committed(record) if record.step > Step(4) => Some(*record),
             _ => None,
         })
         .collect()

@@ -6,6 +6,9 @@
 // computes the scores again: no two blocks add to the same number, so the order of sums is fixed.
 // Scores are in units of log2 e, as is their log-sum.
 //
+// Row r of a sequence sees the rows from first_seen[r] up to itself, and is seen by the rows before
+// seen_until[r]: both grow along the sequence, so that tiles that nobody sees are passed over.
+//
 // A tile is 64 rows of HEAD_DIM numbers, in panels of at most 64 columns. Where the machine multiplies
 // matrices that lie in shared memory by groups of warps (sm_90a), it does; else each warp loads its
 // parts.
@@ -204,9 +207,17 @@ extern "C" __global__ void rotate(bf16* qkv, const float* cosines, const float* 
     }
 }
 
+// The first row that a row sees, and that the last row of a group does: no row of it begins later.
+__device__ __forceinline__ int start_of(const u32* first_seen, int row, int length) { return row < length ? first_seen[row] : 0; }
+__device__ __forceinline__ int start_of_group(const u32* first_seen, int first, int group, int length) {
+    const int end = first + (group + 1) * TILE;
+    return first_seen[(end < length ? end : length) - 1];
+}
+
 // mixed = softmax(scale q k^T) v, and the scores' log-sums [sequences, HEADS, length]. Grid: blocks of
 // rows, heads, sequences.
-extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) attention(const bf16* qkv, int length, float scale, bf16* mixed, float* log_sums) {
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) attention(const bf16* qkv, const u32* first_seen, int length,
+                                                                                         float scale, bf16* mixed, float* log_sums) {
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = group_of_warps();
     const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y, sequence = blockIdx.z;
@@ -217,18 +228,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) attention(
     const int tiles = (rows_end + TILE - 1) / TILE;
     // The first row of this warp, and the group's last tile.
     const int row = first + warp * 16, last = first / TILE + group;
+    first_seen += static_cast<size_t>(sequence) * length;
+    const int begin = first_seen[first] / TILE, of_group = start_of_group(first_seen, first, group, length);
+    const int start[2] = {start_of(first_seen, row + lane / 4, length), start_of(first_seen, row + lane / 4 + 8, length)};
 
     ask<GROUPS>(queries, q, QKV_STRIDE, first, length);
-    ask<1>(keys, k, QKV_STRIDE, 0, length);
+    ask<1>(keys, k, QKV_STRIDE, begin * TILE, length);
     copies_close();
-    ask<1>(values, v, QKV_STRIDE, 0, length);
+    ask<1>(values, v, QKV_STRIDE, begin * TILE, length);
     copies_close();
 
     Outputs out;
     zero(out);
-    float most[2] = {-INFINITE, -INFINITE}, sum[2] = {0.0f, 0.0f};
-    for (int tile = 0; tile < tiles; tile++) {
-        const u32 buffer = tile % 2 * TILE_BYTES, other = TILE_BYTES - buffer;
+    // Less than any score, and yet a number: of a row's first tiles, all may be masked.
+    float most[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
+    for (int tile = begin; tile < tiles; tile++) {
+        const u32 buffer = (tile - begin) % 2 * TILE_BYTES, other = TILE_BYTES - buffer;
         arrived<1>();
         if (tile + 1 < tiles) ask<1>(keys + other, k, QKV_STRIDE, (tile + 1) * TILE, length);
         copies_close();
@@ -241,13 +256,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) attention(
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int query = row + lane / 4 + half * 8;
+                const bool masked = tile == last || tile * TILE < of_group;
                 float top = -INFINITE;
 #pragma unroll
                 for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float& s = scores[n][half * 2 + i];
-                        if (tile == last && tile * TILE + n * 8 + lane % 4 * 2 + i > query) s = -INFINITE;
+                        const int key = tile * TILE + n * 8 + lane % 4 * 2 + i;
+                        if (masked && (key > query || key < start[half])) s = -INFINITE;
                         top = fmaxf(top, s);
                     }
                 top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
@@ -315,10 +332,13 @@ extern "C" __global__ void attention_means(const bf16* mixed, const bf16* dmixed
     if (lane == 0) means[(token / length * HEADS + head) * length + token % length] = sum;
 }
 
+// The first row that does not see a row any more.
+__device__ __forceinline__ int end_of(const u32* seen_until, int row, int length) { return row < length ? seen_until[row] : length; }
+
 // Gradients of keys and values. Rows are keys, columns are queries. Grid as forward.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(const bf16* qkv, const bf16* dmixed, const float* log_sums,
-                                                                              const float* means, int length, float scale,
-                                                                              float score_scale, bf16* dqkv) {
+                                                                              const float* means, const u32* seen_until, int length,
+                                                                              float scale, float score_scale, bf16* dqkv) {
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = group_of_warps();
     const int first = blockIdx.x * ROWS, head = blockIdx.y, sequence = blockIdx.z;
@@ -328,7 +348,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
     const float* mean = means + (static_cast<size_t>(sequence) * HEADS + head) * length;
     const u32 keys = shared_address(shared), values = keys + GROUPS * TILE_BYTES;
     const u32 queries = values + GROUPS * TILE_BYTES, douts = queries + 2 * TILE_BYTES;
-    const int begin = first / TILE, tiles = (length + TILE - 1) / TILE;
+    seen_until += static_cast<size_t>(sequence) * length;
+    const int rows_end = first + ROWS < length ? first + ROWS : length;
+    const int begin = first / TILE, tiles = (seen_until[rows_end - 1] + TILE - 1) / TILE;
 
     ask<GROUPS>(keys, q + HIDDEN, QKV_STRIDE, first, length);
     ask<GROUPS>(values, q + 2 * HIDDEN, QKV_STRIDE, first, length);
@@ -341,6 +363,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
     zero(dvalues);
     // The first row of this warp, and the group's first tile.
     const int row = first + warp * 16, diagonal = begin + group;
+    // Where the rows stop to be seen, and where the first of the group does.
+    const int of_group = end_of(seen_until, first + group * TILE, length);
+    const int until[2] = {end_of(seen_until, row + lane / 4, length), end_of(seen_until, row + lane / 4 + 8, length)};
     for (int tile = begin; tile < tiles; tile++) {
         const u32 buffer = (tile - begin) % 2 * TILE_BYTES, other = TILE_BYTES - buffer;
         arrived<0>();
@@ -357,6 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
         rows_by_rows(dp, values + group * TILE_BYTES, douts + buffer);
         products_close();
         products_wait<1>();
+        const bool masked = tile == diagonal || (tile + 1) * TILE > of_group;
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
@@ -367,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
                 for (int half = 0; half < 2; half++) {
                     float& s = p[n][half * 2 + i];
                     s = power_of_two(s * score_scale - log);
-                    if (tile == diagonal && row + lane / 4 + half * 8 > query) s = 0.0f;
+                    if (masked && (row + lane / 4 + half * 8 > query || query >= until[half])) s = 0.0f;
                 }
             }
         products_wait<0>();
@@ -395,8 +421,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
 
 // Gradients of queries. Rows are queries, columns are keys. Grid as forward.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries(const bf16* qkv, const bf16* dmixed,
-                                                                                 const float* log_sums, const float* means, int length,
-                                                                                 float scale, float score_scale, bf16* dqkv) {
+                                                                                 const float* log_sums, const float* means,
+                                                                                 const u32* first_seen, int length, float scale,
+                                                                                 float score_scale, bf16* dqkv) {
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = group_of_warps();
     const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y, sequence = blockIdx.z;
@@ -407,18 +434,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
     const u32 queries = shared_address(shared), douts = queries + GROUPS * TILE_BYTES;
     const u32 keys = douts + GROUPS * TILE_BYTES, values = keys + 2 * TILE_BYTES;
     const int rows_end = first + ROWS < length ? first + ROWS : length;
-    const int tiles = (rows_end + TILE - 1) / TILE;
+    first_seen += static_cast<size_t>(sequence) * length;
+    const int begin = first_seen[first] / TILE, tiles = (rows_end + TILE - 1) / TILE;
 
     ask<GROUPS>(queries, q, QKV_STRIDE, first, length);
     ask<GROUPS>(douts, dout, HIDDEN, first, length);
-    ask<1>(keys, k, QKV_STRIDE, 0, length);
-    ask<1>(values, v, QKV_STRIDE, 0, length);
+    ask<1>(keys, k, QKV_STRIDE, begin * TILE, length);
+    ask<1>(values, v, QKV_STRIDE, begin * TILE, length);
     copies_close();
 
     Outputs dqueries;
     zero(dqueries);
     // The first row of this warp, and the group's last tile.
     const int row = first + warp * 16, last = first / TILE + group;
+    const int of_group = start_of_group(first_seen, first, group, length);
+    const int start[2] = {start_of(first_seen, row + lane / 4, length), start_of(first_seen, row + lane / 4 + 8, length)};
     float log[2], mean[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -426,8 +456,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
         log[half] = query < length ? log_sums[of_head + query] : INFINITE;
         mean[half] = query < length ? means[of_head + query] : 0.0f;
     }
-    for (int tile = 0; tile < tiles; tile++) {
-        const u32 buffer = tile % 2 * TILE_BYTES, other = TILE_BYTES - buffer;
+    for (int tile = begin; tile < tiles; tile++) {
+        const u32 buffer = (tile - begin) % 2 * TILE_BYTES, other = TILE_BYTES - buffer;
         arrived<0>();
         if (tile + 1 < tiles) {
             ask<1>(keys + other, k, QKV_STRIDE, (tile + 1) * TILE, length);
@@ -442,13 +472,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
         rows_by_rows(dp, douts + group * TILE_BYTES, values + buffer);
         products_close();
         products_wait<1>();
+        const bool masked = tile == last || tile * TILE < of_group;
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int query = row + lane / 4 + i / 2 * 8, key = tile * TILE + n * 8 + lane % 4 * 2 + i % 2;
                 p[n][i] = power_of_two(p[n][i] * score_scale - log[i / 2]);
-                if (tile == last && key > query) p[n][i] = 0.0f;
+                if (masked && (key > query || key < start[i / 2])) p[n][i] = 0.0f;
             }
         products_wait<0>();
 #pragma unroll

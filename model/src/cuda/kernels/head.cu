@@ -6,19 +6,23 @@
 
 #define MOST_LOOPS 32
 
-// losses = logsumexp(logits) - logit of the target; dlogits = share (softmax - one-hot), unless it is
-// null. One block to a row.
-extern "C" __global__ void cross_entropy(const float* logits, const int* targets, const float* shares, float* losses, bf16* dlogits) {
+// losses = logsumexp(logits) - logit of the target; the likeliest token, of several the first; dlogits =
+// share (softmax - one-hot), unless it is null. One block to a row.
+extern "C" __global__ void cross_entropy(const float* logits, const int* targets, const float* shares, float* losses, u32* likeliest,
+                                         bf16* dlogits) {
     __shared__ float room[32], rooms[32];
+    __shared__ int places[32];
     const size_t row = blockIdx.x;
     const float* line = logits + row * VOCAB;
     float top = -INFINITE, sum = 0.0f;
+    int place = VOCAB;
     for (int at = threadIdx.x * 4; at < VOCAB; at += blockDim.x * 4) {
         const float4 x = *reinterpret_cast<const float4*>(line + at);
         const float most = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
         if (most > top) {
             sum *= exponential(top - most);
             top = most;
+            place = at;
         }
         sum += exponential(x.x - top) + exponential(x.y - top) + exponential(x.z - top) + exponential(x.w - top);
     }
@@ -28,10 +32,22 @@ extern "C" __global__ void cross_entropy(const float* logits, const int* targets
     if (threadIdx.x % 32 == 0) rooms[threadIdx.x / 32] = all;
     __syncthreads();
     for (int warp = 0; warp < blockDim.x / 32; warp++) all = fmaxf(all, rooms[warp]);
+    // Of the four where this thread met its largest, the first that is the largest of all.
+    while (place < VOCAB && line[place] != all) place = place % 4 < 3 ? place + 1 : VOCAB;
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) {
+        const int other = __shfl_xor_sync(0xffffffffu, place, by);
+        place = other < place ? other : place;
+    }
+    if (threadIdx.x % 32 == 0) places[threadIdx.x / 32] = place;
     sum = block_sum(top == -INFINITE ? 0.0f : sum * exponential(top - all), room);
     const float log_sum = all + logf(sum);
     const int target = targets[row];
-    if (threadIdx.x == 0) losses[row] = log_sum - line[target];
+    if (threadIdx.x == 0) {
+        for (int warp = 1; warp < blockDim.x / 32; warp++) place = places[warp] < place ? places[warp] : place;
+        likeliest[row] = place < VOCAB ? place : 0;
+        losses[row] = log_sum - line[target];
+    }
     if (dlogits == nullptr) return;
     const float share = shares[row];
     bf16* to = dlogits + row * VOCAB;
@@ -102,6 +118,27 @@ extern "C" __global__ void stage_one(const float* losses, const float* gates, in
         const double of_loop = block_sum(exists ? double(losses[static_cast<size_t>(t) * tokens + token]) : 0.0, room);
         const double p = block_sum(exists ? exp(logs[t]) : 0.0, room);
         if (threadIdx.x == 0) own[3 + t] = of_loop, own[3 + loops + t] = p;
+    }
+}
+
+// What each loop is like, summed over tokens: the stream's root mean squares, whether the likeliest token
+// is that of the last loop, and the squares of the state's gradient, unless there are none. One block to a
+// loop.
+extern "C" __global__ void loop_sums(const float* rms, const u32* likeliest, const float* squares, int tokens, int loops, double* sums) {
+    __shared__ double room[32];
+    const size_t first = static_cast<size_t>(blockIdx.x) * tokens, last = static_cast<size_t>(loops - 1) * tokens;
+    double of_rms = 0.0, agreeing = 0.0, of_squares = 0.0;
+    for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
+        of_rms += rms[first + token];
+        agreeing += likeliest[first + token] == likeliest[last + token];
+        if (squares != nullptr) of_squares += squares[first + token];
+    }
+    of_rms = block_sum(of_rms, room);
+    agreeing = block_sum(agreeing, room);
+    of_squares = block_sum(of_squares, room);
+    if (threadIdx.x == 0) {
+        double* own = sums + blockIdx.x * 3;
+        own[0] = of_rms, own[1] = agreeing, own[2] = of_squares;
     }
 }
 

@@ -85,10 +85,10 @@ extern "C" __global__ void residual_norm(float* stream, const bf16* branch, cons
 }
 
 // The end of a loop: state = norm(stream + norm(branch)), which is the next loop's stream; and the
-// exit gate's logit.
+// exit gate's logit, and the stream's root mean square.
 extern "C" __global__ void state_norm(float* stream, const bf16* branch, const float* branch_weight, const float* weight, float eps,
                                       float* branch_inverses, bf16* kept, float* inverses, bf16* states, const float* gate_weight,
-                                      const float* gate_bias, float* gates) {
+                                      const float* gate_bias, float* gates, float* rms) {
     __shared__ float room[32];
     const size_t row = blockIdx.x;
     Row x;
@@ -109,6 +109,7 @@ extern "C" __global__ void state_norm(float* stream, const bf16* branch, const f
         branch_inverses[row] = of_branch;
         inverses[row] = inverse;
         gates[row] = gate + gate_bias[0];
+        rms[row] = 1.0f / inverse;
     }
 }
 
@@ -208,11 +209,11 @@ extern "C" __global__ void residual_norm_backward(int rows, const bf16* dnormed,
 }
 
 // Backward of `state_norm`, from the gradients by the head, by the gate and by the next loop:
-// dstream = ..., dbranch = ...
+// dstream = ..., dbranch = ...; and the squares of that of the state.
 extern "C" __global__ void state_norm_backward(int rows, const float* dstates, const float* dgates, const float* gate_weight,
                                                const bf16* kept, const float* inverses, const float* weight, float* dstream,
                                                const bf16* branch, const float* branch_inverses, const float* branch_weight,
-                                               bf16* dbranch, float* parts) {
+                                               bf16* dbranch, float* parts, float* squares) {
     __shared__ float room[32];
     Row dweight, dbranch_weight, dgate_weight;
     clear(dweight);
@@ -221,6 +222,7 @@ extern "C" __global__ void state_norm_backward(int rows, const float* dstates, c
     for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const float dgate = dgates[row], inverse = inverses[row];
         Row dy;
+        float of_row = 0.0f;
         FOR_ROW(part, at) {
             const Eight x = read_eight(kept + row * HIDDEN + at), w = read_eight(weight + at);
             const Eight dx = read_eight(dstream + row * HIDDEN + at), g = read_eight(gate_weight + at);
@@ -229,8 +231,11 @@ extern "C" __global__ void state_norm_backward(int rows, const float* dstates, c
             for (int i = 0; i < 8; i++) {
                 dgate_weight.v[part].v[i] += dgate * (x.v[i] * (inverse * w.v[i]));
                 dy.v[part].v[i] += dx.v[i] + dgate * g.v[i];
+                of_row += dy.v[part].v[i] * dy.v[part].v[i];
             }
         }
+        of_row = block_sum(of_row, room);
+        if (threadIdx.x == 0) squares[row] = of_row;
         norm_back(dy, kept + row * HIDDEN, inverse, weight, dweight, room);
         FOR_ROW(part, at) write_eight(dstream + row * HIDDEN + at, dy.v[part]);
         norm_back(dy, branch + row * HIDDEN, branch_inverses[row], branch_weight, dbranch_weight, room);

@@ -320,6 +320,7 @@ fn vote(plan: v1::Plan) -> up::Kind {
             grad_norm: 2.0,
             tokens: 16,
             bad_slots: 0,
+            ..v1::StepStatistics::default()
         }),
         sections: Some(v1::Sections::default()),
         computed_slots: plan.slot_end - plan.slot_begin,

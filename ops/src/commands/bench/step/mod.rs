@@ -23,8 +23,8 @@ use serde_json::{Map, Value, json};
 use super::figures::{Samples, machine, peak_bytes, rounded};
 use crate::cli::{Kernels, Recomputed, Reduced, StepBench};
 use crate::commands::all_threads;
-use crate::plan::operations_per_token;
 use crate::progress::print_line;
+use looptrain_proto::spec::operations_per_token;
 
 /// Steps before those that are measured: memory is new, and threads are being started.
 const WARM_UP: u32 = 2;
@@ -232,6 +232,7 @@ fn batches(spec: &Spec) -> Vec<SlotBatch> {
         tokens: (0..sequences * (sequence_length + 1)).map(|_| token()).collect(),
         sequences,
         sequence_length,
+        starts: Vec::new(),
     };
     (0..stage.slots).map(&mut slot).collect()
 }
