@@ -51,9 +51,10 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
         Some(count) => mano(&model, count, length_of(&args, &model))?,
     };
     let measure = move || {
-        let report = measured(&model, &sequences)?;
-        let answers =
-            exercises.iter().map(|(length, sequences)| Ok((*length, measured(&model, sequences)?)));
+        let report = measured(&model, &sequences, &THRESHOLDS)?;
+        let answers = exercises
+            .iter()
+            .map(|(length, sequences)| Ok((*length, measured(&model, sequences, &THRESHOLDS)?)));
         let answers = answers.collect::<Result<Vec<_>>>()?;
         Ok((model, sequences, report, answers))
     };
@@ -72,11 +73,15 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
     }
 }
 
-/// Runs the model over all sequences.
-pub(super) fn measured(model: &Trained, sequences: &Sequences) -> Result<DepthReport> {
+/// Runs the model over all sequences; `thresholds` are those of the curve of depth and quality.
+pub(super) fn measured(
+    model: &Trained,
+    sequences: &Sequences,
+    thresholds: &[f64],
+) -> Result<DepthReport> {
     let Trained { engine, settings, document_end, .. } = model;
     let Sequences { inputs, targets, counts, length, .. } = sequences;
-    let mut sums = DepthSums::new(settings, &THRESHOLDS);
+    let mut sums = DepthSums::new(settings, thresholds);
     let together = (TOGETHER / length).max(1) * length;
     let parts = inputs.chunks(together).zip(targets.chunks(together)).zip(counts.chunks(together));
     let mut done = 0;

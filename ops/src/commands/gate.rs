@@ -21,6 +21,9 @@ use crate::signals;
 use crate::telemetry::Telemetry;
 use crate::trained::{Found, Trained};
 
+/// Thresholds of the curves, beside 0.
+const THRESHOLDS: u32 = 200;
+
 /// Depths at which the curves are compared, between those of the first loop and the last.
 const DEPTHS: usize = 8;
 
@@ -131,7 +134,11 @@ async fn measured(run: &PreparedRun, found: Found, args: &Gate) -> Result<DepthR
     let (count, length) = (u64::from(args.sequences), model.context);
     let sequences = eval::spread(&model, &datasets, Split::Validation, count, length).await?;
     print_line(&format!("measuring {} at every depth", model.name));
-    let measure = move || eval::measured(&model, &sequences);
+    // So many that the depths between two of them are near to each other, where a gate is sure of most
+    // tokens too.
+    let thresholds: Vec<f64> =
+        (0..=THRESHOLDS).map(|at| f64::from(at) / f64::from(THRESHOLDS)).collect();
+    let measure = move || eval::measured(&model, &sequences, &thresholds);
     tokio::task::spawn_blocking(measure).await.context("the evaluation failed")?
 }
 
