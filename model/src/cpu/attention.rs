@@ -133,8 +133,8 @@ pub(super) struct Saved<'a> {
     pub(super) log_sums: &'a [f32],
 }
 
-/// From the gradient of the heads' outputs, `dmixed [B * T, d]`, with `starts` as forward: those of the rotated queries and
-/// keys and of the values of each head, `[B, H, 3, T, head_dim]`.
+/// From the gradient of the heads' outputs, `dmixed [B * T, d]`, with `starts` as forward: those of the
+/// rotated queries and keys and of the values of each head, `[B, H, 3, T, head_dim]`.
 pub(super) fn backward(
     clock: &Clock,
     saved: Saved<'_>,

@@ -6,7 +6,8 @@
 //! the prompt is through, only those of its last loop are kept, or their mean over loops, and all
 //! loops read them.
 //!
-//! Bits are those of a forward pass over the whole sequence, unless caches are shared: products and
+//! Bits are those of a forward pass over the whole sequence, unless caches are shared or documents do not
+//! see each other (then it is so to rounding): products and
 //! softmax take the same chains of additions here, whatever the number of rows.
 
 use rayon::prelude::*;
