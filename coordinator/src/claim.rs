@@ -11,7 +11,7 @@ use looptrain_storage::{
 };
 
 use crate::error::CoordinatorError;
-use crate::journal::read_history;
+use crate::journal::{chronicle_key, read_history};
 use crate::records::Outcome;
 
 /// Who wants the run, and what it would train.
@@ -94,6 +94,7 @@ impl Claim<'_> {
         for part in ["checkpoints", "metrics", "evaluations", "audit"] {
             self.store.delete_prefix(&format!("{}/{part}", run_prefix(run))).await?;
         }
+        self.store.delete(&chronicle_key(run)).await?;
         Ok(register)
     }
 

@@ -1,10 +1,12 @@
-//! The run's metrics in the store: one JSON line a committed step, one object an evaluation.
+//! The run's metrics in the store: one JSON line a committed step, one object an evaluation, and one
+//! object, the chronicle, for what else the status page shows (events, generations, the ledger).
 //! Written by a task of its own; a store that is slow or away for a while delays what is written
 //! and loses nothing, and training does not notice. Segments are written over and removed, which
 //! nothing but this task guards: so it looks whether the run is still this coordinator's before it
 //! does.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use looptrain_proto::Step;
@@ -12,10 +14,14 @@ use looptrain_storage::{Error, MetricsLog, Store, Witness, read_metrics, run_pre
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
+use crate::board::{Board, Chronicle};
 use crate::records::{EvaluationRecord, StepRecord};
 
 /// Lines wait at most this long before they are written.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
+
+/// The chronicle is written at most this often: it is written anew each time.
+const CHRONICLE_EVERY: Duration = Duration::from_secs(5);
 
 /// Something to write.
 #[derive(Debug)]
@@ -45,6 +51,33 @@ fn evaluations_prefix(run: &str) -> String {
 
 fn evaluation_key(run: &str, step: Step) -> String {
     format!("{}/step-{:010}.json", evaluations_prefix(run), step.0)
+}
+
+pub(crate) fn chronicle_key(run: &str) -> String {
+    format!("{}/chronicle.json", run_prefix(run))
+}
+
+/// Reads the chronicle of a run; an empty one when there is none, or none that can be read, for nothing
+/// depends on it.
+pub(crate) async fn read_chronicle(store: &Store, run: &str) -> Chronicle {
+    let key = chronicle_key(run);
+    let parsed = match store.get_opt(&key).await {
+        Ok(None) => return Chronicle::default(),
+        Ok(Some(bytes)) => serde_json::from_slice(&bytes).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    parsed.unwrap_or_else(|error| {
+        tracing::warn!(key, error, "events and goodput of earlier coordinators are lost");
+        Chronicle::default()
+    })
+}
+
+/// What a run's coordinators noted for people beside steps and evaluations, as it is in the store
+/// (`events`, newest first; `generations`; `checkpoints`; `ledger` with `seconds` by category); null when
+/// there is nothing.
+pub async fn read_chronicle_json(store: &Store, run: &str) -> serde_json::Value {
+    let bytes = store.get_opt(&chronicle_key(run)).await.ok().flatten();
+    bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
 /// Reads the history of a run. Lines that do not parse are left out: they are for people, and
@@ -79,10 +112,19 @@ pub(crate) struct Journal {
     steps: Vec<StepRecord>,
     /// Evaluations that are not in the store yet.
     evaluations: VecDeque<EvaluationRecord>,
+    board: Arc<Board>,
+    /// When the chronicle was last written.
+    kept: Instant,
 }
 
 impl Journal {
-    pub(crate) fn new(store: Store, run: String, log: MetricsLog, witness: Witness) -> Self {
+    pub(crate) fn new(
+        store: Store,
+        run: String,
+        log: MetricsLog,
+        witness: Witness,
+        board: Arc<Board>,
+    ) -> Self {
         Self {
             store,
             run,
@@ -91,6 +133,8 @@ impl Journal {
             undone: None,
             steps: Vec::new(),
             evaluations: VecDeque::new(),
+            board,
+            kept: Instant::now(),
         }
     }
 
@@ -98,6 +142,7 @@ impl Journal {
     pub(crate) async fn run(mut self, mut entries: mpsc::UnboundedReceiver<Entry>) {
         let mut flush = interval_at(Instant::now() + FLUSH_EVERY, FLUSH_EVERY);
         flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut changes = self.board.follow();
         loop {
             let entry = tokio::select! {
                 biased;
@@ -108,18 +153,39 @@ impl Journal {
                 Some(None) => return,
                 Some(Some(Entry::Close(done))) => {
                     warn_of(&self.flush().await);
+                    warn_of(&self.keep_chronicle().await);
                     // Nobody waits for a process that is being killed.
                     let _ = done.send(());
                     return;
                 }
                 Some(Some(entry)) => self.take(entry).await,
-                None => self.flush().await,
+                None => {
+                    let flushed = self.flush().await;
+                    let due = self.kept.elapsed() >= CHRONICLE_EVERY;
+                    // Only when there is something new, and after what matters more.
+                    if flushed.is_ok() && due && changes.has_changed().unwrap_or(false) {
+                        changes.mark_unchanged();
+                        self.keep_chronicle().await
+                    } else {
+                        flushed
+                    }
+                }
             };
             if matches!(written, Err(Error::Fenced { .. })) {
                 return;
             }
             warn_of(&written);
         }
+    }
+
+    async fn keep_chronicle(&mut self) -> looptrain_storage::Result<()> {
+        self.kept = Instant::now();
+        self.witness.still_mine().await?;
+        match serde_json::to_vec(&self.board.chronicle()) {
+            Ok(json) => self.store.put(&chronicle_key(&self.run), json).await?,
+            Err(error) => tracing::warn!(%error, "the chronicle has no JSON form"),
+        }
+        Ok(())
     }
 
     async fn take(&mut self, entry: Entry) -> looptrain_storage::Result<()> {
@@ -217,7 +283,7 @@ mod tests {
     async fn journal(store: &Store) -> Journal {
         let log = MetricsLog::open(store, "r", Step(0)).await.unwrap();
         let witness = claim(store).await.witness();
-        Journal::new(store.clone(), "r".into(), log, witness)
+        Journal::new(store.clone(), "r".into(), log, witness, Arc::default())
     }
 
     async fn losses(store: &Store) -> Vec<(u64, f64)> {

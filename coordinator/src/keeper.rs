@@ -237,7 +237,8 @@ mod tests {
             saved(checkpoints, step).await;
         let part = |part: PartEntry| {
             let PartEntry { file, bytes, digest, tensors } = part;
-            crate::core::SavedPart { file, bytes, digest, tensors, weights_digest }
+            let stall = Duration::ZERO;
+            crate::core::SavedPart { file, bytes, digest, tensors, weights_digest, stall }
         };
         let parts = parts.into_iter().map(part).collect();
         ManifestDraft { step, cursor, generation, weights_digest, parts }

@@ -16,8 +16,9 @@ mod dashboard;
 mod error;
 mod journal;
 mod keeper;
+mod ledger;
 mod listen;
-pub mod metrics;
+mod metrics;
 mod moment;
 mod pruner;
 mod records;
@@ -27,10 +28,15 @@ mod server;
 mod start;
 #[cfg(test)]
 mod testing;
+mod trace;
 
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;
+pub use journal::read_chronicle_json;
+pub use ledger::Category;
 pub use listen::Listen;
 pub use moment::{Moment, OnMoment};
-pub use records::{EvaluationRecord, Outcome, RunEvent, Section, SectionSeconds, StepRecord};
+pub use records::{
+    EvaluationRecord, LossCause, Outcome, RunEvent, Section, SectionSeconds, StepRecord,
+};
 pub use start::{Running, Settings, Started, start, start_on};

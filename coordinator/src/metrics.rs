@@ -1,181 +1,184 @@
-//! The catalogue of metrics, and the instruments that feed it.
-//!
-//! [`CATALOGUE`] is the one list of names, kinds, units and labels; instruments are made from its
-//! entries and from nothing else, so it is complete. Names follow OpenTelemetry; a Prometheus
-//! exporter writes `looptrain.step.duration` in seconds as `looptrain_step_duration_seconds`.
+//! The instruments of the coordinator: fed from what happens, or read from the board when somebody
+//! looks.
 
-use opentelemetry::metrics::{Counter, Gauge, Histogram, Meter};
-use opentelemetry::{KeyValue, global};
+use std::sync::{Arc, Weak};
 
-use crate::records::{EvaluationRecord, RunEvent, StepRecord};
+use looptrain_proto::Spec;
+use looptrain_proto::metrics::{self, Metric, Series};
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Counter, Gauge, Histogram};
 
-/// What an instrument does with values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Only grows.
-    Counter,
-    /// The newest value.
-    Gauge,
-    /// A distribution.
-    Histogram,
-}
+use crate::board::Board;
+use crate::core::Snapshot;
+use crate::ledger::Category;
+use crate::records::{EvaluationRecord, LossCause, RunEvent, Section, SectionSeconds, StepRecord};
 
-/// One metric.
-#[derive(Clone, Copy, Debug)]
-pub struct Metric {
-    /// OpenTelemetry name.
-    pub name: &'static str,
-    /// What it does with values.
-    pub kind: Kind,
-    /// Unit in UCUM; braces for things that are counted.
-    pub unit: &'static str,
-    /// Labels of its series.
-    pub labels: &'static [&'static str],
-    /// What it tells, in a sentence.
-    pub help: &'static str,
-}
-
-macro_rules! catalogue {
-    ($($id:ident: $kind:ident $name:literal [$unit:literal] {$($label:literal),*} $help:literal;)*) => {
-        $(
-            #[doc = $help]
-            pub const $id: Metric = Metric {
-                name: $name,
-                kind: Kind::$kind,
-                unit: $unit,
-                labels: &[$($label),*],
-                help: $help,
-            };
-        )*
-
-        /// Every metric of the coordinator.
-        pub const CATALOGUE: &[Metric] = &[$($id),*];
-    };
-}
-
-catalogue! {
-    STEPS: Counter "looptrain.steps" ["{step}"] {} "Steps committed by this coordinator.";
-    TOKENS: Counter "looptrain.tokens" ["{token}"] {} "Tokens of the steps committed by this coordinator.";
-    STEP: Gauge "looptrain.step" ["{step}"] {} "The newest committed step.";
-    RUN_TOKENS: Gauge "looptrain.run.tokens" ["{token}"] {} "Tokens consumed since the run began.";
-    LOSS: Gauge "looptrain.loss" ["{nat}"] {} "Stage I training loss of the newest step, nats per token.";
-    LOOP_LOSS: Gauge "looptrain.loop.loss" ["{nat}"] {"loop"} "Training cross-entropy after each loop, nats per token.";
-    LOOP_LOSS_ABOVE_LOWEST: Gauge "looptrain.loop.loss.above_lowest" ["{nat}"] {"loop"} "How far a loop's smoothed cross-entropy is above its lowest of the stage.";
-    LOOP_LOSS_RISES: Counter "looptrain.loop.loss.rises" ["{rise}"] {"loop"} "Times that a loop's cross-entropy began to rise above its lowest of the stage.";
-    GATE_COLLAPSES: Counter "looptrain.gate.collapses" ["{collapse}"] {} "Times that nearly all of the exit distribution came to be after one loop.";
-    LOOP_HIDDEN_RMS: Gauge "looptrain.loop.hidden.rms" ["1"] {"loop"} "Root mean square of a token's residual stream at the end of each loop, the mean over tokens.";
-    LOOP_GRADIENT_NORM: Gauge "looptrain.loop.gradient.norm" ["1"] {"loop"} "Root mean square over tokens of the norm of the gradient by a token's state after each loop.";
-    LOOP_AGREEMENT: Gauge "looptrain.loop.agreement" ["1"] {"loop"} "Share of the tokens whose likeliest successor after each loop is that after the last.";
-    EXIT_PROBABILITY: Gauge "looptrain.exit.probability" ["1"] {"loop"} "Mean exit probability of each loop.";
-    EXIT_DEPTH: Gauge "looptrain.exit.depth" ["{loop}"] {} "Mean loop of exit, counted from 1.";
-    EXIT_ENTROPY: Gauge "looptrain.exit.entropy" ["{nat}"] {} "Mean entropy of the exit distribution.";
-    GRADIENT_NORM: Gauge "looptrain.gradient.norm" ["1"] {} "Euclidean norm of the gradient before clipping.";
-    LEARNING_RATE: Gauge "looptrain.learning_rate" ["1"] {} "Learning rate of the newest step.";
-    STEP_DURATION: Histogram "looptrain.step.duration" ["s"] {} "Time from a step's plan to its commit.";
-    SECTION_DURATION: Histogram "looptrain.section.duration" ["s"] {"section"} "Time of the slowest rank in a section of the step.";
-    COMPUTE_RATE: Gauge "looptrain.compute.rate" ["{operation}/s"] {} "Floating-point operations per second of the newest step as the model needs them, without document masking, all workers together.";
-    MFU: Gauge "looptrain.mfu" ["1"] {} "Model FLOPs utilization of the newest step: the share of what the workers' devices could do, where the spec says it.";
-    GENERATION: Gauge "looptrain.generation" ["{generation}"] {} "The current generation.";
-    WORLD: Gauge "looptrain.world" ["{worker}"] {} "Members of the current generation.";
-    GENERATIONS: Counter "looptrain.generations" ["{generation}"] {} "Generations formed by this coordinator.";
-    WORKERS_JOINED: Counter "looptrain.workers.joined" ["{worker}"] {} "Workers welcomed.";
-    WORKERS_REFUSED: Counter "looptrain.workers.refused" ["{worker}"] {} "Workers turned away.";
-    WORKERS_LOST: Counter "looptrain.workers.lost" ["{worker}"] {} "Workers that died, left or were sent away.";
-    SKIPPED: Counter "looptrain.steps.skipped" ["{step}"] {} "Steps committed without an update, for a slot had no usable gradient.";
-    STRAGGLERS: Counter "looptrain.stragglers" ["{worker}"] {"section"} "Times that a worker began to take much longer than the others in a section of its steps.";
-    REWINDS: Counter "looptrain.rewinds" ["{rewind}"] {} "Times that committed steps had to be done again from a checkpoint.";
-    CHECKPOINT_STEP: Gauge "looptrain.checkpoint.step" ["{step}"] {} "Step of the newest checkpoint.";
-    CHECKPOINT_SIZE: Gauge "looptrain.checkpoint.size" ["By"] {} "Size of the newest checkpoint.";
-    CHECKPOINT_DURATION: Histogram "looptrain.checkpoint.duration" ["s"] {} "Time from the directive to save to the manifest.";
-    CHECKPOINT_FAILURES: Counter "looptrain.checkpoint.failures" ["{checkpoint}"] {} "Checkpoints that were given up.";
-    CHECKPOINT_DELAYS: Counter "looptrain.checkpoint.delays" ["{checkpoint}"] {} "Checkpoints that were due while another one was being written.";
-    VALIDATION_LOSS: Gauge "looptrain.validation.loss" ["{nat}"] {} "Stage I loss on the validation split, nats per token.";
-    VALIDATION_LOOP_LOSS: Gauge "looptrain.validation.loop.loss" ["{nat}"] {"loop"} "Validation cross-entropy after each loop, nats per token.";
-    VALIDATION_PERPLEXITY: Gauge "looptrain.validation.perplexity" ["1"] {} "Perplexity of the last loop on the validation split.";
-}
-
-fn counter(meter: &Meter, metric: Metric) -> Counter<u64> {
-    meter.u64_counter(metric.name).with_unit(metric.unit).with_description(metric.help).build()
-}
-
-fn gauge(meter: &Meter, metric: Metric) -> Gauge<f64> {
-    meter.f64_gauge(metric.name).with_unit(metric.unit).with_description(metric.help).build()
-}
-
-/// Upper bounds of the histograms' buckets, in seconds: a step takes milliseconds on a small model
-/// and minutes on a large one.
-const SECONDS: [f64; 16] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
-];
-
-fn histogram(meter: &Meter, metric: Metric) -> Histogram<f64> {
-    meter
-        .f64_histogram(metric.name)
-        .with_unit(metric.unit)
-        .with_description(metric.help)
-        .with_boundaries(SECONDS.to_vec())
-        .build()
-}
+/// All phases of a run, as a snapshot names them.
+const PHASES: [&str; 8] =
+    ["waiting", "forming", "training", "evaluating", "paused", "finishing", "finished", "failed"];
 
 macro_rules! instruments {
-    ($($field:ident: $type:ty = $make:ident($id:ident),)*) => {
-        /// One instrument for each entry of the catalogue.
+    ($($field:ident: $type:ty = $id:ident.$make:ident(),)*) => {
+        /// Instruments that are fed when something happens.
         pub(crate) struct Instruments {
             $($field: $type,)*
         }
 
         impl Instruments {
-            /// Instruments on the process's global meter.
-            pub(crate) fn new() -> Self {
-                let meter = global::meter("looptrain");
-                Self { $($field: $make(&meter, $id),)* }
+            /// Instruments on the process's global meter; some read `board` when they are looked at.
+            pub(crate) fn new(board: &Arc<Board>, spec: &Spec) -> Self {
+                observe(board, spec);
+                let instruments = Self { $($field: metrics::$id.$make(),)* };
+                instruments.begin(spec);
+                instruments
             }
         }
 
         #[cfg(test)]
-        const USED: &[Metric] = &[$($id),*];
+        const FED: &[Metric] = &[$(metrics::$id),*];
     };
 }
 
 instruments! {
-    steps: Counter<u64> = counter(STEPS),
-    tokens: Counter<u64> = counter(TOKENS),
-    step: Gauge<f64> = gauge(STEP),
-    run_tokens: Gauge<f64> = gauge(RUN_TOKENS),
-    loss: Gauge<f64> = gauge(LOSS),
-    loop_loss: Gauge<f64> = gauge(LOOP_LOSS),
-    loop_loss_above_lowest: Gauge<f64> = gauge(LOOP_LOSS_ABOVE_LOWEST),
-    loop_loss_rises: Counter<u64> = counter(LOOP_LOSS_RISES),
-    gate_collapses: Counter<u64> = counter(GATE_COLLAPSES),
-    loop_hidden_rms: Gauge<f64> = gauge(LOOP_HIDDEN_RMS),
-    loop_gradient_norm: Gauge<f64> = gauge(LOOP_GRADIENT_NORM),
-    loop_agreement: Gauge<f64> = gauge(LOOP_AGREEMENT),
-    exit_probability: Gauge<f64> = gauge(EXIT_PROBABILITY),
-    exit_depth: Gauge<f64> = gauge(EXIT_DEPTH),
-    exit_entropy: Gauge<f64> = gauge(EXIT_ENTROPY),
-    gradient_norm: Gauge<f64> = gauge(GRADIENT_NORM),
-    learning_rate: Gauge<f64> = gauge(LEARNING_RATE),
-    step_duration: Histogram<f64> = histogram(STEP_DURATION),
-    section_duration: Histogram<f64> = histogram(SECTION_DURATION),
-    compute_rate: Gauge<f64> = gauge(COMPUTE_RATE),
-    mfu: Gauge<f64> = gauge(MFU),
-    generation: Gauge<f64> = gauge(GENERATION),
-    world: Gauge<f64> = gauge(WORLD),
-    generations: Counter<u64> = counter(GENERATIONS),
-    workers_joined: Counter<u64> = counter(WORKERS_JOINED),
-    workers_refused: Counter<u64> = counter(WORKERS_REFUSED),
-    workers_lost: Counter<u64> = counter(WORKERS_LOST),
-    skipped: Counter<u64> = counter(SKIPPED),
-    stragglers: Counter<u64> = counter(STRAGGLERS),
-    rewinds: Counter<u64> = counter(REWINDS),
-    checkpoint_step: Gauge<f64> = gauge(CHECKPOINT_STEP),
-    checkpoint_size: Gauge<f64> = gauge(CHECKPOINT_SIZE),
-    checkpoint_duration: Histogram<f64> = histogram(CHECKPOINT_DURATION),
-    checkpoint_failures: Counter<u64> = counter(CHECKPOINT_FAILURES),
-    checkpoint_delays: Counter<u64> = counter(CHECKPOINT_DELAYS),
-    validation_loss: Gauge<f64> = gauge(VALIDATION_LOSS),
-    validation_loop_loss: Gauge<f64> = gauge(VALIDATION_LOOP_LOSS),
-    validation_perplexity: Gauge<f64> = gauge(VALIDATION_PERPLEXITY),
+    steps: Counter<u64> = STEPS.counter(),
+    tokens: Counter<u64> = TOKENS.counter(),
+    step: Gauge<f64> = STEP.gauge(),
+    run_tokens: Gauge<f64> = RUN_TOKENS.gauge(),
+    loss: Gauge<f64> = LOSS.gauge(),
+    loop_loss: Gauge<f64> = LOOP_LOSS.gauge(),
+    loop_loss_above_lowest: Gauge<f64> = LOOP_LOSS_ABOVE_LOWEST.gauge(),
+    loop_loss_rises: Counter<u64> = LOOP_LOSS_RISES.counter(),
+    gate_collapses: Counter<u64> = GATE_COLLAPSES.counter(),
+    loop_hidden_rms: Gauge<f64> = LOOP_HIDDEN_RMS.gauge(),
+    loop_gradient_norm: Gauge<f64> = LOOP_GRADIENT_NORM.gauge(),
+    loop_agreement: Gauge<f64> = LOOP_AGREEMENT.gauge(),
+    exit_probability: Gauge<f64> = EXIT_PROBABILITY.gauge(),
+    exit_depth: Gauge<f64> = EXIT_DEPTH.gauge(),
+    exit_entropy: Gauge<f64> = EXIT_ENTROPY.gauge(),
+    gradient_norm: Gauge<f64> = GRADIENT_NORM.gauge(),
+    learning_rate: Gauge<f64> = LEARNING_RATE.gauge(),
+    step_duration: Histogram<f64> = STEP_DURATION.histogram(),
+    section_duration: Histogram<f64> = SECTION_DURATION.histogram(),
+    compute_rate: Gauge<f64> = COMPUTE_RATE.gauge(),
+    mfu: Gauge<f64> = MFU.gauge(),
+    generation: Gauge<f64> = GENERATION.gauge(),
+    world: Gauge<f64> = WORLD.gauge(),
+    generations: Counter<u64> = GENERATIONS.counter(),
+    workers_joined: Counter<u64> = WORKERS_JOINED.counter(),
+    workers_refused: Counter<u64> = WORKERS_REFUSED.counter(),
+    workers_lost: Counter<u64> = WORKERS_LOST.counter(),
+    skipped: Counter<u64> = SKIPPED.counter(),
+    stragglers: Counter<u64> = STRAGGLERS.counter(),
+    rewinds: Counter<u64> = REWINDS.counter(),
+    checkpoint_step: Gauge<f64> = CHECKPOINT_STEP.gauge(),
+    checkpoint_size: Gauge<f64> = CHECKPOINT_SIZE.gauge(),
+    checkpoint_duration: Histogram<f64> = CHECKPOINT_DURATION.histogram(),
+    checkpoint_stall: Histogram<f64> = CHECKPOINT_STALL.histogram(),
+    checkpoint_failures: Counter<u64> = CHECKPOINT_FAILURES.counter(),
+    checkpoint_delays: Counter<u64> = CHECKPOINT_DELAYS.counter(),
+    validation_loss: Gauge<f64> = VALIDATION_LOSS.gauge(),
+    validation_loop_loss: Gauge<f64> = VALIDATION_LOOP_LOSS.gauge(),
+    validation_perplexity: Gauge<f64> = VALIDATION_PERPLEXITY.gauge(),
+}
+
+/// What is read from the board, for the newest value is all that matters of it.
+const OBSERVED: &[(Metric, Read)] = &[
+    (metrics::RUN_INFO, |it| {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        vec![(vec![it.run.clone(), version], 1.0)]
+    }),
+    (metrics::RUN_STEPS, |it| vec![(vec![], it.total_steps)]),
+    (metrics::RUN_PHASE, |it| {
+        let current = it.snapshot().map_or("waiting", |snapshot| snapshot.phase);
+        let series = |phase: &&str| (vec![(*phase).to_owned()], f64::from(*phase == current));
+        PHASES.iter().map(series).collect()
+    }),
+    (metrics::COMMIT_AGE, |it| vec![(vec![], it.board.commit_age().as_secs_f64())]),
+    (metrics::CHECKPOINT_AGE, |it| vec![(vec![], it.board.checkpoint_age().as_secs_f64())]),
+    (metrics::WORKER_SECTION_DURATION, |it| {
+        let named = |member: Vec<String>, (section, seconds): (&str, f64)| {
+            ([member, vec![section.to_owned()]].concat(), seconds)
+        };
+        let of = |(member, view): (Vec<String>, &crate::core::WorkerView)| {
+            by_section(view.sections).map(|section| named(member.clone(), section))
+        };
+        it.members(|member, view| of((member, view)).to_vec())
+    }),
+    (metrics::WORKER_SLOTS, |it| it.members(|member, view| vec![(member, f64::from(view.slots))])),
+    (metrics::WORKER_SLOT_RATE, |it| {
+        it.members(|member, view| {
+            view.slots_per_second.map(|rate| (member, rate)).into_iter().collect()
+        })
+    }),
+    (metrics::RETRIED, |it| it.of_snapshot(|snapshot| snapshot.retried_steps as f64)),
+    (metrics::DIVERGENCES, |it| it.of_snapshot(|snapshot| snapshot.divergences as f64)),
+    (metrics::GOODPUT, |it| {
+        let share = it.board.of_ledger(crate::ledger::Ledger::share).flatten();
+        share.map(|share| (vec![], share)).into_iter().collect()
+    }),
+    (metrics::GOODPUT_TIME, |it| {
+        let seconds = it.board.of_ledger(|ledger| {
+            Category::ALL
+                .map(|category| (vec![category.name().to_owned()], ledger.seconds(category)))
+        });
+        seconds.into_iter().flatten().collect()
+    }),
+];
+
+/// The series of a metric now.
+type Read = fn(&Glance) -> Vec<Series>;
+
+/// What observed metrics are read from.
+struct Glance {
+    run: String,
+    total_steps: f64,
+    board: Arc<Board>,
+}
+
+impl Glance {
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.board.glance()
+    }
+
+    fn of_snapshot(&self, value: impl Fn(&Snapshot) -> f64) -> Vec<Series> {
+        self.snapshot().map(|snapshot| (vec![], value(&snapshot))).into_iter().collect()
+    }
+
+    /// Series of each member of the generation, from its labels (name and rank) and what is known of it.
+    fn members(
+        &self,
+        series: impl Fn(Vec<String>, &crate::core::WorkerView) -> Vec<Series>,
+    ) -> Vec<Series> {
+        let Some(snapshot) = self.snapshot() else { return Vec::new() };
+        let members = snapshot.workers.iter().filter_map(|view| {
+            let rank = view.rank?;
+            Some(series(vec![view.name.clone(), rank.to_string()], view))
+        });
+        members.flatten().collect()
+    }
+}
+
+fn observe(board: &Arc<Board>, spec: &Spec) {
+    for (metric, read) in OBSERVED {
+        let (run, total_steps) = (spec.run.name.clone(), spec.total_steps().0 as f64);
+        // A coordinator that is over is not kept for those who may still look.
+        let board: Weak<Board> = Arc::downgrade(board);
+        metric.observe(move || match board.upgrade() {
+            Some(board) => read(&Glance { run: run.clone(), total_steps, board }),
+            None => Vec::new(),
+        });
+    }
+}
+
+/// The sections with their names.
+fn by_section(sections: SectionSeconds) -> [(&'static str, f64); 5] {
+    [
+        ("data_wait", sections.data_wait),
+        ("compute", sections.compute),
+        ("reduce", sections.reduce),
+        ("optimizer", sections.optimizer),
+        ("send", sections.send),
+    ]
 }
 
 fn per_loop(gauge: &Gauge<f64>, values: &[f64]) {
@@ -185,6 +188,32 @@ fn per_loop(gauge: &Gauge<f64>, values: &[f64]) {
 }
 
 impl Instruments {
+    /// Gives counters that may stay at nothing for long a series at once: who asks how much one has
+    /// grown could not see it begin otherwise.
+    fn begin(&self, spec: &Spec) {
+        for counter in [
+            &self.workers_joined,
+            &self.workers_refused,
+            &self.skipped,
+            &self.rewinds,
+            &self.checkpoint_failures,
+            &self.checkpoint_delays,
+            &self.gate_collapses,
+        ] {
+            counter.add(0, &[]);
+        }
+        for cause in LossCause::ALL {
+            self.workers_lost.add(0, &[KeyValue::new("cause", cause.to_string())]);
+        }
+        for section in Section::ALL {
+            self.stragglers.add(0, &[KeyValue::new("section", section.to_string())]);
+        }
+        let loops = spec.stages.iter().map(|stage| stage.loops).max().unwrap_or(0);
+        for at in 1..=loops {
+            self.loop_loss_rises.add(0, &[KeyValue::new("loop", at.to_string())]);
+        }
+    }
+
     /// Feeds the instruments from what happened.
     pub(crate) fn record(&self, event: &RunEvent) {
         match event {
@@ -197,9 +226,12 @@ impl Instruments {
             }
             RunEvent::WorkerJoined { .. } => self.workers_joined.add(1, &[]),
             RunEvent::WorkerRefused { .. } => self.workers_refused.add(1, &[]),
-            RunEvent::WorkerLost { .. } => self.workers_lost.add(1, &[]),
+            RunEvent::WorkerLost { cause, .. } => {
+                self.workers_lost.add(1, &[KeyValue::new("cause", cause.to_string())]);
+            }
             RunEvent::Rewound { .. } => self.rewinds.add(1, &[]),
-            RunEvent::CheckpointSaved { step, seconds, bytes } => {
+            RunEvent::CheckpointSaved { step, seconds, bytes, stall } => {
+                self.checkpoint_stall.record(*stall, &[]);
                 self.checkpoint_step.record(step.0 as f64, &[]);
                 self.checkpoint_size.record(*bytes as f64, &[]);
                 self.checkpoint_duration.record(*seconds, &[]);
@@ -250,14 +282,7 @@ impl Instruments {
         if let Some(mfu) = record.mfu {
             self.mfu.record(mfu, &[]);
         }
-        let sections = record.sections;
-        for (name, seconds) in [
-            ("data_wait", sections.data_wait),
-            ("compute", sections.compute),
-            ("reduce", sections.reduce),
-            ("optimizer", sections.optimizer),
-            ("send", sections.send),
-        ] {
+        for (name, seconds) in by_section(record.sections) {
             self.section_duration.record(seconds, &[KeyValue::new("section", name)]);
         }
     }
@@ -273,15 +298,17 @@ impl Instruments {
 mod tests {
     use std::collections::BTreeSet;
 
+    use looptrain_proto::metrics::{CATALOGUE, Reporter};
+
     use super::*;
 
     #[test]
-    fn the_catalogue_and_the_instruments_are_the_same_list() {
-        let names = |metrics: &[Metric]| -> BTreeSet<&str> {
-            metrics.iter().map(|metric| metric.name).collect()
-        };
-        assert_eq!(names(CATALOGUE), names(USED));
-        assert_eq!(CATALOGUE.len(), names(CATALOGUE).len(), "a name is there twice");
-        assert!(CATALOGUE.iter().all(|metric| metric.help.ends_with('.')));
+    fn all_of_the_coordinators_catalogue_is_reported_once() {
+        let listed = CATALOGUE.iter().filter(|metric| metric.reporter == Reporter::Coordinator);
+        let listed: BTreeSet<&str> = listed.map(|metric| metric.name).collect();
+        let reported = FED.iter().chain(OBSERVED.iter().map(|(metric, _)| metric));
+        let reported: Vec<&str> = reported.map(|metric| metric.name).collect();
+        assert_eq!(reported.len(), listed.len());
+        assert_eq!(reported.into_iter().collect::<BTreeSet<_>>(), listed);
     }
 }

@@ -1,12 +1,15 @@
 //! Removes old checkpoints, in a task of its own: before anything goes, one that stays may have to be
 //! read back, which takes as long as it takes, and manifests are not to wait for it.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use looptrain_proto::Step;
 use looptrain_storage::{Checkpoints, Error, Retention, Witness};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::board::Board;
 
 /// The task's state.
 pub(crate) struct Pruner {
@@ -20,6 +23,8 @@ pub(crate) struct Pruner {
     pub(crate) newest: watch::Receiver<Option<Step>>,
     /// The run is to be left as it is: nothing more is planned, and what is being removed goes whole.
     pub(crate) leave: CancellationToken,
+    /// Shows what was found.
+    pub(crate) board: Arc<Board>,
 }
 
 impl Pruner {
@@ -50,6 +55,8 @@ impl Pruner {
             return Ok(());
         };
         let removed = self.checkpoints.remove(&plan).await?;
+        let there = self.checkpoints.list().await?;
+        self.board.checkpoints_are(&there, self.checkpoints.verified(), self.checkpoints.damaged());
         tracing::debug!(?removed, orphans = plan.orphans.len(), "removed old checkpoints");
         Ok(())
     }

@@ -205,6 +205,35 @@ pub struct Outcome {
     pub evaluation: Option<EvaluationRecord>,
 }
 
+/// How a worker came to be gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LossCause {
+    /// Its connection broke: its process, its machine or the network between died.
+    Died,
+    /// Nothing was heard of it for too long.
+    Silent,
+    /// It left, told to or by itself.
+    Left,
+    /// It was sent away for a fault of its own.
+    Expelled,
+}
+
+impl LossCause {
+    pub(crate) const ALL: [Self; 4] = [Self::Died, Self::Silent, Self::Left, Self::Expelled];
+}
+
+impl fmt::Display for LossCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Died => "died",
+            Self::Silent => "silent",
+            Self::Left => "left",
+            Self::Expelled => "expelled",
+        })
+    }
+}
+
 /// What happens in a run, for progress display, logs and the dashboard.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -233,6 +262,8 @@ pub enum RunEvent {
         worker: WorkerId,
         /// Its name.
         name: String,
+        /// In a word.
+        cause: LossCause,
         /// Why.
         reason: String,
     },
@@ -267,6 +298,8 @@ pub enum RunEvent {
         seconds: f64,
         /// Size of all parts.
         bytes: u64,
+        /// The longest that a member stood still to copy its state.
+        stall: f64,
     },
     /// A checkpoint is due while another one is still being written: it is made of the state that is
     /// committed when that is done.
@@ -406,7 +439,7 @@ impl fmt::Display for RunEvent {
             Self::Evaluated(record) => {
                 write!(f, "step {} evaluated: validation loss {:.4}", record.step, record.loss)
             }
-            Self::CheckpointSaved { step, seconds, bytes } => {
+            Self::CheckpointSaved { step, seconds, bytes, .. } => {
                 let size = *bytes as f64 / 1e6;
                 write!(f, "checkpoint of step {step} saved ({size:.1} MB in {seconds:.2} s)")
             }
@@ -449,6 +482,15 @@ impl fmt::Display for RunEvent {
             Self::Finished { reason } => write!(f, "finished: {reason}"),
             Self::Failed { reason } => write!(f, "failed: {reason}"),
         }
+    }
+}
+
+impl RunEvent {
+    /// What kind of event it is, in snake case, as in its JSON.
+    #[must_use]
+    pub fn kind(&self) -> String {
+        let json = serde_json::to_value(self).unwrap_or_default();
+        json["kind"].as_str().unwrap_or("event").to_owned()
     }
 }
 

@@ -1,6 +1,8 @@
 //! From the wire to the core: checks the form of what workers say, so that the core only sees
 //! well-formed reports.
 
+use std::time::Duration;
+
 use looptrain_proto::v1::{self, worker_message::Kind};
 use looptrain_proto::{Digest, Generation, NoDigest, Step};
 
@@ -59,6 +61,7 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
                     file: saved.file,
                     bytes: saved.bytes,
                     tensors: saved.tensors,
+                    stall: Duration::try_from_secs_f64(saved.stall_seconds).unwrap_or_default(),
                 })
             } else {
                 Err(saved.error)

@@ -20,6 +20,10 @@ use crate::metrics::Instruments;
 use crate::moment::Watch;
 use crate::records::{Outcome, RunEvent};
 use crate::server::Session;
+use crate::trace::Traces;
+
+/// The board sees how things are at most this often, beside ticks.
+const GLANCE_EVERY: Duration = Duration::from_millis(500);
 
 /// Everything that reaches the runtime's task.
 #[derive(Debug)]
@@ -49,6 +53,10 @@ pub(crate) struct Runtime {
     pub(crate) instruments: Instruments,
     pub(crate) sessions: BTreeMap<WorkerId, Session>,
     pub(crate) started: Instant,
+    /// When the board last saw how things are.
+    pub(crate) glanced: Option<Instant>,
+    /// When there is a tracer.
+    pub(crate) traces: Option<Traces>,
     /// Somebody wants to know of exact moments.
     pub(crate) watch: Option<Watch>,
 }
@@ -68,7 +76,10 @@ impl Runtime {
                     stopping = true;
                     Event::StopRequested { reason: "the coordinator was told to stop".into() }
                 }
-                _ = tick.tick() => Event::Tick,
+                _ = tick.tick() => {
+                    self.glanced = None;
+                    Event::Tick
+                }
                 input = self.inputs.recv() => match input {
                     Some(Input::Open { worker, join, session }) => {
                         self.sessions.insert(worker, session);
@@ -93,7 +104,11 @@ impl Runtime {
                     None => continue,
                 },
             };
-            if let Some(result) = self.feed(event) {
+            let ended = self.feed(event);
+            if ended.is_some() || self.glanced.is_none_or(|last| last.elapsed() >= GLANCE_EVERY) {
+                self.glance();
+            }
+            if let Some(result) = ended {
                 break result.map_err(|reason| CoordinatorError::Failed { reason });
             }
         };
@@ -108,14 +123,21 @@ impl Runtime {
             if let Some(watch) = &mut self.watch {
                 watch.hear(&event);
             }
+            if let Some(traces) = &mut self.traces {
+                traces.hear(&event);
+            }
             for action in self.core.handle(self.started.elapsed(), event) {
                 if let Some(watch) = &mut self.watch {
                     watch.before(&action);
                 }
+                let traceparent = match &mut self.traces {
+                    Some(traces) => traces.before(&action),
+                    None => String::new(),
+                };
                 match action {
                     Action::Send { worker, message } => {
                         let session = self.sessions.get(&worker);
-                        if session.is_some_and(|session| !session.send(message)) {
+                        if session.is_some_and(|session| !session.send(message, traceparent)) {
                             self.sessions.remove(&worker);
                             let reason = "it does not read its messages".into();
                             events.push_back(Event::Broken { worker, reason });
@@ -148,14 +170,27 @@ impl Runtime {
         None
     }
 
+    fn glance(&mut self) {
+        self.glanced = Some(Instant::now());
+        let snapshot = self.core.snapshot(self.started.elapsed());
+        self.board.see(snapshot, self.core.ledger().clone());
+    }
+
     fn publish(&mut self, event: RunEvent) {
         match &event {
             RunEvent::Committed(record) => self.enter(Entry::Step(record.clone())),
             RunEvent::Evaluated(record) => self.enter(Entry::Evaluation(record.clone())),
             _ => {}
         }
-        // For people, whoever listens shows the events; as log lines they would be there twice.
-        tracing::debug!("{event}");
+        {
+            let context = self.traces.as_ref().and_then(Traces::current);
+            let _of_trace = context.map(opentelemetry::Context::attach);
+            // For people, whoever listens shows the events; as log lines they would be there twice.
+            match &event {
+                RunEvent::Committed(_) => tracing::debug!("{event}"),
+                _ => tracing::info!(target: "looptrain::told", "{event}"),
+            }
+        }
         self.instruments.record(&event);
         self.board.record(&event);
         // Nobody has to listen.

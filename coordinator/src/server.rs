@@ -26,7 +26,9 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::board::Board;
 use crate::core::{Event, Snapshot, WorkerView};
+use crate::ledger::Category;
 use crate::reports;
 use crate::runtime::Input;
 
@@ -50,9 +52,10 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Queues a message; false when the worker does not read, or is gone.
-    pub(crate) fn send(&self, kind: coordinator_message::Kind) -> bool {
-        self.outbox.try_send(Ok(v1::CoordinatorMessage { kind: Some(kind) })).is_ok()
+    /// Queues a message, of a span if there is one; false when the worker does not read, or is gone.
+    pub(crate) fn send(&self, kind: coordinator_message::Kind, traceparent: String) -> bool {
+        let message = v1::CoordinatorMessage { traceparent, kind: Some(kind) };
+        self.outbox.try_send(Ok(message)).is_ok()
     }
 }
 
@@ -68,14 +71,15 @@ pub(crate) struct Service {
     inputs: mpsc::Sender<Input>,
     ids: AtomicU64,
     readers: Readers,
+    board: Arc<Board>,
 }
 
 /// Knows when all sessions are over: each reader task holds a receiver.
 pub(crate) type Readers = Arc<watch::Sender<()>>;
 
 impl Service {
-    pub(crate) fn new(inputs: mpsc::Sender<Input>, readers: Readers) -> Self {
-        Self { inputs, ids: AtomicU64::new(1), readers }
+    pub(crate) fn new(inputs: mpsc::Sender<Input>, readers: Readers, board: Arc<Board>) -> Self {
+        Self { inputs, ids: AtomicU64::new(1), readers, board }
     }
 
     async fn snapshot(&self) -> Result<Snapshot, Status> {
@@ -134,7 +138,7 @@ impl Coordinator for Service {
         &self,
         _: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusReply>, Status> {
-        Ok(Response::new(status_reply(self.snapshot().await?)))
+        Ok(Response::new(status_reply(self.snapshot().await?, &self.board)))
     }
 
     async fn stop(
@@ -203,7 +207,8 @@ async fn read_session(
             format!("a session starts with a Join, within {} seconds", JOIN_PATIENCE.as_secs());
         let kind = Some(coordinator_message::Kind::Refused(v1::Refused { reason, for_now: false }));
         // The worker may be gone; then there is nobody to tell.
-        let _ = outbox.send(Ok(v1::CoordinatorMessage { kind })).await;
+        let refused = v1::CoordinatorMessage { traceparent: String::new(), kind };
+        let _ = outbox.send(Ok(refused)).await;
         return drain(incoming).await;
     };
     let closed = CancellationToken::new();
@@ -245,7 +250,25 @@ async fn drain(mut incoming: Streaming<v1::WorkerMessage>) {
     let _ = timeout(FAREWELL_PATIENCE, hung_up).await;
 }
 
-fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
+/// Events that an operator is told.
+const STATUS_EVENTS: usize = 50;
+
+fn status_reply(snapshot: Snapshot, board: &Board) -> v1::StatusReply {
+    let learning_rate = snapshot.last.as_ref().map(|last| last.lr).unwrap_or_default();
+    let mfu = snapshot.last.as_ref().and_then(|last| last.mfu);
+    let event = |entry: crate::board::Entry| v1::StatusEvent {
+        unix_ms: entry.unix_ms,
+        kind: entry.kind,
+        text: entry.text,
+        tone: entry.tone.name().to_owned(),
+    };
+    let goodput = board.of_ledger(|ledger| {
+        let seconds = |category: Category| v1::CategorySeconds {
+            category: category.name().to_owned(),
+            seconds: ledger.seconds(category),
+        };
+        Category::ALL.map(seconds).to_vec()
+    });
     let statistics = snapshot.last.map(|last| v1::StepStatistics {
         loss: last.loss,
         loss_per_loop: last.loss_per_loop,
@@ -283,5 +306,11 @@ fn status_reply(snapshot: Snapshot) -> v1::StatusReply {
         checkpoint_step: snapshot.checkpoint_step.map_or(0, |step| step.0),
         tokens_per_second: snapshot.tokens_per_second,
         tokens: snapshot.tokens,
+        learning_rate,
+        mfu,
+        saving_step: snapshot.saving_step.map(|step| step.0),
+        goodput: goodput.unwrap_or_default(),
+        events: board.events(STATUS_EVENTS).into_iter().map(event).collect(),
+        losses: board.losses(),
     }
 }

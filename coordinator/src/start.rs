@@ -14,13 +14,14 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::board::Board;
+use crate::board::{Board, Tone, unix_ms};
 use crate::claim::{Claim, Found, Past};
-use crate::core::{Core, Mark, Resume};
+use crate::core::{Books, Core, Mark, Resume};
 use crate::dashboard::{self, RenderMetrics};
 use crate::error::CoordinatorError;
-use crate::journal::{Journal, read_history};
+use crate::journal::{Journal, read_chronicle, read_history};
 use crate::keeper::Keeper;
+use crate::ledger::Ledger;
 use crate::listen::{Listen, Tcp};
 use crate::metrics::Instruments;
 use crate::moment::{OnMoment, Watch};
@@ -28,6 +29,7 @@ use crate::pruner::Pruner;
 use crate::records::{Outcome, RunEvent};
 use crate::runtime::Runtime;
 use crate::server::{self, Readers, Service};
+use crate::trace::Traces;
 
 /// Events that a slow listener may be behind before it loses some.
 const EVENT_BACKLOG: usize = 4096;
@@ -187,6 +189,15 @@ pub async fn start_on(
     // Workers may hold later steps than the checkpoint: whether the log is cut back to it shows
     // when they are here.
     let history = read_history(&store, &run, Step(u64::MAX)).await?;
+    let chronicle = read_chronicle(&store, &run).await;
+    let now = unix_ms();
+    let since = |then: u64| Duration::from_millis(now.saturating_sub(then));
+    let books = match chronicle.ledger.clone() {
+        Some(ledger) => {
+            Books { zero: since(ledger.since_unix_ms), away: since(chronicle.kept_unix_ms), ledger }
+        }
+        None => Books { ledger: Ledger::new(now), ..Books::default() },
+    };
     let log = MetricsLog::open(&store, &run, Step(u64::MAX)).await?;
     let logged = history.steps.last().map(|record| record.step).unwrap_or_default();
     let bequest = match resumed_from.filter(|saved| *saved > logged) {
@@ -210,13 +221,25 @@ pub async fn start_on(
         tail: history.steps.iter().filter(|record| record.step > at).cloned().collect(),
         logged,
         bequest,
+        books,
     };
 
     let (input_sender, inputs) = mpsc::channel(INPUT_BACKLOG);
     let (event_sender, events) = broadcast::channel(EVENT_BACKLOG);
     let (notes, note_receiver) = mpsc::unbounded_channel();
     let (entries, entry_receiver) = mpsc::unbounded_channel();
-    let board = Arc::new(Board::new(history));
+    let board = Arc::new(Board::new(history, chronicle));
+    let there = checkpoints.list().await?;
+    let damaged = skipped_checkpoints.iter().map(|(step, _)| *step);
+    board.checkpoints_are(&there, resumed_from, damaged);
+    let text = match resumed_from {
+        Some(step) => format!(
+            "coordinator {} goes on from the checkpoint of step {step}",
+            register.incarnation()
+        ),
+        None => format!("coordinator {} begins the run", register.incarnation()),
+    };
+    board.note("coordinator_started", text, Tone::Plain);
     let worker_timeout = Duration::from_secs_f64(spec.cluster.worker_timeout);
 
     let witness = register.witness();
@@ -232,6 +255,7 @@ pub async fn start_on(
         witness: register.witness(),
         newest: newer,
         leave: leave.clone(),
+        board: Arc::clone(&board),
     };
     let keeper = Keeper {
         numerics: None,
@@ -245,11 +269,11 @@ pub async fn start_on(
         leave,
     };
     tokio::spawn(keeper.run(note_receiver));
-    tokio::spawn(Journal::new(store, run, log, witness).run(entry_receiver));
+    tokio::spawn(Journal::new(store, run, log, witness, Arc::clone(&board)).run(entry_receiver));
 
     let readers = Readers::default();
     let shutdown = CancellationToken::new();
-    let service = Service::new(input_sender.clone(), Arc::clone(&readers));
+    let service = Service::new(input_sender.clone(), Arc::clone(&readers), Arc::clone(&board));
     let server = tokio::spawn(server::serve(workers, service, worker_timeout, shutdown.clone()));
     let dashboard = page.as_ref().map(|(address, _)| *address);
     let page = page.map(|(_, listener)| {
@@ -264,10 +288,12 @@ pub async fn start_on(
         notes,
         entries,
         events: event_sender,
+        instruments: Instruments::new(&board, &spec),
         board,
-        instruments: Instruments::new(),
         sessions: BTreeMap::new(),
         started: Instant::now(),
+        glanced: None,
+        traces: Traces::new(spec.telemetry.trace_every_steps),
         watch: moments.map(Watch::new),
     };
     let outcome = tokio::spawn(supervise(runtime, address, server, page, readers, shutdown));

@@ -32,6 +32,7 @@ pub(crate) fn pruner(
         witness: register.witness(),
         newest,
         leave: CancellationToken::new(),
+        board: std::sync::Arc::default(),
     }
 }
 

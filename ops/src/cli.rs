@@ -54,6 +54,7 @@ pub(crate) enum Command {
     /// Show what a run is doing, or what its store says it did
     #[command(
         after_help = "Examples: looptrain status --coordinator http://127.0.0.1:7400\n          \
+        looptrain status --coordinator http://127.0.0.1:7400 --watch\n          \
         looptrain status --store file://.looptrain --run quickstart --json"
     )]
     Status(Status),
@@ -183,6 +184,9 @@ pub(crate) struct SpecArgs {
     /// Serve the status page and /metrics on this address, such as 127.0.0.1:8080
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) dashboard: Option<SocketAddr>,
+    /// Write the run's numbers for TensorBoard into a folder of the run's name below this one
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tensorboard: Option<PathBuf>,
     /// Have workers write which sequences each step was computed from, for `looptrain audit`
     #[arg(long)]
     pub(crate) audit: bool,
@@ -321,8 +325,11 @@ pub(crate) struct Status {
     #[arg(long, requires = "store")]
     pub(crate) run: Option<String>,
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "watch")]
     pub(crate) json: bool,
+    /// Fill the terminal with it, once a second, until q is pressed
+    #[arg(long)]
+    pub(crate) watch: bool,
 }
 
 #[derive(Debug, Args)]

@@ -18,6 +18,7 @@ mod preemption;
 mod progress;
 mod signals;
 mod telemetry;
+mod tensorboard;
 mod trained;
 
 use std::io::Write;
@@ -58,6 +59,10 @@ pub fn main() -> ExitCode {
             let result = runtime.block_on(async {
                 let telemetry = telemetry::Telemetry::install(cli.command.name())?;
                 let result = commands::run(cli.command, &telemetry).await;
+                if let Err(error) = &result {
+                    // On stderr it is the last line.
+                    tracing::error!(target: telemetry::TOLD, "{error:#}");
+                }
                 telemetry.shutdown();
                 result
             });

@@ -20,6 +20,12 @@ fn bars() -> &'static MultiProgress {
     BARS.get_or_init(MultiProgress::new)
 }
 
+/// The time of day, UTC.
+pub(crate) fn time_of_day(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000 % 86_400;
+    format!("{:02}:{:02}:{:02}Z", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
 /// Prints a line on stderr without disturbing the bars.
 pub(crate) fn print_line(line: &str) {
     // Nobody may be left to read it: a worker's parent, or the other end of a pipe.
@@ -234,7 +240,7 @@ impl RunProgress {
                 "generation {generation}: {world} worker{} at step {step} ({reason})",
                 if *world == 1 { "" } else { "s" },
             )),
-            RunEvent::CheckpointSaved { step, seconds, bytes } => print_line(&format!(
+            RunEvent::CheckpointSaved { step, seconds, bytes, .. } => print_line(&format!(
                 "checkpoint of step {step}: {} in {seconds:.1} s",
                 HumanBytes(*bytes)
             )),

@@ -5,6 +5,7 @@
 mod form;
 mod held;
 mod ids;
+pub mod metrics;
 pub mod spec;
 
 pub use form::Members;
@@ -20,7 +21,7 @@ pub mod v1 {
 }
 
 /// Version of the wire protocol; a worker and a coordinator must have the same.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 
 /// Slots per step whose fixed-point gradients can be added up without overflow.
 pub const MAX_SLOTS: u32 = 1 << 16;

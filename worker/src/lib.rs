@@ -19,7 +19,7 @@ mod data;
 mod error;
 mod feed;
 mod machine;
-pub mod metrics;
+mod metrics;
 mod moment;
 pub mod reduce;
 mod session;
@@ -27,6 +27,7 @@ mod settings;
 mod state;
 #[cfg(test)]
 mod testing;
+mod trace;
 mod transfer;
 
 use std::net::SocketAddr;

@@ -1,83 +1,55 @@
 //! The metrics of a worker: where the blocks of its datasets come from.
-//!
-//! [`CATALOGUE`] is the one list of names, units and labels; the instruments are made from it.
 
+use looptrain_proto::metrics::{self, Metric};
 use looptrain_storage::{ReadCounts, Reading};
-use opentelemetry::{KeyValue, global};
 
-/// One metric, a counter.
-#[derive(Clone, Copy, Debug)]
-pub struct Metric {
-    /// OpenTelemetry name.
-    pub name: &'static str,
-    /// Unit in UCUM; braces for things that are counted.
-    pub unit: &'static str,
-    /// Labels of its series.
-    pub labels: &'static [&'static str],
-    /// What it tells, in a sentence.
-    pub help: &'static str,
-    /// The series, each with the value of its label.
-    series: &'static [Series],
-}
+/// A count that is reported under a value of its metric's label.
+type Labelled = (&'static str, fn(&ReadCounts) -> u64);
 
-/// The value of a label, and the count under it.
-type Series = (&'static str, fn(&ReadCounts) -> u64);
-
-/// Every metric of a worker.
-pub const CATALOGUE: &[Metric] = &[
-    Metric {
-        name: "looptrain.feed.blocks",
-        unit: "{block}",
-        labels: &["source"],
-        help: "Blocks of datasets that were wanted and lay in memory or on the local disk, and reads of the store for the others.",
-        series: &[
+/// What is reported, and from which counts.
+const OBSERVED: &[(Metric, &[Labelled])] = &[
+    (
+        metrics::FEED_BLOCKS,
+        &[
             ("memory", |counts| counts.memory),
             ("disk", |counts| counts.disk),
             ("store", |counts| counts.store),
         ],
-    },
-    Metric {
-        name: "looptrain.feed.store.size",
-        unit: "By",
-        labels: &[],
-        help: "Bytes of datasets that came from the store.",
-        series: &[("", |counts| counts.store_bytes)],
-    },
-    Metric {
-        name: "looptrain.feed.hedged",
-        unit: "{read}",
-        labels: &["winner"],
-        help: "Slow reads of the store that got a second one beside them, by which was done first.",
-        series: &[
+    ),
+    (metrics::FEED_STORE_SIZE, &[("", |counts| counts.store_bytes)]),
+    (
+        metrics::FEED_HEDGED,
+        &[
             ("first", |counts| counts.hedged - counts.overtaken),
             ("second", |counts| counts.overtaken),
         ],
-    },
-    Metric {
-        name: "looptrain.feed.damaged",
-        unit: "{block}",
-        labels: &[],
-        help: "Blocks that were not what was written, on the local disk or on their way, and were read again.",
-        series: &[("", |counts| counts.damaged)],
-    },
+    ),
+    (metrics::FEED_DAMAGED, &[("", |counts| counts.damaged)]),
 ];
 
 /// Has the counts of `reading` reported whenever somebody looks at the metrics.
 pub(crate) fn observe(reading: &Reading) {
-    let meter = global::meter("looptrain");
-    for metric in CATALOGUE {
+    for (metric, series) in OBSERVED {
         let reading = reading.clone();
-        meter
-            .u64_observable_counter(metric.name)
-            .with_unit(metric.unit)
-            .with_description(metric.help)
-            .with_callback(move |observer| {
-                let counts = reading.counts();
-                for (label, count) in metric.series {
-                    let labels = metric.labels.iter().map(|&name| KeyValue::new(name, *label));
-                    observer.observe(count(&counts), &labels.collect::<Vec<_>>());
-                }
-            })
-            .build();
+        metric.observe(move || {
+            let counts = reading.counts();
+            let of = |(label, count): &Labelled| (vec![(*label).to_owned()], count(&counts) as f64);
+            series.iter().map(of).collect()
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use looptrain_proto::metrics::{CATALOGUE, Reporter};
+
+    use super::*;
+
+    #[test]
+    fn all_of_a_workers_catalogue_is_reported() {
+        let listed = CATALOGUE.iter().filter(|metric| metric.reporter == Reporter::Worker);
+        let listed: Vec<&str> = listed.map(|metric| metric.name).collect();
+        let reported: Vec<&str> = OBSERVED.iter().map(|(metric, _)| metric.name).collect();
+        assert_eq!(listed, reported);
     }
 }

@@ -1,5 +1,7 @@
 //! What the core hears: everything that can happen to a run, already checked for form at the rim.
 
+use std::time::Duration;
+
 use looptrain_proto::{Digest, Generation, Step, WorkerId, v1};
 
 /// One thing that happened.
@@ -90,4 +92,6 @@ pub(crate) struct SavedPart {
     pub(crate) tensors: u64,
     /// Digest of the whole weights, of which this is a part.
     pub(crate) weights_digest: Digest,
+    /// How long its writer stood still to copy the state.
+    pub(crate) stall: Duration,
 }

@@ -196,11 +196,15 @@ impl Core {
                 self.on_formed();
             }
             Verdict::Odd { ranks, trusted } => {
+                self.divergences += 1;
                 let reason =
                     format!("its weights of step {step} are not {trusted}, as the others'");
                 self.expel_ranks(&ranks, &reason);
             }
-            Verdict::Split => self.fail_split(&format!("weights of step {step}"), digests),
+            Verdict::Split => {
+                self.divergences += 1;
+                self.fail_split(&format!("weights of step {step}"), digests);
+            }
         }
     }
 

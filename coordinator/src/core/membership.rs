@@ -6,9 +6,10 @@ use std::time::Duration;
 use looptrain_proto::v1::{self, Finish, Refused, Welcome};
 use looptrain_proto::{Generation, PROTOCOL_VERSION, WorkerId};
 
+use super::goodput::Account;
 use super::speed::History;
 use super::{Action, Core, Directive, Phase};
-use crate::records::{RunEvent, SectionSeconds};
+use crate::records::{LossCause, RunEvent, SectionSeconds};
 
 /// A worker with a session.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub(crate) struct Worker {
     pub(crate) history: History,
     /// It follows the members' updates: it holds at least what it is known to hold.
     pub(super) follows: bool,
+    /// What became of its time.
+    pub(super) account: Account,
 }
 
 /// All workers with a session: members and those who wait for a place. Ids grow with the order
@@ -124,9 +127,14 @@ impl Core {
         let heard = self.now;
         let sections = SectionSeconds::default();
         let history = History::default();
-        self.roster
-            .workers
-            .insert(worker, Worker { join, heard, asked: None, sections, history, follows: false });
+        let returned = join.held.is_some();
+        if returned {
+            self.book_return(&join.name);
+        }
+        let account = Account::of_joiner(self.now, returned);
+        let asked = None;
+        let joiner = Worker { join, heard, asked, sections, history, follows: false, account };
+        self.roster.workers.insert(worker, joiner);
         self.publish(RunEvent::WorkerJoined { worker, name, host, spare });
         match self.phase {
             Phase::Waiting => self.settle(),
@@ -134,6 +142,12 @@ impl Core {
             Phase::Holding => self.proceed(),
             _ => {}
         }
+    }
+
+    /// Whether a worker would be let in.
+    #[cfg(test)]
+    pub(super) fn admits(&self, join: &v1::Join) -> bool {
+        self.admissible(join).is_ok()
     }
 
     fn admissible(&self, join: &v1::Join) -> Result<(), String> {
@@ -171,7 +185,7 @@ impl Core {
 
     pub(super) fn on_broken(&mut self, worker: WorkerId, reason: &str) {
         self.out.push(Action::Close { worker });
-        if let Some(name) = self.remove(worker, reason) {
+        if let Some(name) = self.remove(worker, LossCause::Died, reason) {
             self.after_loss(&format!("{name} was lost ({reason})"));
         }
     }
@@ -179,7 +193,7 @@ impl Core {
     pub(super) fn on_leave(&mut self, worker: WorkerId, reason: &str) {
         let said = if reason.is_empty() { "it left".into() } else { format!("it left: {reason}") };
         self.out.push(Action::Close { worker });
-        if let Some(name) = self.remove(worker, &said) {
+        if let Some(name) = self.remove(worker, LossCause::Left, &said) {
             self.after_loss(&format!("{name} left"));
         }
     }
@@ -195,6 +209,7 @@ impl Core {
         }
         self.awake += since.min(timeout);
         self.ticked = self.now;
+        self.book_while_it_lasts();
         let silent: Vec<WorkerId> = (self.roster.iter())
             .filter(|(_, worker)| self.now.saturating_sub(worker.heard) > timeout)
             .map(|(id, _)| id)
@@ -204,7 +219,7 @@ impl Core {
             let reason = format!("silent for {:.1} s", timeout.as_secs_f64());
             for worker in silent {
                 self.out.push(Action::Close { worker });
-                self.remove(worker, &reason);
+                self.remove(worker, LossCause::Silent, &reason);
             }
             return self.after_loss(&format!("{names} fell silent"));
         }
@@ -224,17 +239,21 @@ impl Core {
     pub(super) fn expel(&mut self, worker: WorkerId, reason: &str) {
         self.send(worker, Directive::Finish(Finish { reason: reason.to_owned(), expelled: true }));
         self.out.push(Action::Close { worker });
-        self.remove(worker, reason);
+        self.remove(worker, LossCause::Expelled, reason);
     }
 
     /// Takes a worker off the roster and returns its name; `None` when it was not on it.
-    fn remove(&mut self, worker: WorkerId, reason: &str) -> Option<String> {
+    fn remove(&mut self, worker: WorkerId, cause: LossCause, reason: &str) -> Option<String> {
+        self.book_worker(worker);
         let name = self.roster.workers.remove(&worker)?.join.name;
+        if matches!(cause, LossCause::Died | LossCause::Silent) {
+            self.gone.insert(name.clone(), self.now);
+        }
         if self.ended() {
             return Some(name);
         }
         let reason = reason.to_owned();
-        self.publish(RunEvent::WorkerLost { worker, name: name.clone(), reason });
+        self.publish(RunEvent::WorkerLost { worker, name: name.clone(), cause, reason });
         self.save_lost_writer(worker);
         self.leave_admission(worker);
         if self.roster.len() == 0 && !self.numerics_pinned {

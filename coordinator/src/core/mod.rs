@@ -23,7 +23,7 @@
 //!
 //! One file a concern: [`membership`] (joins, losses, silence), [`waiting`] (who has to be here),
 //! [`returning`] (what they bring back), [`admission`] (who joins later), [`forming`]
-//! (generations), [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints),
+//! (generations), [`goodput`] (what became of the workers' time), [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints),
 //! [`speed`] (shares and stragglers), [`patience`] (answers that do not come), [`finishing`]
 //! (stops and ends), [`orders`] (what operators ask for). [`boundary`] is where they meet: what to
 //! do between two steps.
@@ -37,6 +37,7 @@ mod evaluation;
 mod event;
 mod finishing;
 mod forming;
+mod goodput;
 mod membership;
 mod orders;
 mod patience;
@@ -58,6 +59,7 @@ use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 
 pub(crate) use action::{Action, Directive, ManifestDraft};
 pub(crate) use event::{Event, Report, SavedPart};
+pub(crate) use goodput::Books;
 pub(crate) use status::{Snapshot, WorkerView};
 
 use crate::records::{EvaluationRecord, RunEvent, StepRecord};
@@ -85,6 +87,8 @@ pub(crate) struct Resume {
     pub(crate) lineage: Vec<u8>,
     /// Workers of the coordinator before may come back.
     pub(crate) workers_may_return: bool,
+    /// What became of the workers' time so far.
+    pub(crate) books: Books,
 }
 
 /// A committed step that a checkpoint holds.
@@ -168,6 +172,15 @@ pub(crate) struct Core {
     /// Since when the run holds for a checkpoint that lets such spares in.
     held_up: Option<Duration>,
 
+    books: Books,
+    stance: goodput::Stance,
+    /// When the sessions of those were lost that may come back with their state.
+    gone: HashMap<String, Duration>,
+    /// Steps that were planned and not committed, for their generation ended.
+    retried_steps: u64,
+    /// Times that workers disagreed.
+    divergences: u64,
+
     stop: Option<String>,
     /// Why the run holds at step boundaries.
     paused: Option<String>,
@@ -206,6 +219,7 @@ impl Core {
             bequest,
             lineage,
             workers_may_return,
+            books,
         } = resume;
         let at = checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
         Self {
@@ -252,6 +266,11 @@ impl Core {
             admission: None,
             by_checkpoint: BTreeSet::new(),
             held_up: None,
+            books,
+            stance: goodput::Stance::default(),
+            gone: HashMap::new(),
+            retried_steps: 0,
+            divergences: 0,
             stop: None,
             paused: None,
             until: None,
@@ -280,6 +299,7 @@ impl Core {
             Event::CheckpointWritten { step } => self.on_checkpoint_written(step),
             Event::CheckpointRefused { step, reason } => self.on_checkpoint_refused(step, reason),
         }
+        self.keep_ledger();
         std::mem::take(&mut self.out)
     }
 

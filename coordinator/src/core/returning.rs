@@ -90,6 +90,8 @@ impl Core {
         self.weights = mark.map(|mark| (mark.step, mark.weights_digest));
         self.evaluations.retain(|evaluation| evaluation.step <= to);
         self.committed = to;
+        // What the coordinator before committed after it last wrote the ledger.
+        self.books.ledger.highest = self.books.ledger.highest.max(to);
     }
 
     /// Records of the latest steps, from the votes that workers remember, also one that left no more

@@ -135,11 +135,13 @@ impl Core {
                 self.save_failed(reason);
             }
             Ok(saved) => {
+                let stall = saved.stall;
                 saving.parts[part].saved = Some(saved);
                 if saving.parts.iter().all(|part| part.saved.is_some()) {
                     let all = saving.parts.iter().filter_map(|part| part.saved.clone()).collect();
                     self.on_all_saved(all);
                 }
+                self.note_stall(worker, stall);
             }
         }
     }
@@ -163,6 +165,7 @@ impl Core {
                 self.out.push(Action::WriteManifest(draft));
             }
             Verdict::Odd { ranks, trusted } => {
+                self.divergences += 1;
                 let odd: Vec<WorkerId> = ranks.iter().map(|rank| writers[*rank]).collect();
                 let names = self.roster.names(odd.iter().copied());
                 self.give_up_saving(format!("the weights of {names} are not {trusted}"));
@@ -171,6 +174,7 @@ impl Core {
                 self.expel_writers(&odd, &reason);
             }
             Verdict::Split => {
+                self.divergences += 1;
                 let holders: Vec<String> = (writers.iter().zip(&digests))
                     .map(|(writer, digest)| format!("{} {digest}", self.roster.name(*writer)))
                     .collect();
@@ -196,16 +200,16 @@ impl Core {
             return;
         };
         let Some(weights_digest) = saving.sealed else { return };
-        let bytes =
-            saving.parts.iter().filter_map(|part| part.saved.as_ref()).map(|part| part.bytes);
-        let bytes = bytes.sum();
+        let parts = || saving.parts.iter().filter_map(|part| part.saved.as_ref());
+        let bytes = parts().map(|part| part.bytes).sum();
+        let stall = parts().map(|part| part.stall).max().unwrap_or_default().as_secs_f64();
         let seconds = (self.now - saving.started).as_secs_f64();
         self.save_errors = 0;
         self.checkpoint = Some(Mark { step, weights_digest, record: saving.record });
         if step == self.committed {
             self.weights = Some((step, weights_digest));
         }
-        self.publish(RunEvent::CheckpointSaved { step, seconds, bytes });
+        self.publish(RunEvent::CheckpointSaved { step, seconds, bytes, stall });
         self.after_saving();
     }
 

@@ -27,6 +27,10 @@ pub(crate) struct Snapshot {
     /// Tokens of all committed steps.
     pub(crate) tokens: u64,
     pub(crate) tokens_per_second: f64,
+    /// Steps that this coordinator planned and could not commit, for their generation ended.
+    pub(crate) retried_steps: u64,
+    /// Times under this coordinator that workers disagreed.
+    pub(crate) divergences: u64,
 }
 
 /// One worker.
@@ -105,6 +109,8 @@ impl Core {
             saving_step: self.saving.as_ref().map(|saving| saving.step()),
             tokens: self.spec.tokens_after(self.committed),
             tokens_per_second: self.pace.tokens_per_second(),
+            retried_steps: self.retried_steps,
+            divergences: self.divergences,
         }
     }
 }

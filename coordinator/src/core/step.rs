@@ -138,11 +138,13 @@ impl Core {
         match agreement::compare(&digests, None) {
             Verdict::Unanimous(digest) => self.commit(step, started, digest, votes),
             Verdict::Odd { ranks, .. } => {
+                self.divergences += 1;
                 let reason =
                     format!("its reduced gradient of step {step} differs from the others'");
                 self.expel_ranks(&ranks, &reason);
             }
             Verdict::Split => {
+                self.divergences += 1;
                 self.fail_split(&format!("reduced gradient of step {step}"), &digests);
             }
         }
@@ -158,6 +160,7 @@ impl Core {
         let mut record = StepRecord { seconds, ..self.record(step, digest, votes) };
         record.mfu = self.mfu(&record);
         let of_depth = self.watch_depth(&mut record);
+        self.book_step(step, votes);
         self.committed = step;
         self.logged = step;
         self.fruitless = 0;

@@ -1,19 +1,25 @@
-//! The status page and its JSON: `/`, `/api/status`, `/api/steps?after=N`, `/metrics`.
+//! The status page and its JSON: `/`, `/api/status`, `/api/steps?after=N`, `/api/live`, `/metrics`.
 //!
-//! Read only. The page is one file without a build step or anything from elsewhere; it polls the
-//! JSON, which scripts may read as well.
+//! Read only. The page is one file without a build step or anything from elsewhere; what changes
+//! reaches it as server-sent events, whose JSON scripts may ask for as well.
 
+use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{RawQuery, State};
 use axum::http::{StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use looptrain_proto::Step;
 use serde::Serialize;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Recent};
@@ -25,6 +31,12 @@ pub type RenderMetrics = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Steps per reply of `/api/steps`; readers ask again behind the last one.
 const STEPS_PER_REPLY: usize = 2000;
+
+/// A live reader is told at most this often.
+const LIVE_AT_MOST: Duration = Duration::from_secs(1);
+
+/// A live reader is told at least this often, so that it knows that the coordinator is there.
+const LIVE_AT_LEAST: Duration = Duration::from_secs(5);
 
 const PAGE: &str = include_str!("page.html");
 
@@ -45,6 +57,7 @@ pub(crate) fn app(
         .route("/", get(page))
         .route("/api/status", get(status))
         .route("/api/steps", get(steps))
+        .route("/api/live", get(live))
         .route("/metrics", get(metrics))
         .with_state(Sources { inputs, board, render_metrics })
 }
@@ -70,29 +83,111 @@ struct StatusReply {
     recent: Recent,
 }
 
+impl Sources {
+    /// How things are; `None` when the run is over.
+    async fn status(&self) -> Option<StatusReply> {
+        let (reply, snapshot) = oneshot::channel();
+        // When the runtime is gone the reply is dropped.
+        let _ = self.inputs.send(Input::Snapshot(reply)).await;
+        let snapshot = snapshot.await.ok()?;
+        Some(StatusReply { snapshot, recent: self.board.recent() })
+    }
+}
+
 async fn status(State(sources): State<Sources>) -> Response {
-    let (reply, snapshot) = oneshot::channel();
-    // When the runtime is gone the reply is dropped, and the answer below says so.
-    let _ = sources.inputs.send(Input::Snapshot(reply)).await;
-    match snapshot.await {
-        Ok(snapshot) => {
-            Json(StatusReply { snapshot, recent: sources.board.recent() }).into_response()
-        }
-        Err(_) => {
+    match sources.status().await {
+        Some(status) => Json(status).into_response(),
+        None => {
             (StatusCode::SERVICE_UNAVAILABLE, "the run is over and its coordinator is going away")
                 .into_response()
         }
     }
 }
 
+/// What a query says after `after=` is no step.
+struct NoStep;
+
+impl IntoResponse for NoStep {
+    fn into_response(self) -> Response {
+        (StatusCode::BAD_REQUEST, "`after` is the number of a step").into_response()
+    }
+}
+
+/// The step that a reader has; `None` when it does not say.
+fn after(query: Option<String>) -> Result<Option<Step>, NoStep> {
+    let query = query.unwrap_or_default();
+    let Some(after) = query.split('&').find_map(|pair| pair.strip_prefix("after=")) else {
+        return Ok(None);
+    };
+    after.parse().map(|step| Some(Step(step))).map_err(|_| NoStep)
+}
+
 /// Steps behind `after`, from the first one without it; of those long past not every one.
 async fn steps(State(sources): State<Sources>, RawQuery(query): RawQuery) -> Response {
-    let query = query.unwrap_or_default();
-    let after = query.split('&').find_map(|pair| pair.strip_prefix("after=")).unwrap_or("0");
-    match after.parse() {
-        Ok(after) => Json(sources.board.steps(Step(after), STEPS_PER_REPLY)).into_response(),
-        Err(_) => (StatusCode::BAD_REQUEST, "`after` is the number of a step").into_response(),
+    match after(query) {
+        Ok(after) => {
+            Json(sources.board.steps(after.unwrap_or_default(), STEPS_PER_REPLY)).into_response()
+        }
+        Err(wrong) => wrong.into_response(),
     }
+}
+
+/// What a live reader has been told.
+struct Live {
+    sources: Sources,
+    changes: watch::Receiver<u64>,
+    /// The newest step that it has.
+    newest: Step,
+    rewinds: u64,
+    told: Option<Instant>,
+    queued: VecDeque<Event>,
+}
+
+impl Live {
+    /// The next event; `None` when the run is over.
+    async fn next(&mut self) -> Option<Event> {
+        while self.queued.is_empty() {
+            if let Some(told) = self.told {
+                sleep_until(told + LIVE_AT_MOST).await;
+                // Whether it has changed or not.
+                let _ = timeout(LIVE_AT_LEAST - LIVE_AT_MOST, self.changes.changed()).await;
+            }
+            self.changes.mark_unchanged();
+            let status = self.sources.status().await?;
+            self.told = Some(Instant::now());
+            self.queued.extend(Event::default().event("status").json_data(status).ok());
+            let rewinds = self.sources.board.rewinds();
+            if std::mem::replace(&mut self.rewinds, rewinds) != rewinds {
+                // The reader asks for all steps again.
+                self.newest = self.sources.board.newest_step();
+            }
+            let steps = self.sources.board.steps(self.newest, STEPS_PER_REPLY);
+            if let Some(last) = steps.last() {
+                self.newest = last.step;
+                self.queued.extend(Event::default().event("steps").json_data(steps).ok());
+            }
+        }
+        self.queued.pop_front()
+    }
+}
+
+/// Server-sent events: `status` as at `/api/status`, and `steps` for those that are new since `after`,
+/// or since now.
+async fn live(State(sources): State<Sources>, RawQuery(query): RawQuery) -> Response {
+    let newest = match after(query) {
+        Ok(after) => after.unwrap_or_else(|| sources.board.newest_step()),
+        Err(wrong) => return wrong.into_response(),
+    };
+    let (changes, rewinds) = (sources.board.follow(), sources.board.rewinds());
+    let live = Live { sources, changes, newest, rewinds, told: None, queued: VecDeque::new() };
+    Sse::new(told(live)).keep_alive(KeepAlive::default()).into_response()
+}
+
+fn told(live: Live) -> impl Stream<Item = Result<Event, Infallible>> {
+    futures::stream::unfold(live, |mut live| async move {
+        let event = live.next().await?;
+        Some((Ok(event), live))
+    })
 }
 
 async fn metrics(State(sources): State<Sources>) -> Response {

@@ -247,6 +247,7 @@ async fn save_part(store: &Store, run: &str, save: v1::Save) -> v1::PartSaved {
         .await
         .unwrap();
     v1::PartSaved {
+        stall_seconds: 0.01,
         step,
         part,
         parts,

@@ -14,6 +14,7 @@ use crate::cli::{Coordinator, SpecArgs};
 use crate::fault::Faults;
 use crate::progress::{RunProgress, evaluation_line, print_line};
 use crate::telemetry::Telemetry;
+use crate::tensorboard::EventFile;
 use crate::{datasets, signals};
 
 pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> {
@@ -32,7 +33,7 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
         Started::Running(running) => {
             print_line(&format!("listening for workers on http://{}", running.address));
             let also: fn(&RunEvent) = if args.events { print_event } else { |_| () };
-            follow(running, &run.spec, also).await?
+            follow(running, &mut run, also).await?
         }
     };
     run.print_outcome(&outcome).await?;
@@ -49,6 +50,8 @@ pub(crate) struct PreparedRun {
     fresh: bool,
     /// Stop after this step.
     until: Option<Step>,
+    /// For TensorBoard.
+    events: Option<EventFile>,
 }
 
 impl PreparedRun {
@@ -57,7 +60,10 @@ impl PreparedRun {
         let mut overrides = args.overrides.clone();
         overrides.extend(args.audit.then(|| "run.audit=true".to_owned()));
         let spec = Spec::load(&args.spec, &overrides)?;
-        Self::of(spec, args.fresh, args.until.map(Step)).await
+        let run = Self::of(spec, args.fresh, args.until.map(Step)).await?;
+        let folder = args.tensorboard.as_ref();
+        let events = folder.map(|folder| EventFile::create(folder, &run.spec.run.name));
+        Ok(Self { events: events.transpose()?, ..run })
     }
 
     /// Opens the store of a spec and makes what datasets are missing.
@@ -70,7 +76,7 @@ impl PreparedRun {
         }
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
-        Ok(Self { spec, store, datasets, fresh, until })
+        Ok(Self { spec, store, datasets, fresh, until, events: None })
     }
 
     pub(crate) async fn start(
@@ -140,7 +146,7 @@ fn pin(dataset: &Dataset) -> (String, Digest) {
 /// Shows a run's events until it ends; what else is to happen to each is `also`.
 pub(crate) async fn follow(
     mut running: looptrain_coordinator::Running,
-    spec: &Spec,
+    run: &mut PreparedRun,
     also: impl Fn(&RunEvent),
 ) -> Result<Outcome> {
     if let Some(address) = running.dashboard {
@@ -153,9 +159,15 @@ pub(crate) async fn follow(
     if from > Step(0) {
         print_line(&format!("going on from the checkpoint of step {from}"));
     }
-    let mut progress = RunProgress::new(spec.total_steps(), from);
+    let mut progress = RunProgress::new(run.spec.total_steps(), from);
+    if let Some(events) = &mut run.events {
+        events.begin_after(from);
+    }
     let mut show = |event: &RunEvent| {
         also(event);
+        if let Some(events) = &mut run.events {
+            events.record(event);
+        }
         progress.show(event);
     };
     loop {

@@ -100,12 +100,12 @@ fn print_plan(args: &Train) -> Result<()> {
 pub(super) async fn with_workers(
     running: Running,
     fleet: Fleet,
-    run: &PreparedRun,
+    run: &mut PreparedRun,
 ) -> Result<Outcome> {
     let events = running.events.resubscribe();
     let kill = CancellationToken::new();
     let mut workers: JoinHandle<Result<Vec<String>>> = tokio::spawn(fleet.run(kill.clone()));
-    let followed = follow(running, &run.spec, |_| ());
+    let followed = follow(running, run, |_| ());
     tokio::pin!(followed);
     let outcome = tokio::select! {
         biased;

@@ -56,6 +56,9 @@ pub struct Spec {
     /// The text generated at the end of `looptrain train`.
     #[serde(default)]
     pub sample: Sample,
+    /// What is told of the run, beside what the `OTEL_*` variables say.
+    #[serde(default)]
+    pub telemetry: Telemetry,
 }
 
 /// Identity of the run.
@@ -529,6 +532,21 @@ pub struct Sample {
 impl Default for Sample {
     fn default() -> Self {
         Self { prompt: "pub fn ".into(), tokens: 80, temperature: 0.8 }
+    }
+}
+
+/// What is told of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Telemetry {
+    /// Steps whose number is a multiple of this get a trace; 0 for none. Recoveries, checkpoints and
+    /// evaluations always do.
+    pub trace_every_steps: u64,
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self { trace_every_steps: 10 }
     }
 }
 

@@ -231,7 +231,8 @@ impl Checkpoints {
     }
 
     /// The newest checkpoint that these clones have read back and found whole.
-    fn verified(&self) -> Option<Step> {
+    #[must_use]
+    pub fn verified(&self) -> Option<Step> {
         self.known().verified
     }
 
@@ -245,6 +246,12 @@ impl Checkpoints {
     /// when it was known.
     pub fn distrust(&self, step: Step) -> bool {
         self.known().bad.insert(step)
+    }
+
+    /// Those that these clones know not to be what was saved.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<Step> {
+        self.known().bad.iter().copied().collect()
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {

@@ -1,12 +1,39 @@
 //! One call to a client: tried again where that may help, and what its failure says, without what
 //! nobody is to read.
 
-use std::time::Duration;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use looptrain_proto::metrics;
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Counter, Histogram};
 
 use super::Store;
 use super::retry::Failure;
 use crate::error::one_line;
 use crate::{Error, Tries};
+
+/// What the process's calls came to.
+struct Instruments {
+    operations: Counter<u64>,
+    retries: Counter<u64>,
+    duration: Histogram<f64>,
+}
+
+static INSTRUMENTS: LazyLock<Instruments> = LazyLock::new(|| {
+    let instruments = Instruments {
+        operations: metrics::STORE_OPERATIONS.counter(),
+        retries: metrics::STORE_RETRIES.counter(),
+        duration: metrics::STORE_OPERATION_DURATION.histogram(),
+    };
+    // What has not happened yet is nothing, and not unknown.
+    for operation in ["read", "write", "list", "look at", "delete"] {
+        let named = KeyValue::new("operation", operation);
+        instruments.retries.add(0, std::slice::from_ref(&named));
+        instruments.operations.add(0, &[named, KeyValue::new("outcome", "failed")]);
+    }
+    instruments
+});
 
 impl Store {
     /// Tries a call until it succeeds, cannot succeed, or has had its chances.
@@ -19,7 +46,9 @@ impl Store {
     where
         F: Future<Output = std::result::Result<T, object_store::Error>>,
     {
+        let named = KeyValue::new("operation", operation);
         let tell = |attempts: u32, pause: Duration, error: &object_store::Error| {
+            INSTRUMENTS.retries.add(1, std::slice::from_ref(&named));
             let (place, reason) = (self.place(key), reason(error, &self.secrets));
             let again = format!("attempt {}, in {} ms", attempts + 1, pause.as_millis());
             // Once may happen to any call.
@@ -28,7 +57,20 @@ impl Store {
                 _ => tracing::warn!("cannot {operation} {place}: {reason}; {again}"),
             }
         };
-        self.retry.run(attempt, tell).await
+        let begin = Instant::now();
+        let result = self.retry.run(attempt, tell).await;
+        // That there is no such object is an answer, and what a race's losers are told is one.
+        let failed = result.as_ref().is_err_and(|failure| {
+            use object_store::Error as E;
+            !matches!(
+                failure.error,
+                E::NotFound { .. } | E::AlreadyExists { .. } | E::Precondition { .. }
+            )
+        });
+        let outcome = KeyValue::new("outcome", if failed { "failed" } else { "done" });
+        INSTRUMENTS.operations.add(1, &[named.clone(), outcome]);
+        INSTRUMENTS.duration.record(begin.elapsed().as_secs_f64(), &[named]);
+        result
     }
 
     pub(super) fn failed(&self, operation: &'static str, key: &str, failure: Failure) -> Error {

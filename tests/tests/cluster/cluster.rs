@@ -39,6 +39,8 @@ pub(crate) struct Cluster {
     pub(crate) coordinator: Running,
     pub(crate) url: String,
     arguments: Vec<String>,
+    /// In the environment of all its processes.
+    variables: Vec<(String, String)>,
 }
 
 impl Cluster {
@@ -48,22 +50,42 @@ impl Cluster {
         Self::start_with(&[&RUN[..], &["--set", &workers], more].concat())
     }
 
+    /// As [`Cluster::start`], with these variables in the environment of all processes.
+    pub(crate) fn start_exporting(
+        variables: &[(String, String)],
+        workers: usize,
+        more: &[&str],
+    ) -> Self {
+        let workers = format!("cluster.workers={workers}");
+        Self::start_in(variables, &[&RUN[..], &["--set", &workers], more].concat())
+    }
+
     /// A coordinator with these arguments.
     pub(crate) fn start_with(given: &[&str]) -> Self {
+        Self::start_in(&[], given)
+    }
+
+    /// A coordinator with these variables and arguments.
+    pub(crate) fn start_in(variables: &[(String, String)], given: &[&str]) -> Self {
         let scratch = Scratch::new();
         let address = format!("127.0.0.1:{}", free_port());
         let arguments = ["coordinator", "spec.toml", "--listen", &address];
         let arguments = [&arguments[..], given].concat();
-        let mut coordinator = Running::start(scratch.command(&arguments));
+        let variables = variables.to_vec();
+        let mut command = scratch.command(&arguments);
+        command.envs(variables.clone());
+        let mut coordinator = Running::start(command);
         coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
         let arguments = arguments.into_iter().map(str::to_owned).collect();
-        Self { scratch, coordinator, url: format!("http://{address}"), arguments }
+        Self { scratch, coordinator, url: format!("http://{address}"), arguments, variables }
     }
 
     /// Starts another worker.
     pub(crate) fn worker(&self, more: &[&str]) -> Running {
         let worker = ["worker", "--coordinator", &self.url, "--threads", "1"];
-        Running::start(self.scratch.command(&[&worker[..], more].concat()))
+        let mut command = self.scratch.command(&[&worker[..], more].concat());
+        command.envs(self.variables.clone());
+        Running::start(command)
     }
 
     /// What `looptrain status` says.
@@ -139,7 +161,9 @@ impl Cluster {
             self.arguments.drain(fault..fault + 2);
         }
         let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-        self.coordinator = Running::start(self.scratch.command(&arguments));
+        let mut command = self.scratch.command(&arguments);
+        command.envs(self.variables.clone());
+        self.coordinator = Running::start(command);
     }
 
     /// Waits until a generation has formed; the line that says so.

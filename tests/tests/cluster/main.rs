@@ -14,19 +14,24 @@ mod elastic;
 mod end_to_end;
 mod export;
 mod fast;
+mod http;
 mod kills;
 mod left_behind;
 mod moments;
 mod network;
 mod operate;
+mod others;
 #[path = "../stores/ports.rs"]
 mod ports;
 mod preemption;
+mod prometheus;
 mod recipe;
 mod same_bits;
 #[path = "../stores/seaweed.rs"]
 mod seaweed;
 mod stores;
 mod support;
+mod telemetry;
+mod tensorboard;
 mod tool;
 mod trained;

@@ -183,6 +183,7 @@ impl Mime {
         let saved = self.checkpoints.save_part(Step(step), at, of, mine, BTreeMap::new()).await;
         let entry = saved.map_err(|error| error.to_string())?;
         Ok(PartSaved {
+            stall_seconds: 0.0,
             step,
             part,
             parts,

@@ -149,7 +149,7 @@ impl Link {
             Self { url, incoming, outgoing, beats: JoinSet::new() }
         };
         let first = timeout_at(deadline, link.receive()).await;
-        match first.map_err(|_| broken("it does not answer the join".into()))?? {
+        match first.map_err(|_| broken("it does not answer the join".into()))??.kind {
             Some(coordinator_message::Kind::Welcome(welcome)) => Ok((link, welcome)),
             Some(coordinator_message::Kind::Refused(refused)) => {
                 let Refused { reason, for_now } = refused;
@@ -159,12 +159,10 @@ impl Link {
         }
     }
 
-    /// The next message; `None` inside for a kind that this build does not know.
-    pub(crate) async fn receive(
-        &mut self,
-    ) -> Result<Option<coordinator_message::Kind>, WorkerError> {
+    /// The next message; one of a kind that this build does not know has none.
+    pub(crate) async fn receive(&mut self) -> Result<CoordinatorMessage, WorkerError> {
         let reason = match self.incoming.message().await {
-            Ok(Some(message)) => return Ok(message.kind),
+            Ok(Some(message)) => return Ok(message),
             Ok(None) => "it closed the session".to_owned(),
             Err(status) => match status.source() {
                 Some(error) => innermost(error),

@@ -28,6 +28,7 @@ use looptrain_proto::v1::coordinator_message::Kind as Directive;
 use looptrain_proto::v1::worker_message::Kind as Vote;
 use looptrain_proto::v1::{self, PartSaved, failed::Cause};
 use looptrain_proto::{Generation, Incarnation, Rank, Step};
+use opentelemetry::Context;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
@@ -40,7 +41,7 @@ pub use self::memory::Memory;
 pub(crate) use self::memory::brought;
 pub(crate) use self::work::Work;
 use crate::reduce::tcp::{Peer, RingId};
-use crate::{Finished, Moment, Stop, WorkerError};
+use crate::{Finished, Moment, Stop, WorkerError, trace};
 
 /// How long a leaving worker waits for the coordinator to take notice.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -83,6 +84,8 @@ pub(crate) struct Session<W: Duties> {
     reported: Option<String>,
     /// Why this worker is to leave.
     leaving: Option<String>,
+    /// The span of the coordinator's that the newest message belongs to.
+    parent: Context,
 }
 
 impl<W: Duties> Session<W> {
@@ -99,6 +102,7 @@ impl<W: Duties> Session<W> {
             saves: JoinSet::new(),
             reported: None,
             leaving: None,
+            parent: Context::new(),
         }
     }
 
@@ -113,10 +117,14 @@ impl<W: Duties> Session<W> {
             tokio::select! {
                 // A new generation comes before what it makes pointless.
                 biased;
-                directive = self.link.receive() => match directive? {
-                    Some(Directive::Finish(finish)) => return self.finish(finish),
-                    Some(directive) => self.obey(directive)?,
-                    None => tracing::warn!("ignored a message of an unknown kind"),
+                message = self.link.receive() => {
+                    let v1::CoordinatorMessage { traceparent, kind } = message?;
+                    self.parent = trace::parent(traceparent);
+                    match kind {
+                        Some(Directive::Finish(finish)) => return self.finish(finish),
+                        Some(directive) => self.obey(directive)?,
+                        None => tracing::warn!("ignored a message of an unknown kind"),
+                    }
                 },
                 outcome = ended(&mut self.activity) => self.ended(outcome)?,
                 Some((step, result)) = self.commits.next() => {
@@ -173,7 +181,10 @@ impl<W: Duties> Session<W> {
                 self.if_current(generation, step, |session| session.evaluate(order))
             }
             Directive::Save(order) => {
-                self.saves.spawn(self.work.save(order));
+                let (step, part) = (order.step, order.part);
+                let span = self.span(tracing::info_span!("save", step, part));
+                let save = span.in_scope(|| self.work.save(order));
+                self.saves.spawn(save.instrument(span));
                 Ok(())
             }
             Directive::Offer(offer) => {
@@ -229,7 +240,7 @@ impl<W: Duties> Session<W> {
             tracing::warn!(%generation, current = %self.generation, "ignored an old generation");
             return Ok(());
         }
-        self.abandon();
+        self.span(tracing::info_span!("abort")).in_scope(|| self.abandon());
         self.generation = generation;
         self.reported = None;
         let rank = Rank(form.rank);
@@ -243,7 +254,7 @@ impl<W: Duties> Session<W> {
         let membership = Membership { ring, rank, members: peers(form.members.to_vec()), step };
         tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
         let work = Arc::clone(&self.work);
-        let span = tracing::info_span!("form", %generation, %step);
+        let span = self.span(tracing::info_span!("join generation", %generation, %step));
         self.begin(step, false, move |_| {
             async move {
                 match work.form(&membership).await {
@@ -273,7 +284,8 @@ impl<W: Duties> Session<W> {
         // A retry of a prepared step supersedes it.
         self.owes_commit = false;
         let work = Arc::clone(&self.work);
-        let span = tracing::info_span!("step", %step, generation = plan.generation);
+        let generation = plan.generation;
+        let span = self.span(tracing::info_span!("work", %step, generation));
         self.begin(step, true, move |cancelled| {
             async move {
                 match work.step(plan, &mut collective, cancelled).await {
@@ -290,8 +302,10 @@ impl<W: Duties> Session<W> {
     fn commit(&mut self, step: Step) {
         self.owes_commit = false;
         self.work.at(Moment::Commit(step));
-        let committed = self.work.commit(step);
-        self.commits.push(Box::pin(async move { (step, committed.await) }));
+        let span = self.span(tracing::info_span!("commit", %step));
+        let committed = span.in_scope(|| self.work.commit(step));
+        let committed = async move { (step, committed.await) };
+        self.commits.push(Box::pin(committed.instrument(span)));
     }
 
     /// Fetches the members' state, to be let into a generation later.
@@ -300,7 +314,7 @@ impl<W: Duties> Session<W> {
         let (work, sources) = (Arc::clone(&self.work), peers(order.sources));
         // Should the coordinator die, the next one has to know that others hold the state, too.
         work.memory().remember_world(sources.len());
-        let span = tracing::info_span!("fetch", %step, sources = sources.len());
+        let span = self.span(tracing::info_span!("fetch", %step, sources = sources.len()));
         self.begin(step, false, move |_| {
             async move { (None, work.fetch(step, sources).await.map(Vote::Fetched)) }
                 .instrument(span)
@@ -310,9 +324,9 @@ impl<W: Duties> Session<W> {
     /// Goes on from the fetched state as the members do, until there is a place.
     fn follow(&mut self, step: Step) {
         let work = Arc::clone(&self.work);
-        let span = tracing::info_span!("follow", %step);
-        self.begin(step, false, move |_| {
-            async move { (None, work.follow(step).await.map(Vote::Fetched)) }.instrument(span)
+        // For as long as there is no place, so that no trace holds it.
+        self.begin(step, false, move |_| async move {
+            (None, work.follow(step).await.map(Vote::Fetched))
         });
     }
 
@@ -320,7 +334,7 @@ impl<W: Duties> Session<W> {
         let collective = self.idle_collective("an evaluation")?;
         let step = Step(order.step);
         let work = Arc::clone(&self.work);
-        let span = tracing::info_span!("evaluate", %step);
+        let span = self.span(tracing::info_span!("evaluate", %step));
         self.begin(step, false, move |cancelled| {
             async move {
                 let result = work.evaluate(order, cancelled).await;
@@ -329,6 +343,11 @@ impl<W: Duties> Session<W> {
             .instrument(span)
         });
         Ok(())
+    }
+
+    /// A span of this worker, below that of the message that it is about.
+    fn span(&self, span: tracing::Span) -> tracing::Span {
+        trace::below(span, &self.parent)
     }
 
     /// The collective of a formed generation in which nothing else is going on.
@@ -436,7 +455,7 @@ pub(crate) async fn decline(mut link: Link, error: &WorkerError) {
     let farewell = async {
         link.report(answer(Generation(0), Step(0)))?;
         loop {
-            match link.receive().await? {
+            match link.receive().await?.kind {
                 Some(Directive::Form(form)) => {
                     link.report(answer(Generation(form.generation), Step(form.step)))?;
                 }

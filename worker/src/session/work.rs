@@ -18,7 +18,7 @@ use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{self, Evaluated, Fetched, PartSaved, Prepared, Ready, Sections};
 use looptrain_proto::{Digest, Incarnation, Spec, Step};
 use looptrain_storage::{Checkpoints, Store};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
 use super::duties::{Duties, Holding, Membership};
@@ -240,7 +240,8 @@ impl Work {
             ("step".to_owned(), step.to_string()),
             ("trajectory".to_owned(), self.spec.trajectory_digest().to_string()),
         ]);
-        let saved = copied.save(&self.checkpoints, step, part, parts, metadata).await;
+        let saved = copied.save(&self.checkpoints, step, part, parts, metadata);
+        let saved = saved.instrument(tracing::info_span!("upload")).await;
         let (entry, digest) = saved.map_err(|error| error.to_string())?;
         let seconds = start.elapsed().as_secs_f64();
         tracing::info!(bytes = entry.bytes, seconds, "saved a part of the checkpoint");
@@ -284,7 +285,9 @@ impl Duties for Work {
             let formed = Ring::form(&self.peers, *ring, *rank, members, streams, FORM_TIME);
             Ok::<_, Failure>(formed.await?)
         };
-        let (collective, digest) = tokio::try_join!(ring_formed, self.reach(*step))?;
+        let ring_formed = ring_formed.instrument(tracing::info_span!("ring", streams));
+        let reached = self.reach(*step).instrument(tracing::info_span!("reach state", %step));
+        let (collective, digest) = tokio::try_join!(ring_formed, reached)?;
         if let Some(audit) = &self.audit {
             audit.take_place(*ring, *rank);
         }
@@ -309,7 +312,8 @@ impl Duties for Work {
         // What is complete is reduced while the rest is computed.
         let alone = collective.world() == 1;
         let (sender, ready) = mpsc::unbounded_channel();
-        let computed = tracing::info_span!("compute").in_scope(|| {
+        let compute = tracing::info_span!("compute", slots = batches.len());
+        let computed = compute.in_scope(|| {
             let (first, cancelled) = (plan.slot_begin, Arc::clone(&cancelled));
             self.compute.submit(move |bench| {
                 bench.contribute(step, first, batches, alone, &cancelled, &sender)
@@ -323,6 +327,7 @@ impl Duties for Work {
             }
             Ok::<_, Failure>((contribution, end))
         };
+        let computed = computed.instrument(compute);
         let span = tracing::info_span!("reduce", world = collective.world());
         let moments = self.moments.clone();
         let under_way = move || moments.at(Moment::Reduce(step));
@@ -336,7 +341,8 @@ impl Duties for Work {
         let Reduced { sums, blocked } = reduced.ok_or(Failure::Abandoned)?;
         let reduce = reduced_at.saturating_duration_since(computed_at);
 
-        let report = self.compute.submit(move |bench| bench.prepare(step, sums)).await??;
+        let prepared = self.compute.submit(move |bench| bench.prepare(step, sums));
+        let report = prepared.instrument(tracing::info_span!("vote")).await??;
         Ok(Prepared {
             generation: plan.generation,
             step: plan.step,
@@ -377,10 +383,15 @@ impl Duties for Work {
         let (part, parts) = (order.part as usize, order.parts as usize);
         let step = Step(order.step);
         let valid = part < parts;
+        let (tell, stall) = oneshot::channel();
         let copied = self.compute.submit(move |bench| {
-            let _span = tracing::info_span!("copy for save").entered();
+            let start = Instant::now();
+            let _span = tracing::info_span!("copy").entered();
             let none = ComputeError::WrongStep { held: bench.held(), action: "save", step };
-            if valid { bench.snapshot(step, part, parts) } else { Err(none) }
+            let copied = if valid { bench.snapshot(step, part, parts) } else { Err(none) };
+            // Nobody listens when the save has been given up.
+            let _ = tell.send(start.elapsed());
+            copied
         });
         let work = Arc::clone(self);
         async move {
@@ -397,12 +408,12 @@ impl Duties for Work {
                     digest: saved.0.digest.to_vec(),
                     tensors: saved.0.tensors,
                     weights_digest: saved.1.to_vec(),
+                    stall_seconds: stall.await.unwrap_or_default().as_secs_f64(),
                     ..empty
                 },
                 Err(error) => PartSaved { error, ..empty },
             }
         }
-        .instrument(tracing::info_span!("save", %step, part))
         .boxed()
     }
 

@@ -7,6 +7,7 @@ mod evaluate;
 mod fail;
 mod finish;
 mod form;
+mod goodput;
 mod join;
 mod lose;
 mod orders;
@@ -100,6 +101,8 @@ pub(super) struct Rig {
     pub(super) went_on: Vec<(u64, Vec<u64>)>,
     pub(super) ignored: Vec<String>,
     pub(super) result: Option<Result<Outcome, String>>,
+    /// Until when the workers' lives are counted, and their seconds until then.
+    lived: (Duration, f64),
 }
 
 impl Rig {
@@ -120,6 +123,7 @@ impl Rig {
             went_on: Vec::new(),
             ignored: Vec::new(),
             result: None,
+            lived: (Duration::ZERO, 0.0),
         }
     }
 
@@ -133,7 +137,31 @@ impl Rig {
         (rig, ids)
     }
 
+    /// From now on another core keeps the ledger.
+    pub(super) fn recount(&mut self) {
+        self.lived = (self.now, self.core.accounted_for());
+    }
+
+    /// No second of a worker is lost or booked twice.
+    #[track_caller]
+    fn check_ledger(&self) {
+        let (lived, accounted) = (self.lived.1, self.core.accounted_for());
+        assert!((lived - accounted).abs() < 1e-6, "{accounted} s of {lived} s are accounted for");
+    }
+
     pub(super) fn feed(&mut self, event: Event) {
+        let (until, seconds) = self.lived;
+        let workers = self.core.roster.len() as f64;
+        let passed = self.now.saturating_sub(until).as_secs_f64();
+        self.lived = (self.now, seconds + workers * passed);
+        self.act(event);
+        // What thousands cost is measured elsewhere, without this.
+        if self.result.is_none() && self.core.roster.len() < 100 {
+            self.check_ledger();
+        }
+    }
+
+    fn act(&mut self, event: Event) {
         for action in self.core.handle(self.now, event) {
             match action {
                 Action::Send { worker, message } => {
@@ -166,6 +194,11 @@ impl Rig {
     pub(super) fn join_as(&mut self, join: v1::Join) -> WorkerId {
         let worker = WorkerId(self.next);
         self.next += 1;
+        if join.held.is_some() && self.core.admits(&join) {
+            // It has lived meanwhile.
+            let now = self.core.books.zero + self.now;
+            self.lived.1 += (now - self.core.absent_since(&join.name)).as_secs_f64();
+        }
         self.feed(Event::Joined { worker, join });
         worker
     }
@@ -269,6 +302,7 @@ impl Rig {
                 digest: Digest::of(&part.to_le_bytes()),
                 tensors: 3,
                 weights_digest: weights(Step(step)),
+                stall: Duration::ZERO,
             }),
         }
     }

@@ -207,6 +207,7 @@ impl World {
         };
         self.rig.core = Core::new(self.rig.core.spec.clone(), resume);
         self.rig.core.now = self.rig.now;
+        self.rig.recount();
         self.rig.manifests.clear();
         self.stored = 0;
         self.committed = step;

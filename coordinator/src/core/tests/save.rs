@@ -45,7 +45,7 @@ fn the_manifest_is_written_when_all_parts_are_in() {
     assert_eq!(files, ["state-0-of-2", "state-1-of-2"]);
     assert!(rig.core.checkpoint.is_none(), "a checkpoint exists once its manifest does");
     rig.manifest_written();
-    let saved = RunEvent::CheckpointSaved { step: Step(4), seconds: 0.1, bytes: 200 };
+    let saved = RunEvent::CheckpointSaved { step: Step(4), seconds: 0.1, bytes: 200, stall: 0.0 };
     assert_eq!(rig.published.last(), Some(&saved));
 }
 

@@ -108,7 +108,15 @@ fn spec_args(args: &OrchestrationBench, steps: u32) -> Result<SpecArgs> {
         "evaluation.sequences=1".into(),
     ]);
     let spec = args.spec.clone();
-    Ok(SpecArgs { spec, overrides, fresh: true, until: None, dashboard: None, audit: false })
+    Ok(SpecArgs {
+        spec,
+        overrides,
+        fresh: true,
+        until: None,
+        dashboard: None,
+        tensorboard: None,
+        audit: false,
+    })
 }
 
 /// A step of the local run.

@@ -287,11 +287,13 @@ impl Guest {
     }
 
     pub(super) fn say(&self, kind: Directive) {
-        self.line.try_send(Ok(CoordinatorMessage { kind: Some(kind) })).unwrap();
+        self.line
+            .try_send(Ok(CoordinatorMessage { kind: Some(kind), ..CoordinatorMessage::default() }))
+            .unwrap();
     }
 
     pub(super) fn say_nothing(&self) {
-        self.line.try_send(Ok(CoordinatorMessage { kind: None })).unwrap();
+        self.line.try_send(Ok(CoordinatorMessage::default())).unwrap();
     }
 
     pub(super) fn welcome(&self, spec: &Spec) {

@@ -289,6 +289,7 @@ impl Worker {
         let entry =
             checkpoints.save_part(Step(step), index, all, vec![tensor], BTreeMap::new()).await?;
         Ok(v1::PartSaved {
+            stall_seconds: 0.0,
             step,
             part,
             parts,

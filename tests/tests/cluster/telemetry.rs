@@ -1,0 +1,270 @@
+//! What leaves over OTLP, as a collector gets it from real processes.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use opentelemetry_proto::tonic::collector::logs::v1::logs_service_server::{
+    LogsService, LogsServiceServer,
+};
+use opentelemetry_proto::tonic::collector::logs::v1::{
+    ExportLogsServiceRequest, ExportLogsServiceResponse,
+};
+use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
+    MetricsService, MetricsServiceServer,
+};
+use opentelemetry_proto::tonic::collector::metrics::v1::{
+    ExportMetricsServiceRequest, ExportMetricsServiceResponse,
+};
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
+    TraceService, TraceServiceServer,
+};
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
+use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
+use opentelemetry_proto::tonic::resource::v1::Resource;
+use tonic::{Request, Response, Status};
+
+use crate::cluster::{Cluster, LAST, STEP};
+use crate::ports::free_port;
+
+/// A span, with the service that it is of.
+#[derive(Clone, Debug)]
+struct Span {
+    service: String,
+    name: String,
+    trace: Vec<u8>,
+    id: Vec<u8>,
+    parent: Vec<u8>,
+    attributes: BTreeMap<String, String>,
+    seconds: f64,
+}
+
+/// A log record.
+#[derive(Clone, Debug)]
+struct Log {
+    service: String,
+    text: String,
+    trace: Vec<u8>,
+}
+
+#[derive(Debug, Default)]
+struct Received {
+    spans: Vec<Span>,
+    logs: Vec<Log>,
+    /// Name and unit.
+    metrics: BTreeMap<String, String>,
+}
+
+/// Takes what processes export.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Received>>);
+
+fn text(value: Option<AnyValue>) -> String {
+    match value.and_then(|value| value.value) {
+        Some(any_value::Value::StringValue(text)) => text,
+        Some(any_value::Value::IntValue(number)) => number.to_string(),
+        Some(any_value::Value::DoubleValue(number)) => number.to_string(),
+        Some(any_value::Value::BoolValue(truth)) => truth.to_string(),
+        _ => String::new(),
+    }
+}
+
+fn attributes(given: Vec<KeyValue>) -> BTreeMap<String, String> {
+    given.into_iter().map(|attribute| (attribute.key, text(attribute.value))).collect()
+}
+
+fn service(resource: Option<Resource>) -> String {
+    let attributes = attributes(resource.unwrap_or_default().attributes);
+    for key in ["service.version", "service.instance.id", "host.name", "process.pid"] {
+        assert!(attributes.contains_key(key), "{key} is not in {attributes:?}");
+    }
+    attributes["service.name"].clone()
+}
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        for of_resource in request.into_inner().resource_spans {
+            let service = service(of_resource.resource);
+            let spans = of_resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            let spans = spans.map(|span| Span {
+                service: service.clone(),
+                name: span.name,
+                trace: span.trace_id,
+                id: span.span_id,
+                parent: span.parent_span_id,
+                attributes: attributes(span.attributes),
+                seconds: (span.end_time_unix_nano - span.start_time_unix_nano) as f64 / 1e9,
+            });
+            self.0.lock().unwrap().spans.extend(spans);
+        }
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl LogsService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportLogsServiceRequest>,
+    ) -> Result<Response<ExportLogsServiceResponse>, Status> {
+        for of_resource in request.into_inner().resource_logs {
+            let service = service(of_resource.resource);
+            let logs = of_resource.scope_logs.into_iter().flat_map(|scope| scope.log_records);
+            let logs = logs.map(|log| Log {
+                service: service.clone(),
+                text: text(log.body),
+                trace: log.trace_id,
+            });
+            self.0.lock().unwrap().logs.extend(logs);
+        }
+        Ok(Response::new(ExportLogsServiceResponse::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl MetricsService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        for of_resource in request.into_inner().resource_metrics {
+            service(of_resource.resource);
+            let metrics = of_resource.scope_metrics.into_iter().flat_map(|scope| scope.metrics);
+            let metrics = metrics.map(|metric| (metric.name, metric.unit));
+            self.0.lock().unwrap().metrics.extend(metrics);
+        }
+        Ok(Response::new(ExportMetricsServiceResponse::default()))
+    }
+}
+
+impl Collector {
+    /// Listens on this port until the runtime is dropped.
+    fn serve(&self, runtime: &tokio::runtime::Runtime, port: u16) {
+        let server = tonic::transport::Server::builder()
+            .add_service(TraceServiceServer::new(self.clone()))
+            .add_service(LogsServiceServer::new(self.clone()))
+            .add_service(MetricsServiceServer::new(self.clone()))
+            .serve(([127, 0, 0, 1], port).into());
+        runtime.spawn(server);
+    }
+
+    fn spans(&self) -> Vec<Span> {
+        self.0.lock().unwrap().spans.clone()
+    }
+}
+
+/// The variables of a process that exports to this port, in short intervals.
+fn exporting_to(port: u16) -> Vec<(String, String)> {
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://127.0.0.1:{port}")),
+        ("OTEL_BSP_SCHEDULE_DELAY", "100".into()),
+        ("OTEL_BLRP_SCHEDULE_DELAY", "100".into()),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "200".into()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+#[test]
+fn a_recovery_is_one_trace_over_coordinator_and_workers_with_logs_and_metrics_beside_it() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (collector, port) = (Collector::default(), free_port());
+    collector.serve(&runtime, port);
+    let every = ["--set", "telemetry.trace_every_steps=10"];
+    let cluster = Cluster::start_exporting(&exporting_to(port), 2, &every);
+    let survivor = cluster.worker(&["--name", "survivor"]);
+    let victim = cluster.worker(&["--name", "victim", "--fault", &format!("kill@reduce:{STEP}")]);
+    assert_eq!(victim.end().code, None, "it was killed");
+    cluster.finish();
+    assert_eq!(survivor.end().code, Some(0));
+
+    let spans = collector.spans();
+    let named =
+        |name: &str| -> Vec<&Span> { spans.iter().filter(|span| span.name == name).collect() };
+    let recoveries = named("recovery");
+    let [recovery] = recoveries[..] else { panic!("{recoveries:?}") };
+    assert_eq!((recovery.service.as_str(), recovery.parent.len()), ("looptrain-coordinator", 0));
+    let of_trace: Vec<&Span> = spans.iter().filter(|span| span.trace == recovery.trace).collect();
+    let there: BTreeSet<(&str, &str)> =
+        of_trace.iter().map(|span| (span.service.as_str(), span.name.as_str())).collect();
+    for name in ["recovery", "detect", "form", "step", "votes"] {
+        assert!(there.contains(&("looptrain-coordinator", name)), "no {name} in {there:?}");
+    }
+    for name in [
+        "abort",
+        "join generation",
+        "ring",
+        "reach state",
+        "work",
+        "compute",
+        "reduce",
+        "vote",
+        "commit",
+    ] {
+        assert!(there.contains(&("looptrain-worker", name)), "no {name} in {there:?}");
+    }
+    let detect = of_trace.iter().find(|span| span.name == "detect").unwrap();
+    assert_eq!(detect.attributes["worker"], "victim");
+    assert!(detect.seconds <= recovery.seconds && recovery.seconds < 60.0, "{recovery:?}");
+
+    // A worker's spans hang below those of the coordinator, and none stands alone.
+    let ids: HashMap<&[u8], &Span> = spans.iter().map(|span| (&span.id[..], span)).collect();
+    for span in spans.iter().filter(|span| span.service == "looptrain-worker") {
+        let mut above = span;
+        while above.service == "looptrain-worker" {
+            let parent = ids.get(&above.parent[..]);
+            above = parent.unwrap_or_else(|| panic!("{above:?} is below nothing"));
+        }
+        assert_eq!(above.trace, span.trace);
+    }
+    // Every tenth step, the first one as part of the formation, and the one that was done again.
+    let mut traced: Vec<u64> =
+        named("step").iter().map(|span| span.attributes["step"].parse().unwrap()).collect();
+    traced.sort_unstable();
+    let mut expected: Vec<u64> = (1..=LAST / 10).map(|step| step * 10).collect();
+    expected.extend([1, STEP]);
+    expected.sort_unstable();
+    assert_eq!(traced, expected);
+    // The last step is saved, in parts.
+    let saves: Vec<_> = named("checkpoint").iter().map(|span| span.trace.clone()).collect();
+    assert!(!saves.is_empty());
+    for name in ["save", "copy", "upload", "manifest"] {
+        assert!(named(name).iter().all(|span| saves.contains(&span.trace)), "{name}");
+        assert!(!named(name).is_empty(), "no {name}");
+    }
+
+    let received = collector.0.lock().unwrap();
+    let log = |words: &str| received.logs.iter().find(|log| log.text.contains(words));
+    let formed = log("generation 2: 1 worker from step").unwrap();
+    assert_eq!(formed.trace, recovery.trace, "logs lead to their trace");
+    assert_eq!(log("worker victim lost").unwrap().service, "looptrain-coordinator");
+    assert_eq!(received.metrics["looptrain.goodput.time"], "s");
+    assert_eq!(received.metrics["looptrain.store.operations"], "{operation}");
+    let known: BTreeSet<&str> =
+        looptrain_proto::metrics::CATALOGUE.iter().map(|metric| metric.name).collect();
+    let strange: Vec<_> =
+        received.metrics.keys().filter(|name| !known.contains(name.as_str())).collect();
+    assert!(strange.is_empty(), "{strange:?} are not in the catalogue");
+}
+
+#[test]
+fn a_collector_that_takes_nothing_holds_no_run_up() {
+    // It accepts connections, and says nothing on them.
+    let deaf = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = deaf.local_addr().unwrap().port();
+    let all = ["--set", "telemetry.trace_every_steps=1"];
+    let begin = Instant::now();
+    let cluster = Cluster::start_exporting(&exporting_to(port), 1, &all);
+    let worker = cluster.worker(&["--name", "w"]);
+    cluster.finish();
+    assert_eq!(worker.end().code, Some(0));
+    // Each process waits at its end for a few seconds for the last spans, logs and metrics to leave.
+    assert!(begin.elapsed() < Duration::from_secs(60), "it took {:?}", begin.elapsed());
+}
