@@ -41,6 +41,13 @@ async fn the_dashboard_shows_a_run_as_page_json_and_metrics() {
     let (status, html) = fetch(page, "/").await;
     assert_eq!(status, 200);
     assert!(html.starts_with("<!doctype html>") && !html.contains("https://"), "nothing from afar");
+    let parts: Vec<&str> =
+        html.split('"').filter(|word| word.ends_with(".js") || word.ends_with(".css")).collect();
+    assert!(parts.len() >= 2, "style and script are files of their own: {parts:?}");
+    for part in parts {
+        let (status, text) = fetch(page, &format!("/{}", part.trim_start_matches("./"))).await;
+        assert!(status == 200 && !text.contains("https://"), "{part}");
+    }
     assert_eq!(fetch(page, "/metrics").await, (200, "looptrain_up 1\n".to_owned()));
     assert_eq!(fetch(page, "/api/steps?after=x").await.0, 400);
 

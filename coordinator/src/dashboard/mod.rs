@@ -1,7 +1,7 @@
 //! The status page and its JSON: `/`, `/api/status`, `/api/steps?after=N`, `/api/live`, `/metrics`.
 //!
-//! Read only. The page is one file without a build step or anything from elsewhere; what changes
-//! reaches it as server-sent events, whose JSON scripts may ask for as well.
+//! Read only. The page (`page.html`, its style and its modules) has no build step and needs nothing
+//! from elsewhere; what changes reaches it as server-sent events, whose JSON scripts may ask for as well.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -40,6 +40,21 @@ const LIVE_AT_LEAST: Duration = Duration::from_secs(5);
 
 const PAGE: &str = include_str!("page.html");
 
+/// What the page is made of besides.
+const PARTS: [(&str, &str, &str); 9] = [
+    ("/page.css", "text/css", include_str!("page.css")),
+    ("/page.js", SCRIPT, include_str!("page.js")),
+    ("/live.js", SCRIPT, include_str!("live.js")),
+    ("/state.js", SCRIPT, include_str!("state.js")),
+    ("/parts.js", SCRIPT, include_str!("parts.js")),
+    ("/charts.js", SCRIPT, include_str!("charts.js")),
+    ("/curves.js", SCRIPT, include_str!("curves.js")),
+    ("/timeline.js", SCRIPT, include_str!("timeline.js")),
+    ("/tables.js", SCRIPT, include_str!("tables.js")),
+];
+
+const SCRIPT: &str = "text/javascript";
+
 #[derive(Clone)]
 struct Sources {
     inputs: mpsc::Sender<Input>,
@@ -53,7 +68,12 @@ pub(crate) fn app(
     board: Arc<Board>,
     render_metrics: Option<RenderMetrics>,
 ) -> Router {
-    Router::new()
+    let part = |kind: &'static str, text: &'static str| {
+        get(move || async move { ([(header::CONTENT_TYPE, kind)], text) })
+    };
+    PARTS
+        .into_iter()
+        .fold(Router::new(), |app, (path, kind, text)| app.route(path, part(kind, text)))
         .route("/", get(page))
         .route("/api/status", get(status))
         .route("/api/steps", get(steps))

@@ -11,6 +11,7 @@ mod bounded;
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use looptrain_proto::metrics;
@@ -38,6 +39,9 @@ use self::bounded::{Bounded, Gate, QUEUE};
 
 /// Log records of this target are for collectors alone: people are told the same in another way.
 pub(crate) const TOLD: &str = "looptrain::told";
+
+/// How long the end of the program may wait for the last items to leave.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// The installed telemetry; to be shut down at the end, so that the last items leave.
 pub(crate) struct Telemetry {
@@ -132,9 +136,18 @@ impl Telemetry {
                 tracing::warn!("the last {what} were not exported: {error}");
             }
         };
-        warn("spans", self.tracers.as_ref().map(SdkTracerProvider::shutdown));
-        warn("log records", self.loggers.as_ref().map(SdkLoggerProvider::shutdown));
-        warn("metrics", Some(self.meters.shutdown()));
+        // All at the same time: each may wait for a collector that does not answer.
+        std::thread::scope(|scope| {
+            let shutdown =
+                |provider: &SdkTracerProvider| provider.shutdown_with_timeout(LAST_WORDS);
+            scope.spawn(move || warn("spans", self.tracers.as_ref().map(shutdown)));
+            let shutdown =
+                |provider: &SdkLoggerProvider| provider.shutdown_with_timeout(LAST_WORDS);
+            scope.spawn(move || warn("log records", self.loggers.as_ref().map(shutdown)));
+            scope.spawn(move || {
+                warn("metrics", Some(self.meters.shutdown_with_timeout(LAST_WORDS)))
+            });
+        });
     }
 }
 

@@ -21,6 +21,7 @@ mod moments;
 mod network;
 mod operate;
 mod others;
+mod page;
 #[path = "../stores/ports.rs"]
 mod ports;
 mod preemption;
