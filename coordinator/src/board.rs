@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use looptrain_proto::{Generation, Step};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::core::Snapshot;
@@ -91,7 +93,7 @@ pub(crate) struct CheckpointEntry {
 }
 
 /// What of the board outlives its coordinator, beside steps and evaluations.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Chronicle {
     /// When this was written.
     pub(crate) kept_unix_ms: u64,
@@ -102,6 +104,29 @@ pub(crate) struct Chronicle {
     pub(crate) generations: VecDeque<Formed>,
     /// Ascending.
     pub(crate) checkpoints: Vec<CheckpointEntry>,
+}
+
+impl Chronicle {
+    /// The newest checkpoint that is not known to be damaged.
+    fn newest(&self) -> Option<&CheckpointEntry> {
+        let good = |entry: &&CheckpointEntry| entry.state != CheckpointState::Damaged;
+        self.checkpoints.iter().rfind(good)
+    }
+
+    /// What another coordinator wrote; what this release cannot read of it is left out.
+    pub(crate) fn from_json(json: &Value, now_unix_ms: u64) -> Self {
+        fn all<T: DeserializeOwned>(json: &Value) -> impl Iterator<Item = T> {
+            let items = json.as_array().into_iter().flatten();
+            items.filter_map(|item| T::deserialize(item).ok())
+        }
+        Self {
+            kept_unix_ms: json["kept_unix_ms"].as_u64().unwrap_or(now_unix_ms).min(now_unix_ms),
+            ledger: Ledger::from_json(&json["ledger"], now_unix_ms),
+            events: all(&json["events"]).take(EVENTS).collect(),
+            generations: all(&json["generations"]).take(GENERATIONS).collect(),
+            checkpoints: all(&json["checkpoints"]).collect(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -304,6 +329,9 @@ impl Board {
             state: CheckpointState::Written,
         };
         let damaged: Vec<Step> = damaged.into_iter().collect();
+        // One that was saved while they were listed may not be among them.
+        let newest = there.last().copied().unwrap_or_default();
+        let later: Vec<_> = kept.iter().filter(|entry| entry.step > newest).cloned().collect();
         let entries = there.iter().map(|&step| {
             let mut entry = known(step).unwrap_or_else(|| new(step));
             if verified == Some(step) {
@@ -314,7 +342,7 @@ impl Board {
             }
             entry
         });
-        state.chronicle.checkpoints = entries.collect();
+        state.chronicle.checkpoints = entries.chain(later).collect();
         drop(state);
         self.changed();
     }
@@ -324,8 +352,6 @@ impl Board {
         let mut state = self.state();
         state.glance = Some(Arc::new(snapshot));
         state.chronicle.ledger = Some(ledger);
-        drop(state);
-        self.changed();
     }
 
     /// How things were a moment ago.
@@ -345,9 +371,14 @@ impl Board {
 
     /// Time since the newest checkpoint was written, or since the start.
     pub(crate) fn checkpoint_age(&self) -> Duration {
-        let newest = self.state().chronicle.checkpoints.last().map(|entry| entry.unix_ms);
+        let newest = self.state().chronicle.newest().map(|entry| entry.unix_ms);
         let age = |written| Duration::from_millis(unix_ms().saturating_sub(written));
         newest.map_or_else(|| self.started.elapsed(), age)
+    }
+
+    /// Size of the newest checkpoint, when that is known.
+    pub(crate) fn checkpoint_size(&self) -> Option<u64> {
+        self.state().chronicle.newest().map(|entry| entry.bytes).filter(|bytes| *bytes > 0)
     }
 
     /// What is to outlive this coordinator.
@@ -365,7 +396,7 @@ impl Board {
             checkpoints: chronicle.checkpoints.clone(),
             goodput: chronicle.ledger.as_ref().map(Ledger::view),
             rewinds: state.rewinds,
-            checkpoint_unix_ms: chronicle.checkpoints.last().map(|entry| entry.unix_ms),
+            checkpoint_unix_ms: chronicle.newest().map(|entry| entry.unix_ms),
             now_unix_ms: unix_ms(),
         }
     }
@@ -466,8 +497,14 @@ mod tests {
         board.note("coordinator_started", "begun".into(), Tone::Plain);
         let (generation, world, step) = (Generation(1), 2, Step(0));
         board.record(&RunEvent::Formed { generation, world, step, reason: "first".into() });
-        let json = serde_json::to_string(&board.chronicle()).unwrap_or_default();
-        let read: Chronicle = serde_json::from_str(&json).unwrap_or_default();
+        let mut json = serde_json::to_value(board.chronicle()).unwrap_or_default();
+        // Of a release that knows more.
+        json["events"][0]["more"] = 1.into();
+        if let Some(events) = json["events"].as_array_mut() {
+            events
+                .push(serde_json::json!({ "unix_ms": 1, "kind": "k", "text": "t", "tone": "new" }));
+        }
+        let read = Chronicle::from_json(&json, u64::MAX);
         let again = Board::new(History::default(), read);
         assert_eq!(again.recent().events, board.recent().events);
         assert_eq!(again.recent().events[0].kind, "formed");

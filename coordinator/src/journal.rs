@@ -23,6 +23,9 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// The chronicle is written at most this often: it is written anew each time.
 const CHRONICLE_EVERY: Duration = Duration::from_secs(5);
 
+/// It is written at least this often, for the time of workers that wait passes, too.
+const CHRONICLE_AT_LEAST: Duration = Duration::from_secs(60);
+
 /// Something to write.
 #[derive(Debug)]
 pub(crate) enum Entry {
@@ -57,19 +60,25 @@ pub(crate) fn chronicle_key(run: &str) -> String {
     format!("{}/chronicle.json", run_prefix(run))
 }
 
-/// Reads the chronicle of a run; an empty one when there is none, or none that can be read, for nothing
-/// depends on it.
-pub(crate) async fn read_chronicle(store: &Store, run: &str) -> Chronicle {
+/// Reads the chronicle of a run; an empty one when there is none, or what is there is no JSON, for
+/// training does not depend on it.
+pub(crate) async fn read_chronicle(
+    store: &Store,
+    run: &str,
+    now_unix_ms: u64,
+) -> looptrain_storage::Result<Chronicle> {
     let key = chronicle_key(run);
-    let parsed = match store.get_opt(&key).await {
-        Ok(None) => return Chronicle::default(),
-        Ok(Some(bytes)) => serde_json::from_slice(&bytes).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    parsed.unwrap_or_else(|error| {
-        tracing::warn!(key, error, "events and goodput of earlier coordinators are lost");
-        Chronicle::default()
-    })
+    let Some(bytes) = store.get_opt(&key).await? else { return Ok(Chronicle::default()) };
+    match serde_json::from_slice(&bytes) {
+        Ok(json) => Ok(Chronicle::from_json(&json, now_unix_ms)),
+        Err(error) => {
+            // For who wants to know what it was.
+            store.put(&format!("{key}.damaged"), bytes).await?;
+            let place = format!("{}/{key}", store.url());
+            tracing::warn!(%error, "{place} is damaged and begun anew; a copy has .damaged behind its name");
+            Ok(Chronicle::default())
+        }
+    }
 }
 
 /// What a run's coordinators noted for people beside steps and evaluations, as it is in the store
@@ -161,9 +170,11 @@ impl Journal {
                 Some(Some(entry)) => self.take(entry).await,
                 None => {
                     let flushed = self.flush().await;
-                    let due = self.kept.elapsed() >= CHRONICLE_EVERY;
+                    let age = self.kept.elapsed();
+                    let changed =
+                        changes.has_changed().unwrap_or(false) || age >= CHRONICLE_AT_LEAST;
                     // Only when there is something new, and after what matters more.
-                    if flushed.is_ok() && due && changes.has_changed().unwrap_or(false) {
+                    if flushed.is_ok() && changed && age >= CHRONICLE_EVERY {
                         changes.mark_unchanged();
                         self.keep_chronicle().await
                     } else {

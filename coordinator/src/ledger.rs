@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use looptrain_proto::Step;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 /// Buckets of the timeline; when there are more, two neighbours become one.
 const BUCKETS: usize = 512;
@@ -14,7 +15,7 @@ const BUCKETS: usize = 512;
 const FIRST_BUCKET: f64 = 1.0;
 
 /// What a second of a worker was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Category {
     /// Part of a step that was committed for the first time, or of an evaluation.
@@ -24,7 +25,7 @@ pub enum Category {
     /// There were too few workers to train.
     Waiting,
     /// From the loss of a member, or of the coordinator, until a step is planned again; and the step
-    /// that was under way.
+    /// that was under way. The same for a generation that forms since somebody joins.
     Recovering,
     /// Copying the state for a checkpoint, or holding for the last one.
     CheckpointStall,
@@ -66,12 +67,15 @@ impl Category {
 }
 
 /// The ledger of a run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Ledger {
     /// When the run began; times below count from there.
     pub(crate) since_unix_ms: u64,
     /// Seconds of all workers, added up.
     seconds: BTreeMap<Category, f64>,
+    /// The same when this coordinator began to keep it.
+    #[serde(skip)]
+    at_start: BTreeMap<Category, f64>,
     /// The highest step that was ever committed: what is not above it is done again.
     pub(crate) highest: Step,
     bucket_seconds: f64,
@@ -86,10 +90,33 @@ impl Ledger {
         Self {
             since_unix_ms,
             seconds: Category::ALL.into_iter().map(|category| (category, 0.0)).collect(),
+            at_start: BTreeMap::new(),
             highest: Step(0),
             bucket_seconds: FIRST_BUCKET,
             buckets: Vec::new(),
         }
+    }
+
+    /// What another coordinator wrote, for this one to go on with: whatever is no such number, or of a
+    /// category that this release does not know, is left out.
+    pub(crate) fn from_json(json: &Value, now_unix_ms: u64) -> Option<Self> {
+        let since_unix_ms = json["since_unix_ms"].as_u64().filter(|since| *since <= now_unix_ms)?;
+        let sane = |value: &Value| value.as_f64().filter(|it| it.is_finite() && *it >= 0.0);
+        let mut ledger = Self::new(since_unix_ms);
+        for category in Category::ALL {
+            let seconds = sane(&json["seconds"][category.name()]).unwrap_or_default();
+            ledger.seconds.insert(category, seconds);
+        }
+        ledger.at_start = ledger.seconds.clone();
+        ledger.highest = Step(json["highest"].as_u64().unwrap_or_default());
+        let width = sane(&json["bucket_seconds"]).filter(|width| *width >= FIRST_BUCKET);
+        if let (Some(width), Some(buckets)) = (width, json["buckets"].as_array()) {
+            ledger.bucket_seconds = width;
+            let place = |bucket: &Value, at: usize| sane(&bucket[at]).unwrap_or_default();
+            let bucket = |bucket: &Value| std::array::from_fn(|at| place(bucket, at));
+            ledger.buckets = buckets.iter().take(BUCKETS).map(bucket).collect();
+        }
+        Some(ledger)
     }
 
     /// Books the time of one worker from `begin` to `end` (since the run began).
@@ -125,6 +152,11 @@ impl Ledger {
     /// Seconds of a category.
     pub(crate) fn seconds(&self, category: Category) -> f64 {
         self.seconds.get(&category).copied().unwrap_or_default()
+    }
+
+    /// Seconds of a category that this coordinator has booked.
+    pub(crate) fn seconds_since_start(&self, category: Category) -> f64 {
+        self.seconds(category) - self.at_start.get(&category).copied().unwrap_or_default()
     }
 
     /// Seconds of all workers.
@@ -223,12 +255,32 @@ mod tests {
         let mut ledger = Ledger::new(1_700_000_000_000);
         ledger.book(Category::StartUp, S(0.0), S(3.125));
         ledger.highest = Step(7);
-        let text = serde_json::to_string(&ledger).unwrap();
-        assert!(text.contains("\"start_up\":3.125"), "{text}");
-        assert_eq!(serde_json::from_str::<Ledger>(&text).unwrap(), ledger);
+        let json = serde_json::to_value(&ledger).unwrap();
+        assert_eq!(json["seconds"]["start_up"], 3.125);
+        let mut read = Ledger::from_json(&json, 1_800_000_000_000).unwrap();
+        assert_eq!(read.seconds_since_start(Category::StartUp), 0.0, "another has booked that");
+        read.at_start.clear();
+        assert_eq!(read, ledger);
         for (at, category) in Category::ALL.into_iter().enumerate() {
             assert_eq!(category as usize, at);
             assert_eq!(serde_json::to_value(category).unwrap(), category.name());
+        }
+    }
+
+    #[test]
+    fn what_is_damaged_is_left_out_and_stops_nobody() {
+        let read = |text: &str| Ledger::from_json(&serde_json::from_str(text).unwrap(), 10);
+        assert_eq!(read("{}"), None);
+        assert_eq!(read(r#"{"since_unix_ms": 11}"#), None, "it has not begun yet");
+        for bucket_seconds in ["0", "-1", "1e-300", "null", "\"x\""] {
+            let text = format!(
+                r#"{{"since_unix_ms": 5, "seconds": {{"idle": 2, "productive": -1, "new": 3}},
+                    "bucket_seconds": {bucket_seconds}, "buckets": [[1], 7]}}"#
+            );
+            let mut ledger = read(&text).unwrap();
+            assert_eq!((ledger.total(), ledger.buckets.len()), (2.0, 0));
+            ledger.book(Category::Idle, S(0.0), S(1e7));
+            assert!(ledger.buckets.len() <= BUCKETS);
         }
     }
 }

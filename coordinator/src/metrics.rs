@@ -6,11 +6,11 @@ use std::sync::{Arc, Weak};
 use looptrain_proto::Spec;
 use looptrain_proto::metrics::{self, Metric, Series};
 use opentelemetry::KeyValue;
-use opentelemetry::metrics::{Counter, Gauge, Histogram};
+use opentelemetry::metrics::{Counter, Histogram};
 
 use crate::board::Board;
 use crate::core::Snapshot;
-use crate::ledger::Category;
+use crate::ledger::{Category, Ledger};
 use crate::records::{EvaluationRecord, LossCause, RunEvent, Section, SectionSeconds, StepRecord};
 
 /// All phases of a run, as a snapshot names them.
@@ -42,27 +42,10 @@ macro_rules! instruments {
 instruments! {
     steps: Counter<u64> = STEPS.counter(),
     tokens: Counter<u64> = TOKENS.counter(),
-    step: Gauge<f64> = STEP.gauge(),
-    run_tokens: Gauge<f64> = RUN_TOKENS.gauge(),
-    loss: Gauge<f64> = LOSS.gauge(),
-    loop_loss: Gauge<f64> = LOOP_LOSS.gauge(),
-    loop_loss_above_lowest: Gauge<f64> = LOOP_LOSS_ABOVE_LOWEST.gauge(),
     loop_loss_rises: Counter<u64> = LOOP_LOSS_RISES.counter(),
     gate_collapses: Counter<u64> = GATE_COLLAPSES.counter(),
-    loop_hidden_rms: Gauge<f64> = LOOP_HIDDEN_RMS.gauge(),
-    loop_gradient_norm: Gauge<f64> = LOOP_GRADIENT_NORM.gauge(),
-    loop_agreement: Gauge<f64> = LOOP_AGREEMENT.gauge(),
-    exit_probability: Gauge<f64> = EXIT_PROBABILITY.gauge(),
-    exit_depth: Gauge<f64> = EXIT_DEPTH.gauge(),
-    exit_entropy: Gauge<f64> = EXIT_ENTROPY.gauge(),
-    gradient_norm: Gauge<f64> = GRADIENT_NORM.gauge(),
-    learning_rate: Gauge<f64> = LEARNING_RATE.gauge(),
     step_duration: Histogram<f64> = STEP_DURATION.histogram(),
     section_duration: Histogram<f64> = SECTION_DURATION.histogram(),
-    compute_rate: Gauge<f64> = COMPUTE_RATE.gauge(),
-    mfu: Gauge<f64> = MFU.gauge(),
-    generation: Gauge<f64> = GENERATION.gauge(),
-    world: Gauge<f64> = WORLD.gauge(),
     generations: Counter<u64> = GENERATIONS.counter(),
     workers_joined: Counter<u64> = WORKERS_JOINED.counter(),
     workers_refused: Counter<u64> = WORKERS_REFUSED.counter(),
@@ -70,15 +53,10 @@ instruments! {
     skipped: Counter<u64> = SKIPPED.counter(),
     stragglers: Counter<u64> = STRAGGLERS.counter(),
     rewinds: Counter<u64> = REWINDS.counter(),
-    checkpoint_step: Gauge<f64> = CHECKPOINT_STEP.gauge(),
-    checkpoint_size: Gauge<f64> = CHECKPOINT_SIZE.gauge(),
     checkpoint_duration: Histogram<f64> = CHECKPOINT_DURATION.histogram(),
     checkpoint_stall: Histogram<f64> = CHECKPOINT_STALL.histogram(),
     checkpoint_failures: Counter<u64> = CHECKPOINT_FAILURES.counter(),
     checkpoint_delays: Counter<u64> = CHECKPOINT_DELAYS.counter(),
-    validation_loss: Gauge<f64> = VALIDATION_LOSS.gauge(),
-    validation_loop_loss: Gauge<f64> = VALIDATION_LOOP_LOSS.gauge(),
-    validation_perplexity: Gauge<f64> = VALIDATION_PERPLEXITY.gauge(),
 }
 
 /// What is read from the board, for the newest value is all that matters of it.
@@ -93,6 +71,44 @@ const OBSERVED: &[(Metric, Read)] = &[
         let series = |phase: &&str| (vec![(*phase).to_owned()], f64::from(*phase == current));
         PHASES.iter().map(series).collect()
     }),
+    (metrics::STEP, |it| it.of_snapshot(|snapshot| Some(snapshot.step.0 as f64))),
+    (metrics::RUN_TOKENS, |it| it.of_snapshot(|snapshot| Some(snapshot.tokens as f64))),
+    (metrics::GENERATION, |it| it.of_snapshot(|snapshot| Some(snapshot.generation.0 as f64))),
+    (metrics::WORLD, |it| {
+        it.of_snapshot(|snapshot| {
+            let members = snapshot.workers.iter().filter(|worker| worker.rank.is_some());
+            Some(members.count() as f64)
+        })
+    }),
+    (metrics::LOSS, |it| it.last(|last| Some(last.loss))),
+    (metrics::EXIT_DEPTH, |it| it.last(|last| Some(last.mean_depth))),
+    (metrics::EXIT_ENTROPY, |it| it.last(|last| Some(last.entropy))),
+    (metrics::GRADIENT_NORM, |it| it.last(|last| Some(last.grad_norm))),
+    (metrics::LEARNING_RATE, |it| it.last(|last| Some(last.lr))),
+    (metrics::COMPUTE_RATE, |it| {
+        it.last(|last| (last.seconds > 0.0).then(|| last.flops / last.seconds))
+    }),
+    (metrics::MFU, |it| it.last(|last| last.mfu)),
+    (metrics::CHECKPOINT_STEP, |it| {
+        it.of_snapshot(|snapshot| snapshot.checkpoint_step.map(|step| step.0 as f64))
+    }),
+    (metrics::CHECKPOINT_SIZE, |it| {
+        let size = it.board.checkpoint_size().map(|bytes| (vec![], bytes as f64));
+        size.into_iter().collect()
+    }),
+    (metrics::VALIDATION_LOSS, |it| it.evaluation(|newest| newest.loss)),
+    (metrics::VALIDATION_PERPLEXITY, |it| it.evaluation(|newest| newest.perplexity)),
+    (metrics::VALIDATION_LOOP_LOSS, |it| {
+        let snapshot = it.snapshot();
+        let newest = snapshot.as_ref().and_then(|snapshot| snapshot.evaluation.as_ref());
+        by_loop(newest.map_or(&[][..], |newest| &newest.loss_per_loop))
+    }),
+    (metrics::LOOP_LOSS, |it| it.loops(|last| &last.loss_per_loop)),
+    (metrics::LOOP_LOSS_ABOVE_LOWEST, |it| it.loops(|last| &last.loss_rise_per_loop)),
+    (metrics::LOOP_HIDDEN_RMS, |it| it.loops(|last| &last.hidden_rms_per_loop)),
+    (metrics::LOOP_GRADIENT_NORM, |it| it.loops(|last| &last.gradient_norm_per_loop)),
+    (metrics::LOOP_AGREEMENT, |it| it.loops(|last| &last.agreement_per_loop)),
+    (metrics::EXIT_PROBABILITY, |it| it.loops(|last| &last.exit_pdf)),
     (metrics::COMMIT_AGE, |it| vec![(vec![], it.board.commit_age().as_secs_f64())]),
     (metrics::CHECKPOINT_AGE, |it| vec![(vec![], it.board.checkpoint_age().as_secs_f64())]),
     (metrics::WORKER_SECTION_DURATION, |it| {
@@ -110,18 +126,23 @@ const OBSERVED: &[(Metric, Read)] = &[
             view.slots_per_second.map(|rate| (member, rate)).into_iter().collect()
         })
     }),
-    (metrics::RETRIED, |it| it.of_snapshot(|snapshot| snapshot.retried_steps as f64)),
-    (metrics::DIVERGENCES, |it| it.of_snapshot(|snapshot| snapshot.divergences as f64)),
+    (metrics::WORKER_STRAGGLES, |it| {
+        it.members(|member, view| {
+            let series = |section: Section| ([member, vec![section.to_string()]].concat(), 1.0);
+            view.straggles_in.map(series).into_iter().collect()
+        })
+    }),
+    (metrics::RETRIED, |it| it.of_snapshot(|snapshot| Some(snapshot.retried_steps as f64))),
+    (metrics::DIVERGENCES, |it| it.of_snapshot(|snapshot| Some(snapshot.divergences as f64))),
     (metrics::GOODPUT, |it| {
-        let share = it.board.of_ledger(crate::ledger::Ledger::share).flatten();
+        let share = it.board.of_ledger(Ledger::share).flatten();
         share.map(|share| (vec![], share)).into_iter().collect()
     }),
+    (metrics::RUN_TIME, |it| it.by_category(|ledger, category| ledger.seconds(category))),
     (metrics::GOODPUT_TIME, |it| {
-        let seconds = it.board.of_ledger(|ledger| {
-            Category::ALL
-                .map(|category| (vec![category.name().to_owned()], ledger.seconds(category)))
-        });
-        seconds.into_iter().flatten().collect()
+        // From nothing on with each coordinator: the ledger that it goes on with may be a little older
+        // than what the one before has told.
+        it.by_category(|ledger, category| ledger.seconds_since_start(category))
     }),
 ];
 
@@ -140,8 +161,33 @@ impl Glance {
         self.board.glance()
     }
 
-    fn of_snapshot(&self, value: impl Fn(&Snapshot) -> f64) -> Vec<Series> {
-        self.snapshot().map(|snapshot| (vec![], value(&snapshot))).into_iter().collect()
+    fn of_snapshot(&self, value: impl Fn(&Snapshot) -> Option<f64>) -> Vec<Series> {
+        let value = self.snapshot().and_then(|snapshot| value(&snapshot));
+        value.map(|value| (vec![], value)).into_iter().collect()
+    }
+
+    /// Of the newest step.
+    fn last(&self, value: impl Fn(&StepRecord) -> Option<f64>) -> Vec<Series> {
+        self.of_snapshot(|snapshot| snapshot.last.as_ref().and_then(&value))
+    }
+
+    /// Of the newest evaluation.
+    fn evaluation(&self, value: impl Fn(&EvaluationRecord) -> f64) -> Vec<Series> {
+        self.of_snapshot(|snapshot| snapshot.evaluation.as_ref().map(&value))
+    }
+
+    fn by_category(&self, seconds: impl Fn(&Ledger, Category) -> f64) -> Vec<Series> {
+        let series = self.board.of_ledger(|ledger| {
+            Category::ALL.map(|it| (vec![it.name().to_owned()], seconds(ledger, it)))
+        });
+        series.into_iter().flatten().collect()
+    }
+
+    /// A series for each loop that the newest step has, and for no other.
+    fn loops(&self, values: impl Fn(&StepRecord) -> &Vec<f64>) -> Vec<Series> {
+        let snapshot = self.snapshot();
+        let last = snapshot.as_ref().and_then(|snapshot| snapshot.last.as_ref());
+        by_loop(last.map_or(&[][..], |last| values(last)))
     }
 
     /// Series of each member of the generation, from its labels (name and rank) and what is known of it.
@@ -156,6 +202,11 @@ impl Glance {
         });
         members.flatten().collect()
     }
+}
+
+/// A series for each loop, counted from 1.
+fn by_loop(values: &[f64]) -> Vec<Series> {
+    values.iter().enumerate().map(|(at, value)| (vec![(at + 1).to_string()], *value)).collect()
 }
 
 fn observe(board: &Arc<Board>, spec: &Spec) {
@@ -181,17 +232,14 @@ fn by_section(sections: SectionSeconds) -> [(&'static str, f64); 5] {
     ]
 }
 
-fn per_loop(gauge: &Gauge<f64>, values: &[f64]) {
-    for (index, value) in values.iter().enumerate() {
-        gauge.record(*value, &[KeyValue::new("loop", (index + 1).to_string())]);
-    }
-}
-
 impl Instruments {
     /// Gives counters that may stay at nothing for long a series at once: who asks how much one has
     /// grown could not see it begin otherwise.
     fn begin(&self, spec: &Spec) {
         for counter in [
+            &self.steps,
+            &self.tokens,
+            &self.generations,
             &self.workers_joined,
             &self.workers_refused,
             &self.skipped,
@@ -218,22 +266,15 @@ impl Instruments {
     pub(crate) fn record(&self, event: &RunEvent) {
         match event {
             RunEvent::Committed(record) => self.record_step(record),
-            RunEvent::Evaluated(record) => self.record_evaluation(record),
-            RunEvent::Formed { generation, world, .. } => {
-                self.generations.add(1, &[]);
-                self.generation.record(generation.0 as f64, &[]);
-                self.world.record(f64::from(*world), &[]);
-            }
+            RunEvent::Formed { .. } => self.generations.add(1, &[]),
             RunEvent::WorkerJoined { .. } => self.workers_joined.add(1, &[]),
             RunEvent::WorkerRefused { .. } => self.workers_refused.add(1, &[]),
             RunEvent::WorkerLost { cause, .. } => {
                 self.workers_lost.add(1, &[KeyValue::new("cause", cause.to_string())]);
             }
             RunEvent::Rewound { .. } => self.rewinds.add(1, &[]),
-            RunEvent::CheckpointSaved { step, seconds, bytes, stall } => {
+            RunEvent::CheckpointSaved { seconds, stall, .. } => {
                 self.checkpoint_stall.record(*stall, &[]);
-                self.checkpoint_step.record(step.0 as f64, &[]);
-                self.checkpoint_size.record(*bytes as f64, &[]);
                 self.checkpoint_duration.record(*seconds, &[]);
             }
             RunEvent::CheckpointFailed { .. } => self.checkpoint_failures.add(1, &[]),
@@ -245,7 +286,8 @@ impl Instruments {
             RunEvent::Straggles { section, .. } => {
                 self.stragglers.add(1, &[KeyValue::new("section", section.to_string())]);
             }
-            RunEvent::Waiting { .. }
+            RunEvent::Evaluated(_)
+            | RunEvent::Waiting { .. }
             | RunEvent::CaughtUp { .. }
             | RunEvent::GateRecovered { .. }
             | RunEvent::LoopLossFalls { .. }
@@ -262,35 +304,10 @@ impl Instruments {
         self.steps.add(1, &[]);
         self.tokens.add(record.step_tokens, &[]);
         self.skipped.add(u64::from(record.skipped.is_some()), &[]);
-        self.step.record(record.step.0 as f64, &[]);
-        self.run_tokens.record(record.tokens as f64, &[]);
-        self.loss.record(record.loss, &[]);
-        per_loop(&self.loop_loss, &record.loss_per_loop);
-        per_loop(&self.loop_loss_above_lowest, &record.loss_rise_per_loop);
-        per_loop(&self.loop_hidden_rms, &record.hidden_rms_per_loop);
-        per_loop(&self.loop_gradient_norm, &record.gradient_norm_per_loop);
-        per_loop(&self.loop_agreement, &record.agreement_per_loop);
-        per_loop(&self.exit_probability, &record.exit_pdf);
-        self.exit_depth.record(record.mean_depth, &[]);
-        self.exit_entropy.record(record.entropy, &[]);
-        self.gradient_norm.record(record.grad_norm, &[]);
-        self.learning_rate.record(record.lr, &[]);
         self.step_duration.record(record.seconds, &[]);
-        if record.seconds > 0.0 {
-            self.compute_rate.record(record.flops / record.seconds, &[]);
-        }
-        if let Some(mfu) = record.mfu {
-            self.mfu.record(mfu, &[]);
-        }
         for (name, seconds) in by_section(record.sections) {
             self.section_duration.record(seconds, &[KeyValue::new("section", name)]);
         }
-    }
-
-    fn record_evaluation(&self, record: &EvaluationRecord) {
-        self.validation_loss.record(record.loss, &[]);
-        per_loop(&self.validation_loop_loss, &record.loss_per_loop);
-        self.validation_perplexity.record(record.perplexity, &[]);
     }
 }
 

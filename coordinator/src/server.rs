@@ -254,7 +254,7 @@ async fn drain(mut incoming: Streaming<v1::WorkerMessage>) {
 const STATUS_EVENTS: usize = 50;
 
 fn status_reply(snapshot: Snapshot, board: &Board) -> v1::StatusReply {
-    let learning_rate = snapshot.last.as_ref().map(|last| last.lr).unwrap_or_default();
+    let learning_rate = snapshot.last.as_ref().map(|last| last.lr);
     let mfu = snapshot.last.as_ref().and_then(|last| last.mfu);
     let event = |entry: crate::board::Entry| v1::StatusEvent {
         unix_ms: entry.unix_ms,

@@ -189,10 +189,10 @@ pub async fn start_on(
     // Workers may hold later steps than the checkpoint: whether the log is cut back to it shows
     // when they are here.
     let history = read_history(&store, &run, Step(u64::MAX)).await?;
-    let chronicle = read_chronicle(&store, &run).await;
     let now = unix_ms();
+    let chronicle = read_chronicle(&store, &run, now).await?;
     let since = |then: u64| Duration::from_millis(now.saturating_sub(then));
-    let books = match chronicle.ledger.clone() {
+    let mut books = match chronicle.ledger.clone() {
         Some(ledger) => {
             Books { zero: since(ledger.since_unix_ms), away: since(chronicle.kept_unix_ms), ledger }
         }
@@ -200,6 +200,8 @@ pub async fn start_on(
     };
     let log = MetricsLog::open(&store, &run, Step(u64::MAX)).await?;
     let logged = history.steps.last().map(|record| record.step).unwrap_or_default();
+    // The log may be a little ahead of the ledger.
+    books.ledger.highest = books.ledger.highest.max(logged);
     let bequest = match resumed_from.filter(|saved| *saved > logged) {
         Some(saved) => read_memory(&checkpoints, saved).await,
         None => None,

@@ -32,6 +32,8 @@ pub(crate) struct Traces {
     every: u64,
     /// When each worker was last heard.
     heard: BTreeMap<WorkerId, SystemTime>,
+    /// The same of the one whose session was closed last: its loss is told after that.
+    closed: Option<(WorkerId, SystemTime)>,
     /// A worker that was lost since a generation last formed.
     lost: Option<Lost>,
     /// A planned step that is not committed yet.
@@ -65,6 +67,7 @@ impl Traces {
             tracer,
             every,
             heard: BTreeMap::new(),
+            closed: None,
             lost: None,
             in_flight: None,
             formed: false,
@@ -105,7 +108,9 @@ impl Traces {
         match event {
             Event::Joined { worker, .. } => drop(self.heard.insert(*worker, SystemTime::now())),
             Event::Report { worker, report } => {
-                self.heard.insert(*worker, SystemTime::now());
+                if let Some(heard) = self.heard.get_mut(worker) {
+                    *heard = SystemTime::now();
+                }
                 match report {
                     Report::Prepared { step, .. } if self.votes.is_none() => {
                         if let Some((traced, context)) = &self.step
@@ -137,6 +142,10 @@ impl Traces {
             Action::Send { worker, message } => self.before_message(*worker, message),
             Action::Publish(event) => {
                 self.before_event(event);
+                String::new()
+            }
+            Action::Close { worker } => {
+                self.closed = self.heard.remove(worker).map(|heard| (*worker, heard));
                 String::new()
             }
             Action::WriteManifest(_) => {
@@ -249,7 +258,8 @@ impl Traces {
     fn before_event(&mut self, event: &RunEvent) {
         match event {
             RunEvent::WorkerLost { worker, name, cause, reason } => {
-                let heard = self.heard.remove(worker);
+                let closed = self.closed.take_if(|(closed, _)| closed == worker);
+                let heard = self.heard.remove(worker).or(closed.map(|(_, heard)| heard));
                 fail(&mut self.transfers.remove(worker), reason);
                 let (worker, cause, reason) = (name.clone(), cause.to_string(), reason.clone());
                 let noticed = SystemTime::now();
@@ -264,6 +274,8 @@ impl Traces {
                 }
             }
             RunEvent::Committed(record) => {
+                // It was a spare, whose loss interrupts nothing.
+                self.lost = None;
                 if let Some((_, context)) = self.step.take() {
                     let span = context.span();
                     span.set_attribute(KeyValue::new("loss", record.loss));
@@ -415,6 +427,7 @@ mod tests {
 
         // Worker 2 says something, and then nothing, in the middle of step 5.
         traces.before(&send(1, plan(1, 5)));
+        traces.hear(&Event::Joined { worker: WorkerId(2), join: v1::Join::default() });
         let report = Report::Heartbeat;
         traces.hear(&Event::Report { worker: WorkerId(2), report });
         std::thread::sleep(Duration::from_millis(30));
@@ -446,16 +459,25 @@ mod tests {
         assert!(matches!(below("form")[0].status, Status::Error { .. }));
         assert!(matches!(below("form")[1].status, Status::Unset));
 
+        // Nor is the loss of a spare, after which somebody joins.
+        traces.hear(&Event::Joined { worker: WorkerId(7), join: v1::Join::default() });
+        let (worker, name, reason) = (WorkerId(7), "spare".into(), "killed".into());
+        let cause = LossCause::Died;
+        traces.before(&Action::Close { worker });
+        traces.before(&Action::Publish(RunEvent::WorkerLost { worker, name, cause, reason }));
+        assert!(traces.heard.is_empty(), "nobody is remembered who is gone");
+        traces.before(&send(1, plan(3, 6)));
+        commit(&mut traces, 3, 6);
         // A growth is none, and a checkpoint is a trace of its own.
-        traces.before(&send(1, form(4, 5)));
-        traces.before(&formed(4, 5));
-        traces.before(&send(1, plan(4, 6)));
-        commit(&mut traces, 4, 6);
+        traces.before(&send(1, form(4, 6)));
+        traces.before(&formed(4, 6));
+        traces.before(&send(1, plan(4, 7)));
+        commit(&mut traces, 4, 7);
         assert_eq!(collected.named("recovery").len(), 1);
         assert_eq!(collected.named("formation").len(), 2);
-        let save = v1::Save { generation: 4, step: 6, part: 0, parts: 1 };
+        let save = v1::Save { generation: 4, step: 7, part: 0, parts: 1 };
         assert!(!traces.before(&send(1, Directive::Save(save))).is_empty());
-        let (step, seconds, bytes, stall) = (Step(6), 1.0, 100, 0.5);
+        let (step, seconds, bytes, stall) = (Step(7), 1.0, 100, 0.5);
         let saved = RunEvent::CheckpointSaved { step, seconds, bytes, stall };
         traces.before(&Action::Publish(saved));
         assert_eq!(collected.named("checkpoint").len(), 1);

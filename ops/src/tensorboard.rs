@@ -74,6 +74,8 @@ pub(crate) struct EventFile {
     flushed: Instant,
     /// It could not be written, and that has been said.
     broken: bool,
+    /// What comes next may be a step that an earlier file has as well.
+    begins: bool,
 }
 
 impl EventFile {
@@ -95,8 +97,13 @@ impl EventFile {
         let file = open().with_context(|| {
             format!("cannot write TensorBoard's events to {}; check --tensorboard", path.display())
         })?;
-        let mut events =
-            Self { path, file: BufWriter::new(file), flushed: Instant::now(), broken: false };
+        let mut events = Self {
+            path,
+            file: BufWriter::new(file),
+            flushed: Instant::now(),
+            broken: false,
+            begins: true,
+        };
         events.write(Step(0), What::FileVersion("brain.Event:2".into()));
         events.flush();
         Ok(events)
@@ -105,17 +112,18 @@ impl EventFile {
     /// Takes what happened.
     pub(crate) fn record(&mut self, event: &RunEvent) {
         match event {
-            RunEvent::Committed(record) => self.summary(record.step, of_step(record)),
+            RunEvent::Committed(record) => {
+                if std::mem::take(&mut self.begins) {
+                    // Here and not at the start: workers may hold later steps than the checkpoint.
+                    self.write(record.step, What::SessionLog(SessionLog { status: START }));
+                }
+                self.summary(record.step, of_step(record));
+            }
             RunEvent::Evaluated(record) => self.summary(record.step, of_evaluation(record)),
-            RunEvent::Rewound { to, .. } => self.begin_after(*to),
+            RunEvent::Rewound { .. } => self.begins = true,
             RunEvent::Finished { .. } | RunEvent::Failed { .. } => self.flush(),
             _ => {}
         }
-    }
-
-    /// What comes now is after `step`; what an earlier file has of later steps is undone.
-    pub(crate) fn begin_after(&mut self, step: Step) {
-        self.write(step.next(), What::SessionLog(SessionLog { status: START }));
     }
 
     fn summary(&mut self, step: Step, values: Vec<(String, f64)>) {

@@ -95,6 +95,7 @@ catalogue! {
     WORKER_SECTION_DURATION: Gauge "looptrain.worker.section.duration" ["s"] {"worker", "rank", "section"} Coordinator "Time of each member of the generation in a section of its newest step.";
     WORKER_SLOTS: Gauge "looptrain.worker.slots" ["{slot}"] {"worker", "rank"} Coordinator "Slots of each member in the step in flight.";
     WORKER_SLOT_RATE: Gauge "looptrain.worker.slot.rate" ["{slot}/s"] {"worker", "rank"} Coordinator "Slots that each member computes in a second.";
+    WORKER_STRAGGLES: Gauge "looptrain.worker.straggles" [""] {"worker", "rank", "section"} Coordinator "1 for each member that takes much longer than the others in a section of its steps (data, compute, reduce or commit); no series for the others.";
     COMPUTE_RATE: Gauge "looptrain.compute.rate" ["{operation}/s"] {} Coordinator "Floating-point operations per second of the newest step as the model needs them, without document masking, all workers together.";
     MFU: Gauge "looptrain.mfu" ["1"] {} Coordinator "Model FLOPs utilization of the newest step: the share of what the workers' devices could do, where the spec says it.";
     GENERATION: Gauge "looptrain.generation" ["{generation}"] {} Coordinator "The current generation.";
@@ -108,13 +109,14 @@ catalogue! {
     STRAGGLERS: Counter "looptrain.stragglers" ["{worker}"] {"section"} Coordinator "Times that a worker began to take much longer than the others in a section of its steps.";
     REWINDS: Counter "looptrain.rewinds" ["{rewind}"] {} Coordinator "Times that committed steps had to be done again from a checkpoint.";
     DIVERGENCES: Counter "looptrain.divergences" ["{divergence}"] {} Coordinator "Times that workers disagreed on a gradient or on weights.";
-    GOODPUT: Gauge "looptrain.goodput" ["1"] {} Coordinator "Share of the time of all workers since the run began that went into steps for the first time.";
-    GOODPUT_TIME: Counter "looptrain.goodput.time" ["s"] {"category"} Coordinator "Time of all workers since the run began, added up, by what became of it.";
+    GOODPUT: Gauge "looptrain.goodput" ["1"] {} Coordinator "Share of the time of all workers since the run began that was productive: part of a step that was committed for the first time, or of an evaluation.";
+    RUN_TIME: Gauge "looptrain.run.time" ["s"] {"category"} Coordinator "Time of all workers since the run began, added up, by what became of it.";
+    GOODPUT_TIME: Counter "looptrain.goodput.time" ["s"] {"category"} Coordinator "Time of all workers under this coordinator, added up, by what became of it.";
     CHECKPOINT_STEP: Gauge "looptrain.checkpoint.step" ["{step}"] {} Coordinator "Step of the newest checkpoint.";
     CHECKPOINT_SIZE: Gauge "looptrain.checkpoint.size" ["By"] {} Coordinator "Size of the newest checkpoint.";
     CHECKPOINT_AGE: Gauge "looptrain.checkpoint.age" ["s"] {} Coordinator "Time since the newest checkpoint was written; before the first one, since this coordinator's start.";
     CHECKPOINT_DURATION: Histogram "looptrain.checkpoint.duration" ["s"] {} Coordinator "Time from the directive to save to the manifest.";
-    CHECKPOINT_STALL: Histogram "looptrain.checkpoint.stall" ["s"] {} Coordinator "Time that a member stood still to copy its state for a checkpoint.";
+    CHECKPOINT_STALL: Histogram "looptrain.checkpoint.stall" ["s"] {} Coordinator "Longest time that a member stood still to copy its state for a checkpoint.";
     CHECKPOINT_FAILURES: Counter "looptrain.checkpoint.failures" ["{checkpoint}"] {} Coordinator "Checkpoints that were given up.";
     CHECKPOINT_DELAYS: Counter "looptrain.checkpoint.delays" ["{checkpoint}"] {} Coordinator "Checkpoints that were due while another one was being written.";
     VALIDATION_LOSS: Gauge "looptrain.validation.loss" ["{nat}"] {} Coordinator "Stage I loss on the validation split, nats per token.";
@@ -264,7 +266,7 @@ The coordinator serves its metrics for Prometheus at `/metrics` beside the statu
 has `_bucket`, `_sum` and `_count` behind it. Dashboards are in `ops/grafana/`, alert rules in
 `ops/prometheus/`, what to do about an alert in [runbooks.md](runbooks.md).
 
-Categories of `looptrain.goodput.time`: see [operations.md](operations.md#goodput).
+Categories of `looptrain.run.time` and `looptrain.goodput.time`: see [operations.md](operations.md#goodput).
 ";
 
 #[cfg(test)]

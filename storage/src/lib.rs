@@ -42,7 +42,7 @@ pub use dataset::{
     prepare, prepare_from, read_sequences, synthetic, verify,
 };
 pub use error::{Error, Result, Tries};
-pub use metrics::{MetricsLog, read_metrics};
+pub use metrics::{MetricsLog, read_metrics, read_newest_metrics};
 pub use order::{Order, SequenceRef};
 pub use record::{Finished, Register, RunRecord, Witness, read_record};
 pub use store::{Faults, ObjectInfo, Store, Version};

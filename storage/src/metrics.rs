@@ -151,6 +151,28 @@ pub async fn read_metrics(store: &Store, run: &str) -> Result<Vec<Value>> {
     Ok(values)
 }
 
+/// The newest `count` lines of `run` that are JSON, in the order of steps.
+///
+/// # Errors
+/// When the store fails.
+pub async fn read_newest_metrics(store: &Store, run: &str, count: usize) -> Result<Vec<Value>> {
+    let mut newest: Vec<Value> = Vec::new();
+    let mut end = Step(u64::MAX);
+    for (first, key) in segments(store, &prefix(run)).await?.into_iter().rev() {
+        let text = store.get(&key).await?;
+        let lines = readable(store, &key, &text).map(|(_, value)| value);
+        let mut lines: Vec<Value> =
+            lines.filter(|value| step_of(value).is_none_or(|step| step < end)).collect();
+        lines.append(&mut newest);
+        newest = lines;
+        end = first;
+        if newest.len() >= count {
+            break;
+        }
+    }
+    Ok(newest.split_off(newest.len().saturating_sub(count)))
+}
+
 fn prefix(run: &str) -> String {
     format!("{}/metrics", run_prefix(run))
 }
@@ -240,6 +262,15 @@ mod tests {
             [1, 11, 21].map(|first| format!("runs/r/metrics/steps-{first:010}.jsonl"))
         );
         assert_eq!(logged(&store).await, (1..=25).map(|step| (step, 1)).collect::<Vec<_>>());
+        for count in [0, 3, 8, 25, 99] {
+            let newest = read_newest_metrics(&store, "r", count).await.unwrap();
+            let steps: Vec<u64> =
+                newest.iter().map(|line| line["step"].as_u64().unwrap()).collect();
+            assert_eq!(
+                steps,
+                (26_u64.saturating_sub(count as u64).max(1)..=25).collect::<Vec<_>>()
+            );
+        }
         let lines = read_metrics(&store, "r").await.unwrap();
         assert_eq!(lines[2]["loss"].as_f64(), Some(1.0 / 3.0), "floats survive to the bit");
     }

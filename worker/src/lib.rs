@@ -47,6 +47,7 @@ pub use error::WorkerError;
 pub use machine::available_memory;
 pub use moment::{Moment, Moments};
 pub use settings::{BlockCache, Stop, WorkerSettings, host_name};
+pub use trace::UNTRACED;
 
 /// What [`take_part`] is put together from.
 pub mod parts {

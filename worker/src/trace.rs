@@ -7,13 +7,16 @@ use opentelemetry::{Context, global};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
+/// The trace of what the coordinator does not trace: nobody samples it.
+pub const UNTRACED: TraceId = TraceId::from_bytes(1_u128.to_be_bytes());
+
 /// The span that a directive belongs to. What the coordinator does not trace is below one that nobody
 /// samples, so that this worker does not trace it either.
 pub(crate) fn parent(traceparent: String) -> Context {
     if traceparent.is_empty() {
-        let (trace, span) = (TraceId::from(1), SpanId::from(1));
+        let span = SpanId::from(1);
         let unsampled =
-            SpanContext::new(trace, span, TraceFlags::default(), true, TraceState::default());
+            SpanContext::new(UNTRACED, span, TraceFlags::default(), true, TraceState::default());
         return Context::new().with_remote_span_context(unsampled);
     }
     let carrier = HashMap::from([("traceparent".to_owned(), traceparent)]);

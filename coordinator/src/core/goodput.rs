@@ -179,7 +179,10 @@ impl Core {
             let begin = std::mem::replace(&mut known.account.booked, now);
             let span = now.saturating_sub(begin);
             let waited = duration(vote.sections.data_wait).min(span);
-            let stalled = std::mem::take(&mut known.account.stalled).min(span - waited);
+            // What does not fit was in a step before, whose time has been booked as useful: the next
+            // ones make up for it.
+            let stalled = known.account.stalled.min(span - waited);
+            known.account.stalled -= stalled;
             let (stall_ends, wait_ends) = (begin + stalled, begin + stalled + waited);
             self.book(Category::CheckpointStall, begin, stall_ends);
             self.book(Category::DataWait, stall_ends, wait_ends);

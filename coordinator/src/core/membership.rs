@@ -131,6 +131,8 @@ impl Core {
         if returned {
             self.book_return(&join.name);
         }
+        // Who begins anew does not come back.
+        self.gone.remove(&join.name);
         let account = Account::of_joiner(self.now, returned);
         let asked = None;
         let joiner = Worker { join, heard, asked, sections, history, follows: false, account };

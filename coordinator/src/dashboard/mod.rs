@@ -17,7 +17,7 @@ use axum::{Json, Router};
 use looptrain_proto::Step;
 use serde::Serialize;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,9 @@ const LIVE_AT_MOST: Duration = Duration::from_secs(1);
 
 /// A live reader is told at least this often, so that it knows that the coordinator is there.
 const LIVE_AT_LEAST: Duration = Duration::from_secs(5);
+
+/// Live readers at a time.
+const LIVE_READERS: usize = 64;
 
 const PAGE: &str = include_str!("page.html");
 
@@ -60,6 +63,8 @@ struct Sources {
     inputs: mpsc::Sender<Input>,
     board: Arc<Board>,
     render_metrics: Option<RenderMetrics>,
+    /// Places of live readers that are free.
+    places: Arc<Semaphore>,
 }
 
 /// The dashboard's routes.
@@ -79,7 +84,12 @@ pub(crate) fn app(
         .route("/api/steps", get(steps))
         .route("/api/live", get(live))
         .route("/metrics", get(metrics))
-        .with_state(Sources { inputs, board, render_metrics })
+        .with_state(Sources {
+            inputs,
+            board,
+            render_metrics,
+            places: Arc::new(Semaphore::new(LIVE_READERS)),
+        })
 }
 
 /// Serves until `shutdown`.
@@ -96,27 +106,29 @@ async fn page() -> Html<&'static str> {
 }
 
 #[derive(Serialize)]
-struct StatusReply {
+struct StatusReply<'a> {
     #[serde(flatten)]
-    snapshot: Snapshot,
+    snapshot: &'a Snapshot,
     #[serde(flatten)]
     recent: Recent,
 }
 
 impl Sources {
     /// How things are; `None` when the run is over.
-    async fn status(&self) -> Option<StatusReply> {
+    async fn snapshot(&self) -> Option<Snapshot> {
         let (reply, snapshot) = oneshot::channel();
         // When the runtime is gone the reply is dropped.
         let _ = self.inputs.send(Input::Snapshot(reply)).await;
-        let snapshot = snapshot.await.ok()?;
-        Some(StatusReply { snapshot, recent: self.board.recent() })
+        snapshot.await.ok()
     }
 }
 
 async fn status(State(sources): State<Sources>) -> Response {
-    match sources.status().await {
-        Some(status) => Json(status).into_response(),
+    match sources.snapshot().await {
+        Some(snapshot) => {
+            let recent = sources.board.recent();
+            Json(StatusReply { snapshot: &snapshot, recent }).into_response()
+        }
         None => {
             (StatusCode::SERVICE_UNAVAILABLE, "the run is over and its coordinator is going away")
                 .into_response()
@@ -161,6 +173,8 @@ struct Live {
     rewinds: u64,
     told: Option<Instant>,
     queued: VecDeque<Event>,
+    /// One of the places for readers.
+    _place: OwnedSemaphorePermit,
 }
 
 impl Live {
@@ -173,7 +187,13 @@ impl Live {
                 let _ = timeout(LIVE_AT_LEAST - LIVE_AT_MOST, self.changes.changed()).await;
             }
             self.changes.mark_unchanged();
-            let status = self.sources.status().await?;
+            // As the board saw it last: many readers are no work for who commits steps.
+            let snapshot = match self.sources.board.glance() {
+                Some(snapshot) if !self.sources.inputs.is_closed() => snapshot,
+                _ => Arc::new(self.sources.snapshot().await?),
+            };
+            let recent = self.sources.board.recent();
+            let status = StatusReply { snapshot: &snapshot, recent };
             self.told = Some(Instant::now());
             self.queued.extend(Event::default().event("status").json_data(status).ok());
             let rewinds = self.sources.board.rewinds();
@@ -199,11 +219,16 @@ async fn live(State(sources): State<Sources>, RawQuery(query): RawQuery) -> Resp
         Err(wrong) => return wrong.into_response(),
     };
     let (changes, rewinds) = (sources.board.follow(), sources.board.rewinds());
-    let live = Live { sources, changes, newest, rewinds, told: None, queued: VecDeque::new() };
-    Sse::new(told(live)).keep_alive(KeepAlive::default()).into_response()
+    let Ok(place) = Arc::clone(&sources.places).try_acquire_owned() else {
+        let reason = "too many read this already; ask /api/status now and then";
+        return (StatusCode::SERVICE_UNAVAILABLE, reason).into_response();
+    };
+    let (told, queued) = (None, VecDeque::new());
+    let live = Live { sources, changes, newest, rewinds, told, queued, _place: place };
+    Sse::new(stream(live)).keep_alive(KeepAlive::default()).into_response()
 }
 
-fn told(live: Live) -> impl Stream<Item = Result<Event, Infallible>> {
+fn stream(live: Live) -> impl Stream<Item = Result<Event, Infallible>> {
     futures::stream::unfold(live, |mut live| async move {
         let event = live.next().await?;
         Some((Ok(event), live))

@@ -160,9 +160,6 @@ pub(crate) async fn follow(
         print_line(&format!("going on from the checkpoint of step {from}"));
     }
     let mut progress = RunProgress::new(run.spec.total_steps(), from);
-    if let Some(events) = &mut run.events {
-        events.begin_after(from);
-    }
     let mut show = |event: &RunEvent| {
         also(event);
         if let Some(events) = &mut run.events {
@@ -175,7 +172,9 @@ pub(crate) async fn follow(
             biased;
             event = running.events.recv() => match event {
                 Ok(event) => show(&event),
-                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(missed)) => {
+                    tracing::warn!(missed, "events came faster than they could be shown");
+                }
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
             },
             outcome = &mut running.outcome => {

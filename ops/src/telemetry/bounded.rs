@@ -5,27 +5,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use opentelemetry::logs::Severity;
+use looptrain_worker::UNTRACED;
+use opentelemetry::logs::{LogRecord, Severity};
+use opentelemetry::trace::{SpanId, TraceId};
 use opentelemetry::{Context, InstrumentationScope};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::logs::{LogBatch, LogExporter, LogProcessor, SdkLogRecord};
 use opentelemetry_sdk::trace::{Span, SpanData, SpanExporter, SpanProcessor};
 
-/// Items that may wait; the queues of the batch processors are as long.
-pub(super) const QUEUE: usize = 8192;
-
 /// The items of one signal on their way.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Gate {
+    /// Items that may wait; the queue of the batch processor is as long.
+    pub(super) room: usize,
     waiting: Arc<AtomicUsize>,
     dropped: Arc<AtomicU64>,
 }
 
 impl Gate {
+    pub(super) fn new(room: usize) -> Self {
+        Self { room, waiting: Arc::default(), dropped: Arc::default() }
+    }
+
     /// Whether there is room for one more; one that finds none is counted.
     fn enter(&self) -> bool {
-        let room = self.waiting.fetch_add(1, Ordering::Relaxed) < QUEUE;
+        let room = self.waiting.fetch_add(1, Ordering::Relaxed) < self.room;
         if !room {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -101,6 +106,10 @@ impl<E: SpanExporter> SpanExporter for Bounded<E> {
 impl<P: LogProcessor> LogProcessor for Bounded<P> {
     fn emit(&self, record: &mut SdkLogRecord, scope: &InstrumentationScope) {
         if self.gate.enter() {
+            // What the coordinator does not trace is below a span that stands for nothing.
+            if record.trace_context().is_some_and(|context| context.trace_id == UNTRACED) {
+                record.set_trace_context(TraceId::INVALID, SpanId::INVALID, None);
+            }
             self.inner.emit(record, scope);
         }
     }
@@ -163,13 +172,14 @@ mod tests {
 
     #[test]
     fn a_collector_that_hangs_holds_nobody_up_and_what_it_misses_is_counted() {
-        let gate = Gate::default();
+        const ROOM: usize = 4096;
+        let gate = Gate::new(ROOM);
         let (go, held) = mpsc::channel();
         let processor = span_processor(Stuck(held.into()), gate.clone());
         let provider = SdkTracerProvider::builder().with_span_processor(processor).build();
         let tracer = provider.tracer("test");
         let begin = Instant::now();
-        for _ in 0..QUEUE + 1000 {
+        for _ in 0..ROOM + 1000 {
             drop(tracer.start("span"));
         }
         assert!(begin.elapsed() < Duration::from_secs(2), "it took {:?}", begin.elapsed());

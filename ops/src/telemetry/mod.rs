@@ -3,9 +3,10 @@
 //!
 //! A signal is exported when the standard variables name an endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT`, or
 //! that of the signal such as `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`), unless `OTEL_SDK_DISABLED` is true
-//! or its exporter is `none` (`OTEL_LOGS_EXPORTER=none`). Sampler, resource, time-outs, batches and
-//! headers follow their `OTEL_*` variables as well. `RUST_LOG` sets the level of both kinds of logs.
-//! Nothing here waits for a collector but the end of the program, for a few seconds.
+//! or its exporter is `none` (`OTEL_LOGS_EXPORTER=none`). Resource, time-outs, batches and headers follow
+//! their `OTEL_*` variables as well; so does the sampler, for the spans at the top of a trace. `RUST_LOG`
+//! sets the level of both kinds of logs. Nothing here waits for a collector but the end of the program,
+//! for a few seconds, and what cannot be set up is told and left out.
 
 mod bounded;
 
@@ -23,11 +24,11 @@ use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::logs::{
     BatchConfigBuilder as LogBatches, BatchLogProcessor, SdkLoggerProvider,
 };
-use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
+use opentelemetry_sdk::metrics::{Instrument, PeriodicReader, SdkMeterProvider, Stream};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{
-    BatchConfigBuilder as SpanBatches, BatchSpanProcessor, SdkTracerProvider, SpanExporter,
-    SpanProcessor,
+    BatchConfigBuilder as SpanBatches, BatchSpanProcessor, Sampler, SdkTracerProvider,
+    SpanExporter, SpanProcessor,
 };
 use prometheus::{Encoder, Registry, TextEncoder};
 use tracing_subscriber::EnvFilter;
@@ -35,7 +36,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use self::bounded::{Bounded, Gate, QUEUE};
+use self::bounded::{Bounded, Gate};
 
 /// Log records of this target are for collectors alone: people are told the same in another way.
 pub(crate) const TOLD: &str = "looptrain::told";
@@ -62,21 +63,26 @@ impl Telemetry {
             .context("cannot install the metrics exporter")?;
         let meters =
             SdkMeterProvider::builder().with_resource(resource.clone()).with_reader(reader);
-        let meters = match is_exported("METRICS") {
-            true => meters.with_reader(metric_reader()?).build(),
-            false => meters.build(),
+        let mut troubles: Vec<String> = variables_that_do_not_hold();
+        let mut unless = |trouble: anyhow::Error| troubles.push(format!("{trouble:#}"));
+        let meters = meters.with_view(many_workers);
+        let exported = is_exported("METRICS").then(metric_reader).transpose();
+        let meters = match exported.map_err(&mut unless) {
+            Ok(Some(reader)) => meters.with_reader(reader).build(),
+            _ => meters.build(),
         };
         global::set_meter_provider(meters.clone());
 
-        let [spans_gate, logs_gate] = [Gate::default(), Gate::default()];
-        let tracers = match is_exported("TRACES") {
-            true => Some(tracer_provider(resource.clone(), spans_gate.clone())?),
-            false => None,
-        };
-        let loggers = match is_exported("LOGS") {
-            true => Some(logger_provider(resource, logs_gate.clone())?),
-            false => None,
-        };
+        let spans_gate = Gate::new(room("OTEL_BSP_MAX_QUEUE_SIZE"));
+        let logs_gate = Gate::new(room("OTEL_BLRP_MAX_QUEUE_SIZE"));
+        let tracers = is_exported("TRACES")
+            .then(|| tracer_provider(resource.clone(), spans_gate.clone()))
+            .transpose();
+        let tracers = tracers.map_err(&mut unless).unwrap_or_default();
+        let loggers = is_exported("LOGS")
+            .then(|| logger_provider(resource.clone(), logs_gate.clone()))
+            .transpose();
+        let loggers = loggers.map_err(&mut unless).unwrap_or_default();
         metrics::TELEMETRY_DROPPED.observe(move || {
             let series =
                 |signal: &str, gate: &Gate| (vec![signal.to_owned()], gate.dropped() as f64);
@@ -114,6 +120,9 @@ impl Telemetry {
             .with(records)
             .try_init()
             .context("cannot install the log subscriber")?;
+        for trouble in troubles {
+            tracing::warn!("{trouble}");
+        }
         Ok(Self { registry, meters, tracers, loggers })
     }
 
@@ -188,6 +197,61 @@ fn exports(signal: &str, variable: impl Fn(&str) -> Option<String>) -> bool {
     !disabled && !none && endpoint.is_some()
 }
 
+/// Items of a signal that may wait, unless the variable says it.
+const ROOM: usize = 8192;
+
+fn room(variable: &str) -> usize {
+    let given = std::env::var(variable).ok().and_then(|text| text.trim().parse().ok());
+    given.filter(|room| *room > 0).unwrap_or(ROOM)
+}
+
+/// What the variables ask for and do not get.
+fn variables_that_do_not_hold() -> Vec<String> {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let mut troubles = Vec::new();
+    for name in ["", "TRACES_", "METRICS_", "LOGS_"] {
+        let name = format!("OTEL_EXPORTER_OTLP_{name}PROTOCOL");
+        if let Some(other) = set(&name).filter(|protocol| protocol != "grpc") {
+            troubles.push(format!("{name} is {other}; what leaves, leaves over grpc"));
+        }
+    }
+    for signal in ["TRACES", "METRICS", "LOGS"] {
+        let name = format!("OTEL_{signal}_EXPORTER");
+        if let Some(other) = set(&name).filter(|it| it != "otlp" && it != "none") {
+            troubles.push(format!("{name} is {other}; otlp and none are known here"));
+        }
+    }
+    if let Some(Err(error)) = set("RUST_LOG").map(EnvFilter::try_new) {
+        troubles.push(format!("RUST_LOG is not obeyed: {error}"));
+    }
+    troubles
+}
+
+/// More series than is usual where each worker has some.
+fn many_workers(instrument: &Instrument) -> Option<Stream> {
+    let by_worker = |metric: &&metrics::Metric| {
+        metric.name == instrument.name() && metric.labels.contains(&"worker")
+    };
+    metrics::CATALOGUE.iter().find(by_worker)?;
+    Stream::builder().with_cardinality_limit(SERIES_BY_WORKER).build().ok()
+}
+
+/// Those of 16,384 workers in five sections.
+const SERIES_BY_WORKER: usize = 5 * 16_384;
+
+/// The sampler that the variables ask for at the top of a trace; what is below follows what is above
+/// it, also in other processes.
+fn sampler(variable: impl Fn(&str) -> Option<String>) -> Sampler {
+    let name = variable("OTEL_TRACES_SAMPLER").unwrap_or_default();
+    let share = variable("OTEL_TRACES_SAMPLER_ARG").and_then(|share| share.trim().parse().ok());
+    let top = match name.strip_prefix("parentbased_").unwrap_or(&name) {
+        "always_off" => Sampler::AlwaysOff,
+        "traceidratio" => Sampler::TraceIdRatioBased(share.unwrap_or(1.0)),
+        _ => Sampler::AlwaysOn,
+    };
+    Sampler::ParentBased(Box::new(top))
+}
+
 const CANNOT: &str = "cannot set up the OTLP exporter; check the OTEL_EXPORTER_OTLP_* variables";
 
 fn metric_reader() -> Result<PeriodicReader<opentelemetry_otlp::MetricExporter>> {
@@ -196,7 +260,7 @@ fn metric_reader() -> Result<PeriodicReader<opentelemetry_otlp::MetricExporter>>
 }
 
 fn span_processor(exporter: impl SpanExporter + 'static, gate: Gate) -> impl SpanProcessor {
-    let batches = SpanBatches::default().with_max_queue_size(QUEUE).build();
+    let batches = SpanBatches::default().with_max_queue_size(gate.room).build();
     let inner = Bounded { inner: exporter, gate: gate.clone() };
     let inner = BatchSpanProcessor::builder(inner).with_batch_config(batches).build();
     Bounded { inner, gate }
@@ -205,8 +269,11 @@ fn span_processor(exporter: impl SpanExporter + 'static, gate: Gate) -> impl Spa
 fn tracer_provider(resource: Resource, gate: Gate) -> Result<SdkTracerProvider> {
     let exporter = opentelemetry_otlp::SpanExporter::builder().with_tonic().build();
     let processor = span_processor(exporter.context(CANNOT)?, gate);
-    let provider =
-        SdkTracerProvider::builder().with_resource(resource).with_span_processor(processor).build();
+    let provider = SdkTracerProvider::builder()
+        .with_sampler(sampler(|name| std::env::var(name).ok()))
+        .with_resource(resource)
+        .with_span_processor(processor)
+        .build();
     global::set_tracer_provider(provider.clone());
     global::set_text_map_propagator(TraceContextPropagator::new());
     Ok(provider)
@@ -215,7 +282,7 @@ fn tracer_provider(resource: Resource, gate: Gate) -> Result<SdkTracerProvider> 
 fn logger_provider(resource: Resource, gate: Gate) -> Result<SdkLoggerProvider> {
     let exporter = opentelemetry_otlp::LogExporter::builder().with_tonic().build();
     let inner = Bounded { inner: exporter.context(CANNOT)?, gate: gate.clone() };
-    let batches = LogBatches::default().with_max_queue_size(QUEUE).build();
+    let batches = LogBatches::default().with_max_queue_size(gate.room).build();
     let inner = BatchLogProcessor::builder(inner).with_batch_config(batches).build();
     let processor = Bounded { inner, gate };
     Ok(SdkLoggerProvider::builder().with_resource(resource).with_log_processor(processor).build())
@@ -238,6 +305,22 @@ impl Write for LineWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_sampler_decides_at_the_top_alone() {
+        let with = |name: &str, share: &str| {
+            let sampler = sampler(|variable| match variable {
+                "OTEL_TRACES_SAMPLER" => Some(name.to_owned()),
+                "OTEL_TRACES_SAMPLER_ARG" => Some(share.to_owned()),
+                _ => None,
+            });
+            format!("{sampler:?}")
+        };
+        assert_eq!(with("always_on", ""), "ParentBased(AlwaysOn)");
+        assert_eq!(with("parentbased_always_off", ""), "ParentBased(AlwaysOff)");
+        assert_eq!(with("traceidratio", "0.25"), "ParentBased(TraceIdRatioBased(0.25))");
+        assert_eq!(with("nonsense", "x"), "ParentBased(AlwaysOn)");
+    }
 
     #[test]
     fn a_signal_leaves_when_an_endpoint_is_named_for_it() {

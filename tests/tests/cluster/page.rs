@@ -128,9 +128,12 @@ fn the_page_shows_a_run_with_deaths_in_it_and_its_history_outlives_the_coordinat
     assert!(generations.last().unwrap()["generation"].as_u64() > before["generation"].as_u64());
     assert_eq!(after["goodput"]["since_unix_ms"], before["goodput"]["since_unix_ms"]);
     let seconds = |status: &Value, category: &str| status["goodput"]["seconds"][category].as_f64();
-    for category in ["productive", "start_up"] {
-        assert!(seconds(&after, category) >= seconds(&before, category), "{category}: {after:#}");
-    }
     assert!(seconds(&after, "recovering") > seconds(&before, "recovering"), "{after:#}");
-    assert_eq!(after["checkpoints"][0]["state"].as_str().map(str::is_empty), Some(false));
+    // What was booked in the last seconds before the kill is earned again.
+    wait_until(|| {
+        status(page)
+            .is_some_and(|after| seconds(&after, "productive") > seconds(&before, "productive"))
+    });
+    let saved = after["checkpoints"].as_array().unwrap();
+    assert!(saved.iter().any(|it| it["state"] == "verified"), "it went on from one: {saved:?}");
 }

@@ -1,7 +1,7 @@
 //! What leaves over OTLP, as a collector gets it from real processes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -27,8 +27,10 @@ use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
 use opentelemetry_proto::tonic::resource::v1::Resource;
 use tonic::{Request, Response, Status};
 
-use crate::cluster::{Cluster, LAST, STEP};
+use crate::cluster::{Cluster, ENDLESS, LAST, STEP};
+use crate::http::get;
 use crate::ports::free_port;
+use crate::support::wait_until;
 
 /// A span, with the service that it is of.
 #[derive(Clone, Debug)]
@@ -177,8 +179,11 @@ fn a_recovery_is_one_trace_over_coordinator_and_workers_with_logs_and_metrics_be
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (collector, port) = (Collector::default(), free_port());
     collector.serve(&runtime, port);
+    let mut variables = exporting_to(port);
+    // At the top of traces alone: a worker does not trace what its coordinator does not.
+    variables.push(("OTEL_TRACES_SAMPLER".into(), "always_on".into()));
     let every = ["--set", "telemetry.trace_every_steps=10"];
-    let cluster = Cluster::start_exporting(&exporting_to(port), 2, &every);
+    let cluster = Cluster::start_exporting(&variables, 2, &every);
     let survivor = cluster.worker(&["--name", "survivor"]);
     let victim = cluster.worker(&["--name", "victim", "--fault", &format!("kill@reduce:{STEP}")]);
     assert_eq!(victim.end().code, None, "it was killed");
@@ -224,6 +229,8 @@ fn a_recovery_is_one_trace_over_coordinator_and_workers_with_logs_and_metrics_be
         }
         assert_eq!(above.trace, span.trace);
     }
+    let untraced = |trace: &[u8]| trace.len() == 16 && trace[..15] == [0; 15] && trace[15] == 1;
+    assert!(spans.iter().all(|span| !untraced(&span.trace)), "what is not traced is not told");
     // Every tenth step, the first one as part of the formation, and the one that was done again.
     let mut traced: Vec<u64> =
         named("step").iter().map(|span| span.attributes["step"].parse().unwrap()).collect();
@@ -241,6 +248,7 @@ fn a_recovery_is_one_trace_over_coordinator_and_workers_with_logs_and_metrics_be
     }
 
     let received = collector.0.lock().unwrap();
+    assert!(received.logs.iter().all(|log| !untraced(&log.trace)));
     let log = |words: &str| received.logs.iter().find(|log| log.text.contains(words));
     let formed = log("generation 2: 1 worker from step").unwrap();
     assert_eq!(formed.trace, recovery.trace, "logs lead to their trace");
@@ -260,11 +268,28 @@ fn a_collector_that_takes_nothing_holds_no_run_up() {
     let deaf = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = deaf.local_addr().unwrap().port();
     let all = ["--set", "telemetry.trace_every_steps=1"];
-    let begin = Instant::now();
-    let cluster = Cluster::start_exporting(&exporting_to(port), 1, &all);
+    let mut variables = exporting_to(port);
+    variables.push(("OTEL_BSP_MAX_QUEUE_SIZE".into(), "64".into()));
+    let page: SocketAddr = ([127, 0, 0, 1], free_port()).into();
+    let dashboard = page.to_string();
+    let more = ["--dashboard", &dashboard, "--set", "cluster.workers=1"];
+    let cluster = Cluster::start_in(&variables, &[&ENDLESS[..], &all, &more].concat());
     let worker = cluster.worker(&["--name", "w"]);
-    cluster.finish();
+    let dropped = || {
+        let (_, text) = get(page, "/metrics").unwrap_or_default();
+        let line = text.lines().find_map(|line| {
+            let rest = line.strip_prefix("looptrain_telemetry_dropped_total{")?;
+            rest.contains("signal=\"traces\"").then(|| rest.rsplit(' ').next())?
+        });
+        line.map_or(0.0, |number| number.parse().unwrap())
+    };
+    wait_until(|| dropped() > 0.0);
+    let step = cluster.step();
+    wait_until(|| cluster.step() > step + 100);
+    let begin = Instant::now();
+    cluster.order(&["stop"]);
+    cluster.coordinator.end().stopped();
     assert_eq!(worker.end().code, Some(0));
     // Each process waits at its end for a few seconds for the last spans, logs and metrics to leave.
-    assert!(begin.elapsed() < Duration::from_secs(60), "it took {:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(30), "it took {:?}", begin.elapsed());
 }

@@ -22,6 +22,7 @@ fn tensorboard_reads_a_run_that_was_stopped_in_the_middle_and_went_on() {
     let scratch = Scratch::new();
     let arguments = ["--workers", "1", "--threads", "1", "--tensorboard", "events"];
     scratch.train(&[&arguments[..], &["--until", "6"]].concat()).stopped();
+    // What it has of later steps than the one that the run goes on from is undone.
     scratch.train(&arguments).done();
     let read = Command::new("python3")
         .args(["-c", READ, scratch.path("events/small").to_str().unwrap()])

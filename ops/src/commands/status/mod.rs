@@ -8,7 +8,7 @@ use std::io::IsTerminal;
 
 use anyhow::{Result, bail, ensure};
 
-use self::view::{Source, View};
+use self::view::{Source, View, Worker};
 use crate::cli::Status;
 use crate::progress::time_of_day;
 
@@ -112,10 +112,17 @@ fn table(view: &View) -> String {
 const HEADS: [&str; 9] =
     ["worker", "host", "rank", "slots", "compute", "reduce", "data", "optimizer", "heard"];
 
+/// Those that hold the others up first, then by rank, and at the end those without a place.
+fn ordered(view: &View) -> Vec<&Worker> {
+    let mut workers: Vec<&Worker> = view.workers.iter().collect();
+    workers.sort_by_key(|it| (it.straggles_in.is_empty(), it.rank.is_none(), it.rank, it.id));
+    workers
+}
+
 /// The workers, a row each, below the heads.
 fn workers(view: &View) -> Vec<[String; 9]> {
     let mut rows = vec![HEADS.map(str::to_owned)];
-    rows.extend(view.workers.iter().map(|it| {
+    rows.extend(ordered(view).into_iter().map(|it| {
         let rank = match it.rank {
             Some(rank) => rank.to_string(),
             None if it.warm => "spare".into(),

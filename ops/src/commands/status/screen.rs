@@ -12,13 +12,12 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Gauge, Paragraph, Row, Sparkline, Table};
 use tokio::sync::watch;
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use super::view::{Source, View};
-use super::workers;
+use super::{ordered, workers};
 use crate::progress::time_of_day;
-
-/// Time between two looks.
-const EVERY: Duration = Duration::from_secs(1);
+use crate::signals;
 
 /// The terminal looks for keys so often.
 const KEYS_EVERY: Duration = Duration::from_millis(100);
@@ -35,7 +34,7 @@ pub(super) async fn watch(mut source: Source, view: View) -> Result<()> {
     let (newest, shown) = watch::channel(Shown { view, trouble: None });
     let looks = tokio::spawn(async move {
         loop {
-            sleep(EVERY).await;
+            sleep(source.every()).await;
             let looked = source.view().await;
             newest.send_modify(|shown| match looked {
                 Ok(view) => *shown = Shown { view, trouble: None },
@@ -50,10 +49,11 @@ pub(super) async fn watch(mut source: Source, view: View) -> Result<()> {
             }
         }
     });
+    let stop = signals::stop_on_signals("leaving")?;
     // The terminal's calls block.
     let drawn = tokio::task::spawn_blocking(move || {
         let mut terminal = ratatui::try_init().context("cannot take the terminal")?;
-        let result = draw_until_enough(&mut terminal, &shown);
+        let result = draw_until_enough(&mut terminal, &shown, &stop);
         ratatui::restore();
         result
     });
@@ -62,8 +62,12 @@ pub(super) async fn watch(mut source: Source, view: View) -> Result<()> {
     result
 }
 
-fn draw_until_enough(terminal: &mut DefaultTerminal, shown: &watch::Receiver<Shown>) -> Result<()> {
-    loop {
+fn draw_until_enough(
+    terminal: &mut DefaultTerminal,
+    shown: &watch::Receiver<Shown>,
+    stop: &CancellationToken,
+) -> Result<()> {
+    while !stop.is_cancelled() {
         let newest = shown.borrow().clone();
         terminal.draw(|frame| draw(frame, &newest)).context("cannot draw on the terminal")?;
         if event::poll(KEYS_EVERY).context("cannot read keys")?
@@ -76,6 +80,7 @@ fn draw_until_enough(terminal: &mut DefaultTerminal, shown: &watch::Receiver<Sho
             }
         }
     }
+    Ok(())
 }
 
 fn draw(frame: &mut Frame, shown: &Shown) {
@@ -205,7 +210,7 @@ fn draw_workers(frame: &mut Frame, view: &View, area: Rect) {
     let mut rows = workers(view).into_iter();
     let head = rows.next().unwrap_or_default();
     let body: Vec<Row> = rows
-        .zip(&view.workers)
+        .zip(ordered(view))
         .map(|(cells, worker)| {
             let slow = !worker.straggles_in.is_empty();
             Row::new(cells).style(if slow { Style::new().fg(Color::Yellow) } else { Style::new() })
@@ -223,9 +228,12 @@ fn draw_workers(frame: &mut Frame, view: &View, area: Rect) {
         Constraint::Length(11),
     ];
     let count = view.workers.len();
+    // Two lines of the frame, and the heads.
+    let shown = usize::from(area.height.saturating_sub(3)).min(count);
+    let more = if shown < count { format!(", {shown} of them shown") } else { String::new() };
     let table = Table::new(body, widths)
         .header(Row::new(head).style(Style::new().add_modifier(Modifier::BOLD)))
-        .block(Block::bordered().title(format!(" workers: {count} ")));
+        .block(Block::bordered().title(format!(" workers: {count}{more} ")));
     frame.render_widget(table, area);
 }
 

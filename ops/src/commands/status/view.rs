@@ -2,13 +2,15 @@
 //! `looptrain status` show.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{StatusReply, StatusRequest, WorkerStatus};
-use looptrain_storage::{Checkpoints, Store, read_metrics, read_record};
+use looptrain_storage::{Checkpoints, Store, read_newest_metrics, read_record};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::time::timeout;
 use tonic::transport::Channel;
 
 /// Losses of a run in the store that are shown.
@@ -16,6 +18,9 @@ const LOSSES: usize = 120;
 
 /// Events of a run in the store that are shown.
 const EVENTS: usize = 50;
+
+/// How long a coordinator may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One run.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -102,9 +107,10 @@ pub(super) enum Source {
 impl Source {
     /// A coordinator that is there.
     pub(super) async fn live(url: &str) -> Result<Self> {
-        let client = CoordinatorClient::connect(url.to_owned())
-            .await
-            .with_context(|| format!("cannot reach a coordinator at {url}"))?;
+        let connecting = timeout(PATIENCE, CoordinatorClient::connect(url.to_owned())).await;
+        let cannot = || format!("cannot reach a coordinator at {url}");
+        let client = connecting.context("it does not answer").with_context(cannot)?;
+        let client = client.with_context(cannot)?;
         Ok(Self::Live { url: url.to_owned(), client })
     }
 
@@ -114,17 +120,23 @@ impl Source {
         Ok(Self::Stored { store, url: url.to_owned(), run: run.to_owned() })
     }
 
+    /// Time between two looks.
+    pub(super) fn every(&self) -> Duration {
+        match self {
+            Self::Live { .. } => Duration::from_secs(1),
+            Self::Stored { .. } => Duration::from_secs(10),
+        }
+    }
+
     /// Looks.
     pub(super) async fn view(&mut self) -> Result<View> {
         match self {
             Self::Live { url, client } => {
-                let reply = client.status(StatusRequest {}).await;
-                let reply = reply.map_err(|status| {
-                    anyhow::anyhow!(
-                        "the coordinator at {url} does not answer: {}",
-                        status.message()
-                    )
-                })?;
+                let reply = timeout(PATIENCE, client.status(StatusRequest {})).await;
+                let silent = || format!("the coordinator at {url} does not answer");
+                let reply = reply.with_context(silent)?;
+                let reply = reply
+                    .map_err(|status| anyhow::anyhow!("{}: {}", silent(), status.message()))?;
                 Ok(told(reply.into_inner()))
             }
             Self::Stored { store, url, run } => stored(store, url, run).await,
@@ -133,8 +145,8 @@ impl Source {
 }
 
 pub(super) fn told(reply: StatusReply) -> View {
+    let known = reply.statistics.is_some();
     let statistics = reply.statistics.unwrap_or_default();
-    let any = reply.step > 0;
     let event = |event: looptrain_proto::v1::StatusEvent| Event {
         unix_ms: event.unix_ms,
         kind: event.kind,
@@ -151,11 +163,11 @@ pub(super) fn told(reply: StatusReply) -> View {
         total_steps: Some(reply.total_steps),
         tokens: reply.tokens,
         tokens_per_second: Some(reply.tokens_per_second),
-        loss: any.then_some(statistics.loss),
+        loss: known.then_some(statistics.loss),
         loss_per_loop: statistics.loss_per_loop,
         exit_pdf: statistics.exit_pdf,
-        learning_rate: any.then_some(reply.learning_rate),
-        grad_norm: any.then_some(statistics.grad_norm),
+        learning_rate: reply.learning_rate,
+        grad_norm: known.then_some(statistics.grad_norm),
         mfu: reply.mfu,
         checkpoint_step: Some(reply.checkpoint_step).filter(|step| *step > 0),
         saving_step: reply.saving_step,
@@ -190,7 +202,7 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
     let Some(record) = read_record(store, run).await? else {
         bail!("there is no run `{run}` in {url}");
     };
-    let lines = read_metrics(store, run).await?;
+    let lines = read_newest_metrics(store, run, LOSSES).await?;
     let last = lines.last().cloned().unwrap_or(Value::Null);
     let checkpoints = Checkpoints::new(store, run).list().await?;
     let checkpoints: Vec<u64> = checkpoints.into_iter().map(|step| step.0).collect();
@@ -209,7 +221,6 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
     };
     let events = Vec::<Event>::deserialize(&chronicle["events"]).unwrap_or_default();
     let goodput = BTreeMap::deserialize(&chronicle["ledger"]["seconds"]).unwrap_or_default();
-    let from = lines.len().saturating_sub(LOSSES);
     Ok(View {
         run: run.to_owned(),
         phase: phase.to_owned(),
@@ -228,7 +239,7 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
         checkpoints: Some(checkpoints),
         goodput,
         events: events.into_iter().take(EVENTS).collect(),
-        losses: lines[from..].iter().filter_map(|line| line["loss"].as_f64()).collect(),
+        losses: lines.iter().filter_map(|line| line["loss"].as_f64()).collect(),
         ..View::default()
     })
 }

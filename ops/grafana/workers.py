@@ -1,0 +1,247 @@
+"""Who computes what, and who is slow."""
+
+from grafana_foundation_sdk.models import common as kinds
+
+from pages import of_a_run, page
+from panels import graph, mapping, number, rows_of, states
+from queries import CAUSES, Target, counts, of, quantile, total
+
+DURATION = "looptrain_worker_section_duration_seconds"
+SECTIONS = {
+    "compute": "Forward and backward of its slots. Slots follow speed, so that ranks should be level here; "
+    "one that is far above the others has too few slots to give away, or has just become slow.",
+    "data_wait": "Waiting for tokens. It should be near 0: the feed reads ahead. If it is not, see the feed on the "
+    "storage dashboard.",
+    "reduce": "The all-reduce, with the wait for ranks that come late: the slowest rank in compute has the shortest.",
+    "send": "The part of reduce in which the connection to the next rank took no more. High on one rank alone: "
+    "its link, or a next rank that is late.",
+    "optimizer": "Clipping and the update of the previous step. It should be the same on machines of one kind.",
+}
+# In what a member can straggle, and the colours of that.
+STRAGGLES = {"data": "blue", "compute": "red", "reduce": "orange", "commit": "purple"}
+
+
+def section(name):
+    """What members took in a section of their newest step."""
+    return of(DURATION, f'section="{name}"')
+
+
+def straggles():
+    """The number of the section that each member straggles in, in the order of STRAGGLES; 0 for none."""
+    labels = [f'section="{name}"' for name in STRAGGLES]
+    members = [of("looptrain_worker_slots"), *(of("looptrain_worker_straggles", label) for label in labels)]
+    parts = [f"{at} * max by (rank, worker) ({series})" for at, series in enumerate(members)]
+    return " or ".join(reversed(parts))
+
+
+def now():
+    """Each member as it is."""
+    columns = [
+        ("slots", "none", f"sum by (worker, rank) ({of('looptrain_worker_slots')})"),
+        ("slots/s", "none", f"sum by (worker, rank) ({of('looptrain_worker_slot_rate_per_second')})"),
+        *((name, "s", f"sum by (worker, rank) ({section(name)})") for name in SECTIONS),
+    ]
+    return [
+        rows_of(
+            "Members",
+            "Each member of the generation: its slots, how fast it computes them, and where the time of its newest "
+            "step went. A row that stands out in one column is the machine to look at.",
+            columns,
+            16,
+            9,
+            alerts=["LooptrainStraggler"],
+        ),
+        rows_of(
+            "Slowest in each section",
+            "The rank with the longest time in its newest step. In reduce and send that may be one that waits for "
+            "others.",
+            [("seconds", "s", f"topk by (section) (1, sum by (section, rank, worker) ({of(DURATION)}))")],
+            8,
+            9,
+            alerts=["LooptrainStraggler"],
+            by=("section", "rank", "worker"),
+        ),
+    ]
+
+
+def per_rank():
+    """The sections of a step, a line for each rank."""
+    straggling = states(
+        "Straggles in",
+        "The section of a step in which a member takes much longer than the others, as the coordinator judges by "
+        "medians over its latest steps. Reduce is the link to the next rank, commit the update of a step.",
+        [Target(straggles(), "{{rank}} {{worker}}")],
+        mapping({"no": "green", **STRAGGLES}),
+        width=24,
+        height=7,
+        alerts=["LooptrainStraggler"],
+    )
+    sections = [
+        graph(
+            f"Section: {name}",
+            text,
+            [Target(f"sum by (rank, worker) ({section(name)})", "{{rank}} {{worker}}")],
+            width=8,
+            unit="s",
+            bounds=(0, None),
+            alerts=["LooptrainStraggler"],
+        )
+        for name, text in SECTIONS.items()
+    ]
+    cost = graph(
+        "What the slowest rank costs",
+        "Per section, the slowest rank's time less the mean of all: what a step would save if all were alike. "
+        "The slowest of each section may be another one.",
+        [
+            Target(
+                f"max by (section) ({of(DURATION)}) - avg by (section) ({of(DURATION)})", "{{section}}"
+            )
+        ],
+        width=8,
+        unit="s",
+        bounds=(0, None),
+        alerts=["LooptrainStraggler"],
+    )
+    return [straggling, *sections, cost]
+
+
+def slots():
+    """How the work is shared out."""
+    return [
+        graph(
+            "Slots",
+            "Slots of each member in the step in flight. They follow measured speed: a machine of half the speed has "
+            "half of them.",
+            [Target(f"sum by (rank, worker) ({of('looptrain_worker_slots')})", "{{rank}} {{worker}}")],
+            width=8,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            stacked=kinds.StackingMode.NORMAL,
+        ),
+        graph(
+            "Slot rate",
+            "Slots that each member computes in a second, a median over its latest steps. Machines of one kind should "
+            "be level; one that falls is throttled, shared with something else, or broken.",
+            [
+                Target(
+                    f"sum by (rank, worker) ({of('looptrain_worker_slot_rate_per_second')})", "{{rank}} {{worker}}"
+                )
+            ],
+            width=8,
+            unit="none",
+            bounds=(0, None),
+            alerts=["LooptrainStraggler"],
+        ),
+        graph(
+            "Slowest rank over steps",
+            "The slowest rank of each section, the p99 over steps: single slow steps are seen here that a sample of "
+            "the newest step misses.",
+            [Target(quantile(0.99, "looptrain_section_duration_seconds", by="section"), "{{section}}")],
+            width=8,
+            unit="s",
+            bounds=(0, None),
+        ),
+    ]
+
+
+def coming():
+    """Who comes and who goes."""
+    return [
+        number(
+            "Workers",
+            "Members of the current generation.",
+            [Target(f"max({of('looptrain_world')})")],
+            width=4,
+            height=8,
+            decimals=0,
+            alerts=["LooptrainWorldShrank"],
+        ),
+        graph(
+            "Joined and refused",
+            "Since this coordinator started. Refused ones computed other bits or have another release: the "
+            "coordinator's log says why.",
+            [
+                Target(total("looptrain_workers_joined_total"), "joined"),
+                Target(total("looptrain_workers_refused_total"), "refused"),
+            ],
+            width=10,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            alerts=["LooptrainWorkersFlapping"],
+        ),
+        graph(
+            "Lost, by cause",
+            "Since this coordinator started. Many that died or fell silent: machines that are taken away, out of "
+            "memory, or a network that breaks.",
+            counts("looptrain_workers_lost_total", "cause", CAUSES),
+            width=10,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            alerts=["LooptrainWorkersFlapping", "LooptrainWorldShrank"],
+        ),
+    ]
+
+
+def trouble():
+    """Who is slow, and what had to be done again."""
+    return [
+        graph(
+            "Times that a worker began to straggle",
+            "Since this coordinator started, by section. The log names the worker and what it costs a step.",
+            counts("looptrain_stragglers_total", "section", STRAGGLES),
+            width=8,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            alerts=["LooptrainStraggler"],
+        ),
+        graph(
+            "Divergences",
+            "Times that ranks disagreed on a gradient or on weights, since this coordinator started. The rank that "
+            "is alone with its bits is dropped; look at its machine.",
+            [Target(total("looptrain_divergences_total"), "divergences")],
+            width=8,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            thresholds=("green", 1, "red"),
+            alerts=["LooptrainRanksDiverge"],
+        ),
+        graph(
+            "Steps that were tried again",
+            "Since this coordinator started. Each loss of a member while a step is in flight costs one.",
+            [
+                Target(total("looptrain_steps_retried_total"), "retried"),
+                Target(total("looptrain_generations_total"), "generations"),
+            ],
+            width=8,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            alerts=["LooptrainWorkersFlapping"],
+        ),
+    ]
+
+
+def board():
+    return page(
+        "workers",
+        "Who computes what, who is slow, who comes and goes.",
+        of_a_run(),
+        [
+            ("Now", now()),
+            ("Sections of a step, by rank", per_rank()),
+            ("Slots", slots()),
+            ("Coming and going", coming()),
+            ("Trouble", trouble()),
+        ],
+    )
