@@ -21,6 +21,8 @@ mod trainer;
 
 pub use batch::{SlotBatch, document_starts};
 pub use cpu::{CacheSharing, KernelLevel};
+#[cfg(feature = "cuda")]
+pub use cuda::gpu_uuid;
 pub use cuda::{DeviceError, DeviceSums};
 pub use engine::{Engine, Recompute, SlotOutput, StageSettings, TokenMeasures};
 pub use evaluation::{DepthReport, DepthSums, Quality};

@@ -19,6 +19,10 @@ SECTIONS = {
 }
 # In what a member can straggle, and the colours of that.
 STRAGGLES = {"data": "blue", "compute": "red", "reduce": "orange", "commit": "purple"}
+# What holds the clocks of a GPU down, the most serious last, and the colours of that.
+THROTTLES = {"power": "blue", "thermal": "orange", "hardware": "red"}
+# Of GPUs the workers tell, while the variables of this dashboard choose a run and its coordinators.
+EVERY_GPU = "Of all workers that are scraped, whatever is chosen above. Machines without a GPU have no line."
 
 
 def section(name):
@@ -232,6 +236,84 @@ def trouble():
     ]
 
 
+def throttled():
+    """The number of what holds each GPU's clocks down, in the order of THROTTLES; 0 for nothing."""
+    parts = [
+        f'{at} * looptrain_gpu_throttled{{reason="{name}"}}' for at, name in enumerate(THROTTLES, start=1)
+    ]
+    return f"max by (instance, gpu) ({' or '.join(parts)})"
+
+
+def gpus():
+    """The devices, as NVML sees them."""
+    device = "{{instance}} {{gpu}}"
+    return [
+        graph(
+            "GPU temperature",
+            f"Of the chip. One that is well above the others: look at its fans, its air or its coolant. {EVERY_GPU}",
+            [Target("looptrain_gpu_temperature_celsius", device)],
+            width=6,
+            unit="celsius",
+            alerts=["LooptrainGpuThrottled"],
+        ),
+        graph(
+            "GPU power",
+            "What it draws. Level and near its limit while it computes is as it should be; one that draws much less "
+            f"than the others waits, or is throttled. {EVERY_GPU}",
+            [Target("looptrain_gpu_power_watts", device)],
+            width=6,
+            unit="watt",
+            bounds=(0, None),
+            alerts=["LooptrainGpuThrottled"],
+        ),
+        graph(
+            "GPU utilization",
+            "The share of time in which a kernel ran, however small: high does not yet mean fast. Low: the sections "
+            f"of a step, above, say what the worker waits for. {EVERY_GPU}",
+            [Target("looptrain_gpu_utilization_ratio", device)],
+            width=6,
+            unit="percentunit",
+            bounds=(0, 1),
+        ),
+        graph(
+            "GPU memory used, of its size",
+            "By all processes on it, and its size. Near its size the next allocation may fail: have more "
+            f"computed again (compute.recompute), or see who else is on the GPU. {EVERY_GPU}",
+            [
+                Target("looptrain_gpu_memory_used_bytes", f"used, {device}"),
+                Target("looptrain_gpu_memory_size_bytes", f"size, {device}"),
+            ],
+            width=6,
+            unit="bytes",
+            bounds=(0, None),
+        ),
+        graph(
+            "GPU ECC errors, by severity",
+            "Bits of its memory that flipped, since the driver was loaded. Corrected ones harm nothing; a GPU with "
+            "many more than the others is worth a test before its next run. Uncorrected ones that rise: drain that "
+            f"worker, and reset or replace the GPU. {EVERY_GPU} Nor has a GPU without ECC.",
+            [Target("looptrain_gpu_ecc_errors_total", f"{{{{severity}}}}, {device}")],
+            width=12,
+            unit="none",
+            decimals=0,
+            bounds=(0, None),
+            stepped=True,
+            alerts=["LooptrainGpuEccErrors"],
+        ),
+        states(
+            "GPU throttled",
+            "What holds its clocks down; of several the most serious. Power is its limit, usual under full load. "
+            "Thermal: cool it. Hardware: look at its power supply and cooling, then have the machine looked at. "
+            f"{EVERY_GPU}",
+            [Target(throttled(), device)],
+            mapping({"no": "green", **THROTTLES}),
+            width=12,
+            height=8,
+            alerts=["LooptrainGpuThrottled"],
+        ),
+    ]
+
+
 def board():
     return page(
         "workers",
@@ -243,5 +325,6 @@ def board():
             ("Slots", slots()),
             ("Coming and going", coming()),
             ("Trouble", trouble()),
+            ("GPUs", gpus()),
         ],
     )

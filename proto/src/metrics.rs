@@ -28,6 +28,8 @@ pub enum Reporter {
     Coordinator,
     /// Each worker, for itself.
     Worker,
+    /// Each worker with a GPU, for that.
+    Gpu,
     /// Every process, for itself.
     All,
 }
@@ -126,6 +128,13 @@ catalogue! {
     STORE_RETRIES: Counter "looptrain.store.retries" ["{retry}"] {"operation"} All "Attempts at a call to the object store after one that failed.";
     STORE_OPERATION_DURATION: Histogram "looptrain.store.operation.duration" ["s"] {"operation"} All "Time of a call to the object store, all its attempts and pauses.";
     TELEMETRY_DROPPED: Counter "looptrain.telemetry.dropped" ["{item}"] {"signal"} All "Spans and log records that found the queue of the exporter full, or that nobody took.";
+    GPU_TEMPERATURE: Gauge "looptrain.gpu.temperature" ["Cel"] {"gpu"} Gpu "Temperature of the GPU.";
+    GPU_POWER: Gauge "looptrain.gpu.power" ["W"] {"gpu"} Gpu "Power that the GPU takes.";
+    GPU_UTILIZATION: Gauge "looptrain.gpu.utilization" ["1"] {"gpu"} Gpu "Share of the last moments in which the GPU computed something.";
+    GPU_MEMORY_USED: Gauge "looptrain.gpu.memory.used" ["By"] {"gpu"} Gpu "Memory of the GPU that is taken, by whomever.";
+    GPU_MEMORY_SIZE: Gauge "looptrain.gpu.memory.size" ["By"] {"gpu"} Gpu "Memory of the GPU.";
+    GPU_ECC_ERRORS: Counter "looptrain.gpu.ecc.errors" ["{error}"] {"gpu", "severity"} Gpu "Errors in the GPU's memory since its driver was loaded, `corrected` or `uncorrected`; of memory that has error correction.";
+    GPU_THROTTLED: Gauge "looptrain.gpu.throttled" [""] {"gpu", "reason"} Gpu "1 while a reason (thermal, power or hardware) holds the GPU's clocks down.";
     FEED_BLOCKS: Counter "looptrain.feed.blocks" ["{block}"] {"source"} Worker "Blocks of datasets that were wanted and lay in memory or on the local disk, and reads of the store for the others.";
     FEED_STORE_SIZE: Counter "looptrain.feed.store.size" ["By"] {} Worker "Bytes of datasets that came from the store.";
     FEED_HEDGED: Counter "looptrain.feed.hedged" ["{read}"] {"winner"} Worker "Slow reads of the store that got a second one beside them, by which was done first.";
@@ -207,6 +216,8 @@ impl Metric {
         let unit = match (self.unit, self.kind) {
             ("s", _) => "_seconds",
             ("By", _) => "_bytes",
+            ("Cel", _) => "_celsius",
+            ("W", _) => "_watts",
             ("1", Kind::Gauge) => "_ratio",
             (unit, _) if unit.ends_with("/s") => "_per_second",
             _ => "",
@@ -227,6 +238,11 @@ pub fn reference() -> String {
     for (reporter, title, words) in [
         (Reporter::Coordinator, "The coordinator", "One series each for the whole run."),
         (Reporter::Worker, "Workers", "Each worker for itself."),
+        (
+            Reporter::Gpu,
+            "GPUs",
+            "Each worker with an NVIDIA GPU for that, by its UUID, as the driver's management library tells it.",
+        ),
         (Reporter::All, "Every process", "Coordinator and workers, each for itself."),
     ] {
         let _ = write!(page, "\n## {title}\n\n{words}\n\n");

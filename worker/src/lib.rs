@@ -18,6 +18,8 @@ mod compute;
 mod data;
 mod error;
 mod feed;
+#[cfg(feature = "cuda")]
+mod health;
 mod machine;
 mod metrics;
 mod moment;
@@ -245,6 +247,10 @@ async fn furnish(
     let (device, threads, model) = (settings.device, settings.threads, spec.model.clone());
     let trainer = tokio::task::spawn_blocking(move || Trainer::new(device, &model, threads));
     let trainer = trainer.await.map_err(|_| WorkerError::Compute)??;
+    #[cfg(feature = "cuda")]
+    if let Some(uuid) = looptrain_model::gpu_uuid(device) {
+        health::observe(&uuid);
+    }
     let compute = Compute::start(Arc::clone(&spec), trainer, memory, moments.clone())?;
     // Ends with the listener, which hands the joiners on.
     tokio::spawn(transfer::serve(joiners, compute.shelf().clone(), moments.clone()));

@@ -81,6 +81,20 @@ fn told(device: &str, what: &str, error: result::DriverError) -> DeviceError {
     DeviceError(format!("{device}: {what}: {words} ({:?})", error.0))
 }
 
+/// The UUID of a GPU, as other tools of its maker write it; `None` when the worker computes elsewhere, or
+/// there is no driver that tells.
+#[must_use]
+pub fn gpu_uuid(device: crate::Device) -> Option<String> {
+    let crate::Device::Cuda(ordinal) = device else { return None };
+    libraries::load().ok()?;
+    result::init().ok()?;
+    let device = result::device::get(i32::try_from(ordinal).ok()?).ok()?;
+    let uuid = result::device::get_uuid(device).ok()?;
+    let hex: Vec<String> = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+    let parts = [0..4, 4..6, 6..8, 8..10, 10..16].map(|part| hex[part].concat());
+    Some(format!("GPU-{}", parts.join("-")))
+}
+
 impl Device {
     /// The device of that number, with kernels compiled for a model of these sizes.
     ///

@@ -24,6 +24,8 @@ mod slot;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+pub use device::gpu_uuid;
 pub use driver::DeviceError;
 pub(crate) use engine::CudaEngine;
 pub use engine::DeviceSums;

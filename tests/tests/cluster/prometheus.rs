@@ -2,11 +2,13 @@
 //! Its rules run at sixty times their speed: an hour of theirs is a minute here.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use looptrain_proto::metrics::Reporter;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -158,6 +160,32 @@ fn dashboards() -> Vec<(&'static str, Value)> {
     ["run", "workers", "storage", "looplm"].map(read).to_vec()
 }
 
+/// Serves metrics of a GPU, of which the machines of these tests have none.
+fn serve_a_gpu() -> SocketAddr {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    let value = |label: &&str| match *label {
+        "gpu" => "GPU-1",
+        "severity" => "corrected",
+        _ => "thermal",
+    };
+    let gpus = looptrain_proto::metrics::CATALOGUE.iter();
+    let gpus = gpus.filter(|metric| metric.reporter == Reporter::Gpu).map(|metric| {
+        let labels = metric.labels.iter().map(|label| format!("{label}=\"{}\"", value(label)));
+        format!("{}{{{}}} 0\n", metric.prometheus(), labels.collect::<Vec<_>>().join(","))
+    });
+    let page: String = gpus.collect();
+    std::thread::spawn(move || {
+        for stream in server.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let kind = "Content-Type: text/plain; version=0.0.4";
+            let _ = write!(stream, "HTTP/1.0 200 OK\r\n{kind}\r\n\r\n{page}");
+        }
+    });
+    address
+}
+
 /// Title and query of each panel's targets, with the dashboards' variables filled in.
 fn panels() -> Vec<(String, String)> {
     let mut found = Vec::new();
@@ -223,7 +251,7 @@ fn every_panel_has_data_and_the_right_alerts_fire_in_a_run_whose_workers_die() {
     let stays = start("stays", ports[0]);
     let mut dies = start("dies-0", ports[1]);
     cluster.wait_for(|status| status["step"].as_u64() > Some(100));
-    let prometheus = Prometheus::start(&folder, page, &ports);
+    let prometheus = Prometheus::start(&folder, page, &[ports[0], ports[1], serve_a_gpu()]);
     let committing = || prometheus.series("rate(looptrain_steps_total[2s]) > 0") > 0;
     prometheus.wait("it is scraped", committing);
     // For a few minutes of the rules' time.
