@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use opentelemetry::KeyValue;
 use opentelemetry::global;
-use opentelemetry::metrics::{Counter, Gauge, Histogram, Meter};
+use opentelemetry::metrics::{AsyncInstrument, Counter, Gauge, Histogram, Meter};
 
 /// What an instrument does with values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,17 +180,18 @@ impl Metric {
         let named = move |values: Vec<String>| -> Vec<KeyValue> {
             labels.iter().zip(values).map(|(name, value)| KeyValue::new(*name, value)).collect()
         };
+        let tell = move |observer: &dyn AsyncInstrument<f64>| {
+            for (labels, value) in read() {
+                observer.observe(value, &named(labels));
+            }
+        };
         match self.kind {
             Kind::Counter => drop(
                 meter()
                     .f64_observable_counter(self.name)
                     .with_unit(self.unit)
                     .with_description(self.help)
-                    .with_callback(move |observer| {
-                        for (labels, value) in read() {
-                            observer.observe(value, &named(labels));
-                        }
-                    })
+                    .with_callback(tell)
                     .build(),
             ),
             Kind::Gauge => drop(
@@ -198,11 +199,7 @@ impl Metric {
                     .f64_observable_gauge(self.name)
                     .with_unit(self.unit)
                     .with_description(self.help)
-                    .with_callback(move |observer| {
-                        for (labels, value) in read() {
-                            observer.observe(value, &named(labels));
-                        }
-                    })
+                    .with_callback(tell)
                     .build(),
             ),
             // A distribution has no newest value.

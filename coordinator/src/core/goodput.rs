@@ -196,7 +196,7 @@ impl Core {
     }
 }
 
-/// A worker's word for a time; no more than it can be.
+/// A worker's word for a time; none where that is no number of seconds.
 fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
