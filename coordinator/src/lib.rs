@@ -14,6 +14,7 @@ mod claim;
 mod core;
 mod dashboard;
 mod error;
+pub mod http;
 mod journal;
 mod keeper;
 mod ledger;

@@ -1,13 +1,21 @@
-//! Where workers come in: TCP, unless a simulation stands in for the network.
+//! Where workers come in: TCP, with TLS or without, unless a simulation stands in for the network.
 
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use looptrain_proto::transport::{Connection, Credentials, Gate, Port, Refusal};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
 use tokio_stream::Stream;
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::server::Connected;
 
 /// A network on which a coordinator can be reached.
 pub trait Listen: Send {
@@ -28,15 +36,83 @@ pub trait Listen: Send {
 }
 
 /// The machine's own network.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tcp;
+#[derive(Clone, Debug)]
+pub(crate) struct Tcp {
+    pub(crate) credentials: Option<Arc<Credentials>>,
+}
+
+/// Connections that may wait for the server, which takes them at once.
+const BACKLOG: usize = 16;
 
 impl Listen for Tcp {
-    type Connection = TcpStream;
-    type Incoming = TcpIncoming;
+    type Connection = Connection;
+    type Incoming = BoxStream<'static, io::Result<Connection>>;
 
-    async fn bind(&self, address: SocketAddr) -> io::Result<(SocketAddr, TcpIncoming)> {
+    async fn bind(&self, address: SocketAddr) -> io::Result<(SocketAddr, Self::Incoming)> {
         let listener = TcpListener::bind(address).await?;
-        Ok((listener.local_addr()?, TcpIncoming::from(listener).with_nodelay(Some(true))))
+        let address = listener.local_addr()?;
+        let incoming = introduced(listener, Port::Coordinator, self.credentials.clone());
+        Ok((address, incoming.map(Ok).boxed()))
+    }
+}
+
+/// Those of a listener's connections that have introduced themselves: by a certificate, or without
+/// TLS by the first word of what is spoken there.
+pub(crate) fn introduced(
+    listener: TcpListener,
+    port: Port,
+    credentials: Option<Arc<Credentials>>,
+) -> impl Stream<Item = Connection> + Send + 'static {
+    let (sender, receiver) = mpsc::channel(BACKLOG);
+    // Ends its task when it is dropped, with the stream.
+    let mut gate = JoinSet::new();
+    gate.spawn(Gate::new(port).keep(listener, move |stream, _| {
+        let (credentials, sender) = (credentials.clone(), sender.clone());
+        async move {
+            let connection = match credentials {
+                Some(credentials) => {
+                    credentials.accept(stream, port).await.map_err(Refusal::Certificate)?
+                }
+                None => {
+                    first_word(&stream, port).await?;
+                    Connection::plain(stream)
+                }
+            };
+            // Nobody takes it when the server has ended.
+            let _ = sender.send(connection).await;
+            Ok(())
+        }
+    }));
+    futures::stream::unfold((receiver, gate), |(mut receiver, gate)| async move {
+        Some((receiver.recv().await?, (receiver, gate)))
+    })
+}
+
+/// How HTTP/2 begins.
+const PREFACE: &[u8] = b"PRI";
+
+/// A first word that comes in pieces is looked at again this much later.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Waits for the first bytes, and leaves them there.
+async fn first_word(stream: &TcpStream, port: Port) -> Result<(), Refusal> {
+    let broke = |error: io::Error| Refusal::Stranger(format!("it broke off: {error}"));
+    let mut word = [0; PREFACE.len()];
+    loop {
+        let there = stream.peek(&mut word).await.map_err(broke)?;
+        if there == 0 {
+            return Err(Refusal::Stranger("it said nothing and hung up".to_owned()));
+        }
+        if port != Port::Coordinator || word == *PREFACE {
+            return Ok(());
+        }
+        if !PREFACE.starts_with(&word[..there]) {
+            let reason = match word[0] {
+                22 => "it speaks TLS, and this coordinator has no credentials (--tls)",
+                _ => "it does not speak HTTP/2",
+            };
+            return Err(Refusal::Stranger(reason.to_owned()));
+        }
+        sleep(LOOK_AGAIN).await;
     }
 }

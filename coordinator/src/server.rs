@@ -13,9 +13,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use looptrain_proto::WorkerId;
+use looptrain_proto::transport::{Caller, Port, Role};
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::{self, coordinator_message, worker_message};
+use looptrain_proto::{WorkerId, metrics};
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::Counter;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -37,6 +40,12 @@ const OUTBOX: usize = 64;
 
 /// How long a new connection may take to introduce itself.
 const JOIN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A worker that comes back brings its latest votes, a thousand of them; the rest is much smaller.
+const LARGEST_MESSAGE: usize = 4 << 20;
+
+/// Streams of a connection at a time: a session, and what is asked beside it.
+const STREAMS: u32 = 16;
 
 /// How long a worker may take to hang up after its last message.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(2);
@@ -72,14 +81,43 @@ pub(crate) struct Service {
     ids: AtomicU64,
     readers: Readers,
     board: Arc<Board>,
+    /// Callers have certificates, and do what their role may do.
+    secured: bool,
+    refused: Counter<u64>,
 }
 
 /// Knows when all sessions are over: each reader task holds a receiver.
 pub(crate) type Readers = Arc<watch::Sender<()>>;
 
 impl Service {
-    pub(crate) fn new(inputs: mpsc::Sender<Input>, readers: Readers, board: Arc<Board>) -> Self {
-        Self { inputs, ids: AtomicU64::new(1), readers, board }
+    pub(crate) fn new(
+        inputs: mpsc::Sender<Input>,
+        readers: Readers,
+        board: Arc<Board>,
+        secured: bool,
+    ) -> Self {
+        let refused = metrics::CONNECTIONS_REFUSED.counter();
+        Self { inputs, ids: AtomicU64::new(1), readers, board, secured, refused }
+    }
+
+    /// Whether the caller may do this.
+    fn allow<T>(&self, request: &Request<T>, what: &str, roles: &[Role]) -> Result<(), Status> {
+        if !self.secured {
+            return Ok(());
+        }
+        let caller = request.extensions().get::<Caller>();
+        let identity = caller.and_then(|caller| caller.identity.as_ref());
+        if identity.is_some_and(|who| roles.contains(&who.role)) {
+            return Ok(());
+        }
+        let who = identity.map_or_else(|| "nobody".to_owned(), ToString::to_string);
+        let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
+        let reason = format!("{who} may not {what}: that takes the role {}", roles.join(" or "));
+        let from = caller.and_then(|caller| caller.address);
+        tracing::warn!(?from, "refused a call: {reason}");
+        let port = KeyValue::new("port", Port::Coordinator.name());
+        self.refused.add(1, &[port, KeyValue::new("reason", "role")]);
+        Err(Status::permission_denied(reason))
     }
 
     async fn snapshot(&self) -> Result<Snapshot, Status> {
@@ -105,12 +143,13 @@ pub(crate) async fn serve<C>(
 where
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    let service = CoordinatorServer::new(service);
+    let service = CoordinatorServer::new(service).max_decoding_message_size(LARGEST_MESSAGE);
     // Whoever connects at the moment of the shutdown is not taken in to be sent away.
     let incoming = incoming.take_until(shutdown.clone().cancelled_owned());
     Server::builder()
         .http2_keepalive_interval(Some(worker_timeout / 2))
         .http2_keepalive_timeout(Some(worker_timeout))
+        .max_concurrent_streams(STREAMS)
         .serve_with_incoming_shutdown(service, incoming, shutdown.cancelled_owned())
         .await
 }
@@ -123,6 +162,7 @@ impl Coordinator for Service {
         &self,
         request: Request<Streaming<v1::WorkerMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        self.allow(&request, "join the run", &[Role::Worker])?;
         let worker = WorkerId(self.ids.fetch_add(1, Ordering::Relaxed));
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let inputs = self.inputs.clone();
@@ -136,8 +176,9 @@ impl Coordinator for Service {
 
     async fn status(
         &self,
-        _: Request<v1::StatusRequest>,
+        request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusReply>, Status> {
+        self.allow(&request, "see the status", &[Role::Viewer, Role::Operator])?;
         Ok(Response::new(status_reply(self.snapshot().await?, &self.board)))
     }
 
@@ -145,6 +186,7 @@ impl Coordinator for Service {
         &self,
         request: Request<v1::StopRequest>,
     ) -> Result<Response<v1::StopReply>, Status> {
+        self.allow(&request, "stop the run", &[Role::Operator])?;
         let reason = said(request.into_inner().reason);
         let step = self.order(Event::StopRequested { reason }).await?;
         Ok(Response::new(v1::StopReply { step }))
@@ -154,6 +196,7 @@ impl Coordinator for Service {
         &self,
         request: Request<v1::DrainRequest>,
     ) -> Result<Response<v1::DrainReply>, Status> {
+        self.allow(&request, "drain a worker", &[Role::Operator])?;
         let v1::DrainRequest { worker: name, reason } = request.into_inner();
         let (reply, answer) = oneshot::channel();
         let drain = Input::Drain { name, reason: said(reason), reply };
@@ -167,6 +210,7 @@ impl Coordinator for Service {
         &self,
         request: Request<v1::PauseRequest>,
     ) -> Result<Response<v1::PauseReply>, Status> {
+        self.allow(&request, "pause the run", &[Role::Operator])?;
         let reason = said(request.into_inner().reason);
         let step = self.order(Event::PauseRequested { reason }).await?;
         Ok(Response::new(v1::PauseReply { step }))
@@ -174,8 +218,9 @@ impl Coordinator for Service {
 
     async fn resume(
         &self,
-        _: Request<v1::ResumeRequest>,
+        request: Request<v1::ResumeRequest>,
     ) -> Result<Response<v1::ResumeReply>, Status> {
+        self.allow(&request, "resume the run", &[Role::Operator])?;
         let step = self.order(Event::ResumeRequested).await?;
         Ok(Response::new(v1::ResumeReply { step }))
     }

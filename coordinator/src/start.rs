@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use looptrain_proto::transport::Credentials;
 use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, MetricsLog, Retention, Store, run_prefix};
-use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
@@ -19,6 +19,7 @@ use crate::claim::{Claim, Found, Past};
 use crate::core::{Books, Core, Mark, Resume};
 use crate::dashboard::{self, RenderMetrics};
 use crate::error::CoordinatorError;
+use crate::http::{self, Access};
 use crate::journal::{Journal, read_chronicle, read_history};
 use crate::keeper::Keeper;
 use crate::ledger::Ledger;
@@ -56,8 +57,13 @@ pub struct Settings {
     pub fresh: bool,
     /// Address for workers; port 0 takes any free one.
     pub listen: SocketAddr,
+    /// What this coordinator shows workers and operators, and asks of them; without it nothing is
+    /// encrypted, and anybody is believed.
+    pub credentials: Option<Arc<Credentials>>,
     /// Address of the status page, when there is to be one.
     pub dashboard: Option<SocketAddr>,
+    /// Who may read the page.
+    pub access: Access,
     /// Cancelled to stop the run at the next step boundary, with a checkpoint.
     pub stop: CancellationToken,
     /// Stop the run at the boundary after this step, with a checkpoint; it can go on later.
@@ -117,7 +123,7 @@ impl Running {
 /// no good checkpoint where there should be one; when an address is taken. Nothing of the run is
 /// written or removed before all of that is known to be well.
 pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
-    start_on(Tcp, settings).await
+    start_on(Tcp { credentials: settings.credentials.clone() }, settings).await
 }
 
 /// As [`start`], with workers that come in over another network; the dashboard stays on this one.
@@ -134,7 +140,9 @@ pub async fn start_on(
         datasets,
         fresh,
         listen,
+        credentials,
         dashboard,
+        access,
         stop,
         until,
         render_metrics,
@@ -158,7 +166,11 @@ pub async fn start_on(
         .await
         .map_err(|error| CoordinatorError::Listen { what: "workers", address: listen, error })?;
     let page = match dashboard {
-        Some(address) => Some(bind_page(address).await?),
+        Some(address) => {
+            let what = "the dashboard";
+            let bound = http::bind(address).await;
+            Some(bound.map_err(|error| CoordinatorError::Listen { what, address, error })?)
+        }
         None => None,
     };
     let register = match fresh {
@@ -275,12 +287,17 @@ pub async fn start_on(
 
     let readers = Readers::default();
     let shutdown = CancellationToken::new();
-    let service = Service::new(input_sender.clone(), Arc::clone(&readers), Arc::clone(&board));
+    let service = Service::new(
+        input_sender.clone(),
+        Arc::clone(&readers),
+        Arc::clone(&board),
+        credentials.is_some(),
+    );
     let server = tokio::spawn(server::serve(workers, service, worker_timeout, shutdown.clone()));
     let dashboard = page.as_ref().map(|(address, _)| *address);
     let page = page.map(|(_, listener)| {
         let app = dashboard::app(input_sender, Arc::clone(&board), render_metrics);
-        tokio::spawn(dashboard::serve(listener, app, shutdown.clone()))
+        tokio::spawn(dashboard::serve(listener, app, access, shutdown.clone()))
     });
     let runtime = Runtime {
         core: Core::new(Spec::clone(&spec), resume).stopping_at(until),
@@ -353,12 +370,4 @@ async fn supervise(
         page.abort();
     }
     result
-}
-
-async fn bind_page(address: SocketAddr) -> Result<(SocketAddr, TcpListener), CoordinatorError> {
-    let what = "the dashboard";
-    let listen = |error| CoordinatorError::Listen { what, address, error };
-    let listener = TcpListener::bind(address).await.map_err(listen)?;
-    let bound = listener.local_addr().map_err(listen)?;
-    Ok((bound, listener))
 }

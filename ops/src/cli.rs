@@ -4,6 +4,7 @@ mod bench;
 mod checkpoint;
 mod data;
 mod model;
+mod security;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -22,6 +23,9 @@ pub(crate) use data::{Data, Inspect, Making, ManoData, Prepare, Verify};
 pub(crate) use model::{
     DatasetUrl, Eval, Export, Gate, Generate, Import, LayerOrder, ModelArgs, ModelSource, ModelUrl,
     Upcycle,
+};
+pub(crate) use security::{
+    Certs, Issue, ListenArgs, NewAuthority, NewToken, ShowCertificate, TlsArgs,
 };
 
 use crate::fault::Fault;
@@ -46,10 +50,13 @@ pub(crate) enum Command {
         What a spec asks for: looptrain train examples/ouro-1.4b.toml --dry-run")]
     Train(Train),
     /// Run the coordinator of a run; workers join it over the network
-    #[command(after_help = "Example: looptrain coordinator run.toml --listen 127.0.0.1:7400")]
+    #[command(after_help = "Example: looptrain coordinator run.toml --listen 127.0.0.1:7400\n\
+        For other machines: looptrain coordinator run.toml --listen 0.0.0.0:7400 --tls tls")]
     Coordinator(Coordinator),
     /// Join a run as a worker
-    #[command(after_help = "Example: looptrain worker --coordinator http://127.0.0.1:7400")]
+    #[command(after_help = "Example: looptrain worker --coordinator http://127.0.0.1:7400\n\
+        From another machine: looptrain worker --coordinator https://HOST:7400 --tls tls \
+        --peer-listen 0.0.0.0:0")]
     Worker(Worker),
     /// Show what a run is doing, or what its store says it did
     #[command(
@@ -78,6 +85,9 @@ pub(crate) enum Command {
     /// Stop a run at the next step, with a checkpoint; the same start command goes on from there
     #[command(after_help = "Example: looptrain stop --coordinator http://127.0.0.1:7400")]
     Stop(Stop),
+    /// Make and show the certificates of a cluster, and tokens for its status page
+    #[command(subcommand)]
+    Certs(Certs),
     /// Compare what every committed step of an audited run was computed from with the data order
     #[command(
         after_help = "Example: looptrain audit --store file://.looptrain --run quickstart --read\n\
@@ -152,6 +162,7 @@ impl Command {
             Self::Pause(_) => "pause",
             Self::Resume(_) => "resume",
             Self::Stop(_) => "stop",
+            Self::Certs(_) => "certs",
             Self::Audit(_) => "audit",
             Self::Generate(_) => "generate",
             Self::Eval(_) => "eval",
@@ -218,6 +229,9 @@ pub(crate) struct Train {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) fleet: FleetArgs,
+    /// For the status page; workers are on this machine
+    #[command(flatten)]
+    pub(crate) listening: ListenArgs,
 }
 
 /// Workers on this machine.
@@ -244,6 +258,8 @@ pub(crate) struct Coordinator {
     /// Address for workers
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", value_parser = address)]
     pub(crate) listen: SocketAddr,
+    #[command(flatten)]
+    pub(crate) listening: ListenArgs,
     /// Print every event of the run as one JSON line on stdout
     #[arg(long)]
     pub(crate) events: bool,
@@ -260,6 +276,8 @@ pub(crate) struct Worker {
     /// The coordinator's address
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) listening: ListenArgs,
     /// Name of this worker, unique in the run; host name and process id by default
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -318,6 +336,8 @@ pub(crate) struct Status {
     /// Ask this coordinator
     #[arg(long, value_name = "URL", conflicts_with_all = ["store", "run"], required_unless_present = "store")]
     pub(crate) coordinator: Option<String>,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// Read this store, when no coordinator is running
     #[arg(long, value_name = "URL", requires = "run")]
     pub(crate) store: Option<String>,
@@ -352,6 +372,8 @@ pub(crate) struct Drain {
     /// The coordinator's address
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// For the run's log
     #[arg(long, default_value = "")]
     pub(crate) reason: String,
@@ -362,6 +384,8 @@ pub(crate) struct Pause {
     /// The coordinator's address
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// For the run's log
     #[arg(long, default_value = "")]
     pub(crate) reason: String,
@@ -372,6 +396,8 @@ pub(crate) struct Resume {
     /// The coordinator's address
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
 }
 
 #[derive(Debug, Args)]
@@ -379,6 +405,8 @@ pub(crate) struct Stop {
     /// The coordinator's address
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// For the run's log
     #[arg(long, default_value = "")]
     pub(crate) reason: String,

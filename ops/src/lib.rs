@@ -12,10 +12,12 @@ mod datasets;
 mod fault;
 mod folder;
 mod launcher;
+mod limits;
 mod npy;
 mod plan;
 mod preemption;
 mod progress;
+mod security;
 mod signals;
 mod telemetry;
 mod tensorboard;
@@ -78,7 +80,11 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Whoever closed stderr does not want to know.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            ExitCode::from(if error.is::<SpecError>() { 2 } else { 1 })
+            ExitCode::from(if error.is::<SpecError>() || error.is::<security::Usage>() {
+                2
+            } else {
+                1
+            })
         }
     }
 }

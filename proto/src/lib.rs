@@ -7,6 +7,7 @@ mod held;
 mod ids;
 pub mod metrics;
 pub mod spec;
+pub mod transport;
 
 pub use form::Members;
 pub use ids::{Cursor, Digest, Generation, Incarnation, NoDigest, Rank, Step, WorkerId};

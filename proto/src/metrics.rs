@@ -127,6 +127,8 @@ catalogue! {
     STORE_OPERATIONS: Counter "looptrain.store.operations" ["{operation}"] {"operation", "outcome"} All "Calls to the object store that are over, all attempts of one counted once; `failed` are those that no attempt could do.";
     STORE_RETRIES: Counter "looptrain.store.retries" ["{retry}"] {"operation"} All "Attempts at a call to the object store after one that failed.";
     STORE_OPERATION_DURATION: Histogram "looptrain.store.operation.duration" ["s"] {"operation"} All "Time of a call to the object store, all its attempts and pauses.";
+    CONNECTIONS_REFUSED: Counter "looptrain.connections.refused" ["{connection}"] {"port", "reason"} All "Connections to a port of this process (coordinator, peers or page) that were turned away: certificate (none, or one that is not good), role (a good one, of a role that may not do this), stranger (it speaks another language), silent (it said nothing in time) or crowded (it gave way to newer ones while it said nothing).";
+    TLS_CERTIFICATE_EXPIRY: Gauge "looptrain.tls.certificate.expiry" ["s"] {} All "When the certificate of this process ends, in seconds since 1970; no series without TLS.";
     TELEMETRY_DROPPED: Counter "looptrain.telemetry.dropped" ["{item}"] {"signal"} All "Spans and log records that found the queue of the exporter full, or that nobody took.";
     GPU_TEMPERATURE: Gauge "looptrain.gpu.temperature" ["Cel"] {"gpu"} Gpu "Temperature of the GPU.";
     GPU_POWER: Gauge "looptrain.gpu.power" ["W"] {"gpu"} Gpu "Power that the GPU takes.";

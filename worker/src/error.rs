@@ -11,7 +11,7 @@ use crate::reduce::PeerError;
 #[non_exhaustive]
 pub enum WorkerError {
     /// The coordinator's address is no URL.
-    #[error("`{url}` is no coordinator's address: {reason}; write http://HOST:PORT")]
+    #[error("`{url}` is no coordinator's address for this worker: {reason}")]
     Url {
         /// As given.
         url: String,

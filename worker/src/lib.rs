@@ -78,10 +78,11 @@ pub struct Finished {
 /// # Errors
 /// One line that names the place and the remedy; see [`WorkerError`].
 pub async fn run(settings: WorkerSettings) -> Result<Finished, WorkerError> {
-    let listener = PeerListener::bind(settings.peer_listen).await?;
+    let credentials = settings.credentials.clone();
+    let listener = PeerListener::bind(settings.peer_listen).await?.secured(credentials.clone());
     let introduction = introduce(&settings, listener.address());
     let furnish = |spec, welcome| furnish(&settings, spec, welcome, listener);
-    take_part(&settings, &Tcp, introduction, furnish).await
+    take_part(&settings, &Tcp { credentials }, introduction, furnish).await
 }
 
 /// What takes part in a run: everything of [`run`] but what listens to peers, computes and reduces.

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use looptrain_model::Device;
+use looptrain_proto::transport::Credentials;
 use looptrain_storage::{Reading, ReadingOptions, Store};
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +49,9 @@ pub struct WorkerSettings {
     /// Where peers are accepted; port 0 takes a free one. With an unspecified address (`0.0.0.0`,
     /// `[::]`) peers are told the address that this machine has towards the coordinator.
     pub peer_listen: SocketAddr,
+    /// What this worker shows the coordinator and other workers, and asks of them; without it nothing is
+    /// encrypted, and anybody is believed.
+    pub credentials: Option<Arc<Credentials>>,
     /// Has the worker leave as soon as nobody waits for it: after the commit of the step it is
     /// computing, and when its saves are done.
     pub stop: Stop,
@@ -84,6 +88,7 @@ impl WorkerSettings {
             threads: 1,
             memory: None,
             peer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            credentials: None,
             stop: Stop::default(),
             connect_timeout: Duration::from_secs(30),
             reconnect_timeout: Duration::ZERO,

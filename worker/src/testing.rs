@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use looptrain_proto::spec::Source;
+use looptrain_proto::transport::{Authority, Credentials, Identity, Role};
 use looptrain_proto::{Digest, Generation, Incarnation, Rank, Spec};
 use looptrain_storage::Store;
 
@@ -69,6 +70,22 @@ pub(crate) async fn tiny_store() -> (Arc<Spec>, Store) {
     let store = Store::open(&url).expect("a store in memory");
     tiny_dataset(&store).await;
     (Arc::new(tiny_spec(&url)), store)
+}
+
+/// Credentials of a role, signed by `authority`.
+pub(crate) fn credentials(authority: &Authority, role: Role) -> Arc<Credentials> {
+    let (now, hour) = (SystemTime::now(), Duration::from_secs(3600));
+    let identity = Identity::new(role, "test").expect("a name");
+    let issued = authority.issue(&identity, &[], now - hour..now + hour).expect("a certificate");
+    let directory = tempfile::tempdir().expect("a directory");
+    issued.write(directory.path(), false).expect("it can be written");
+    Credentials::load(directory.path(), &[role]).expect("they are good")
+}
+
+/// An authority of the next hour.
+pub(crate) fn authority() -> Authority {
+    let (now, hour) = (SystemTime::now(), Duration::from_secs(3600));
+    Authority::new("test", now - hour..now + hour).expect("an authority")
 }
 
 /// A ring whose ranks are all here.

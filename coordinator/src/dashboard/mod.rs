@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Recent};
 use crate::core::Snapshot;
+use crate::http::{self, Access};
 use crate::runtime::Input;
 
 /// Renders the process's metrics as Prometheus text.
@@ -93,10 +94,13 @@ pub(crate) fn app(
 }
 
 /// Serves until `shutdown`.
-pub(crate) async fn serve(listener: TcpListener, app: Router, shutdown: CancellationToken) {
-    let served =
-        axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await;
-    if let Err(error) = served {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    app: Router,
+    access: Access,
+    shutdown: CancellationToken,
+) {
+    if let Err(error) = http::serve(listener, app, access, shutdown).await {
         tracing::warn!(%error, "the dashboard stopped; training goes on without it");
     }
 }

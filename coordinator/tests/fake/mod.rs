@@ -1,8 +1,10 @@
 //! A worker that keeps the protocol and computes nothing: its weights are a function of the step.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use looptrain_coordinator::{Running, Settings, Started, start};
+use looptrain_proto::transport::{self, Credentials};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{self, coordinator_message as down, worker_message as up};
 use looptrain_proto::{Digest, PROTOCOL_VERSION, Spec, Step};
@@ -10,6 +12,7 @@ use looptrain_storage::{Checkpoints, Store, Tensor, weights_digest};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
 
 /// Nothing here takes nearly this long, however busy the machine is.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
@@ -57,7 +60,9 @@ pub(crate) fn settings(spec: &Spec, store: &Store, stop: &CancellationToken) -> 
         datasets: vec![("text".into(), Digest::of(b"tokens"))],
         fresh: false,
         listen: "127.0.0.1:0".parse().unwrap(),
+        credentials: None,
         dashboard: None,
+        access: Default::default(),
         stop: stop.clone(),
         until: None,
         render_metrics: None,
@@ -121,11 +126,17 @@ pub(crate) struct Session {
 impl Session {
     /// Opens a session whose first message is `first`.
     pub(crate) async fn open(address: std::net::SocketAddr, first: up::Kind) -> Self {
-        let mut client = CoordinatorClient::connect(format!("http://{address}")).await.unwrap();
+        let channel = reach(address, None).await;
+        Self::over(channel, first).await.unwrap()
+    }
+
+    /// The same, over a connection that is there.
+    pub(crate) async fn over(channel: Channel, first: up::Kind) -> Result<Self, tonic::Status> {
+        let mut client = CoordinatorClient::new(channel);
         let (up, messages) = mpsc::channel(16);
         up.send(v1::WorkerMessage { kind: Some(first) }).await.unwrap();
-        let down = client.session(ReceiverStream::new(messages)).await.unwrap().into_inner();
-        Self { up, down }
+        let down = client.session(ReceiverStream::new(messages)).await?.into_inner();
+        Ok(Self { up, down })
     }
 
     pub(crate) async fn say(&self, kind: up::Kind) {
@@ -139,6 +150,17 @@ impl Session {
     }
 }
 
+/// A connection to a coordinator.
+pub(crate) async fn reach(
+    address: std::net::SocketAddr,
+    credentials: Option<&Arc<Credentials>>,
+) -> Channel {
+    let scheme = if credentials.is_some() { "https" } else { "http" };
+    let secured = credentials.is_some();
+    let endpoint = transport::endpoint(&format!("{scheme}://{address}"), secured).unwrap();
+    transport::dial(&endpoint, credentials).await.unwrap()
+}
+
 /// Runs a worker to its end; returns why it ended.
 pub(crate) async fn work(
     address: std::net::SocketAddr,
@@ -146,7 +168,12 @@ pub(crate) async fn work(
     store: Store,
     manner: Manner,
 ) -> String {
-    let mut session = Session::open(address, join(name)).await;
+    let session = Session::open(address, join(name)).await;
+    work_in(session, store, manner).await
+}
+
+/// The same, in a session whose first message has been a join.
+pub(crate) async fn work_in(mut session: Session, store: Store, manner: Manner) -> String {
     let mut run = String::new();
     let mut beat = tokio::time::interval(Duration::from_millis(200));
     loop {

@@ -105,6 +105,9 @@ pub(crate) struct ReduceBench {
     /// Connections from each rank to the next
     #[arg(long, default_value_t = Cluster::default().streams, value_parser = clap::value_parser!(u32).range(1..=16))]
     pub(crate) streams: u32,
+    /// Within TLS, with certificates made for it
+    #[arg(long)]
+    pub(crate) secured: bool,
     /// Times that they are reduced; the figures are of the median
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,

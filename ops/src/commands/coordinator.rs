@@ -1,10 +1,10 @@
 //! `looptrain coordinator`, and the part of it that `looptrain train` shares.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use looptrain_coordinator::{OnMoment, Outcome, RunEvent, Settings, Started};
+use looptrain_proto::transport::Role;
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, Dataset, Store};
 use tokio_util::sync::CancellationToken;
@@ -12,7 +12,9 @@ use tokio_util::sync::CancellationToken;
 use super::import::check_initial;
 use crate::cli::{Coordinator, SpecArgs};
 use crate::fault::Faults;
+use crate::limits::allow_all_descriptors;
 use crate::progress::{RunProgress, evaluation_line, print_line};
+use crate::security::{Doors, observe_expiry};
 use crate::telemetry::Telemetry;
 use crate::tensorboard::EventFile;
 use crate::{datasets, signals};
@@ -26,12 +28,15 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
     if args.bound {
         signals::end_with_parent();
     }
+    let doors = args.doors()?;
+    allow_all_descriptors();
     let moments = (!args.faults.is_empty()).then(|| watched_by(Faults::new(args.faults)));
-    let started = run.start(args.listen, args.spec.dashboard, stop, moments, telemetry).await?;
+    let started = run.start(doors, stop, moments, telemetry).await?;
     let outcome = match started {
         Started::Finished(outcome) => outcome,
         Started::Running(running) => {
-            print_line(&format!("listening for workers on http://{}", running.address));
+            let scheme = if args.listening.tls.tls.is_some() { "https" } else { "http" };
+            print_line(&format!("listening for workers on {scheme}://{}", running.address));
             let also: fn(&RunEvent) = if args.events { print_event } else { |_| () };
             follow(running, &mut run, also).await?
         }
@@ -39,6 +44,19 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
     run.print_outcome(&outcome).await?;
     run.print_end(&outcome);
     Ok(())
+}
+
+impl Coordinator {
+    /// Where this coordinator listens, if it may.
+    fn doors(&self) -> Result<Doors> {
+        self.listening.check("--listen", self.listen)?;
+        let page = self.spec.dashboard;
+        page.map_or(Ok(()), |address| self.listening.check("--dashboard", address))?;
+        let credentials = self.listening.credentials(Role::Coordinator)?;
+        credentials.iter().for_each(observe_expiry);
+        let access = self.listening.access(credentials.clone())?;
+        Ok(Doors { listen: self.listen, credentials, dashboard: page, access })
+    }
 }
 
 /// A run whose spec is read and whose datasets are there.
@@ -52,6 +70,8 @@ pub(crate) struct PreparedRun {
     until: Option<Step>,
     /// For TensorBoard.
     events: Option<EventFile>,
+    /// Whether the status page is served with TLS.
+    page_secured: bool,
 }
 
 impl PreparedRun {
@@ -76,24 +96,26 @@ impl PreparedRun {
         }
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
-        Ok(Self { spec, store, datasets, fresh, until, events: None })
+        Ok(Self { spec, store, datasets, fresh, until, events: None, page_secured: false })
     }
 
     pub(crate) async fn start(
         &mut self,
-        listen: SocketAddr,
-        dashboard: Option<SocketAddr>,
+        doors: Doors,
         stop: CancellationToken,
         moments: Option<OnMoment>,
         telemetry: &Telemetry,
     ) -> Result<Started> {
+        self.page_secured = doors.access.credentials.is_some();
         let started = looptrain_coordinator::start(Settings {
             spec: self.spec.clone(),
             store: self.store.clone(),
             datasets: self.datasets.iter().map(pin).collect(),
             fresh: self.fresh,
-            listen,
-            dashboard,
+            listen: doors.listen,
+            credentials: doors.credentials,
+            dashboard: doors.dashboard,
+            access: doors.access,
             stop,
             until: self.until,
             render_metrics: Some(telemetry.renderer()),
@@ -150,7 +172,8 @@ pub(crate) async fn follow(
     also: impl Fn(&RunEvent),
 ) -> Result<Outcome> {
     if let Some(address) = running.dashboard {
-        print_line(&format!("status page on http://{address}"));
+        let scheme = if run.page_secured { "https" } else { "http" };
+        print_line(&format!("status page on {scheme}://{address}"));
     }
     for (step, reason) in &running.skipped_checkpoints {
         print_line(&format!("checkpoint of step {step} passed over: {reason}"));

@@ -17,6 +17,7 @@ use super::{all_threads, import};
 use crate::chart::{self, Chart, Line};
 use crate::cli::{CheckpointUrl, Gate, ModelSource};
 use crate::progress::print_line;
+use crate::security::Doors;
 use crate::signals;
 use crate::telemetry::Telemetry;
 use crate::trained::{Found, Trained};
@@ -72,7 +73,7 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
     };
     let found = Arc::into_inner(found).context("the model is still being read")?;
     let before = measured(&run, found, &args).await?;
-    let outcome = on_this_machine(&mut run, &args.fleet, None, stop, telemetry).await?;
+    let outcome = on_this_machine(&mut run, &args.fleet, Doors::local(), stop, telemetry).await?;
     if outcome.stopped {
         run.print_end(&outcome);
         return Ok(());

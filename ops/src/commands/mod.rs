@@ -2,6 +2,7 @@
 
 mod audit;
 mod bench;
+mod certs;
 mod chaos;
 mod checkpoint;
 mod coordinator;
@@ -33,6 +34,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Pause(args) => orders::pause(args).await,
         Command::Resume(args) => orders::resume(args).await,
         Command::Stop(args) => orders::stop(args).await,
+        Command::Certs(args) => certs::run(args),
         Command::Audit(args) => audit::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Eval(args) => eval::run(args).await,

@@ -1,6 +1,5 @@
 //! `looptrain train`: a whole local cluster in one command.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
@@ -8,6 +7,7 @@ use looptrain_coordinator::{Outcome, RunEvent, Running, Started};
 use looptrain_model::Device;
 use looptrain_proto::Spec;
 use looptrain_proto::spec::Objective;
+use looptrain_proto::transport::Role;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -18,7 +18,7 @@ use super::coordinator::{PreparedRun, follow};
 use super::generate;
 use crate::cli::{FleetArgs, Train};
 use crate::launcher::Fleet;
-
+use crate::security::{Doors, observe_expiry};
 use crate::telemetry::Telemetry;
 use crate::{plan, signals};
 
@@ -33,6 +33,7 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
     let stop = signals::stop_on_signals(
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;
+    let doors = args.doors()?;
     // As an override, so that it is checked like any other value.
     args.spec
         .overrides
@@ -41,8 +42,7 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         run = PreparedRun::new(&args.spec) => run?,
         () = stop.cancelled() => bail!("stopped before training began"),
     };
-    let outcome =
-        on_this_machine(&mut run, &args.fleet, args.spec.dashboard, stop, telemetry).await?;
+    let outcome = on_this_machine(&mut run, &args.fleet, doors, stop, telemetry).await?;
     run.print_outcome(&outcome).await?;
     if !outcome.stopped && run.spec.sample.tokens > 0 {
         generate::print_sample(&run, outcome.step).await?;
@@ -51,17 +51,27 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
     Ok(())
 }
 
+impl Train {
+    /// Workers are on this machine; the page may be for others.
+    fn doors(&self) -> Result<Doors> {
+        let page = self.spec.dashboard;
+        page.map_or(Ok(()), |address| self.listening.check("--dashboard", address))?;
+        let credentials = self.listening.credentials(Role::Coordinator)?;
+        credentials.iter().for_each(observe_expiry);
+        Ok(Doors { dashboard: page, access: self.listening.access(credentials)?, ..Doors::local() })
+    }
+}
+
 /// Runs the coordinator and its workers to the run's end.
 pub(super) async fn on_this_machine(
     run: &mut PreparedRun,
     args: &FleetArgs,
-    dashboard: Option<SocketAddr>,
+    doors: Doors,
     stop: CancellationToken,
     telemetry: &Telemetry,
 ) -> Result<Outcome> {
     refuse_gate_on_gpu(run.spec.stages.iter().map(|stage| stage.objective), args.device)?;
-    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let started = run.start(listen, dashboard, stop, None, telemetry).await?;
+    let started = run.start(doors, stop, None, telemetry).await?;
     let running = match started {
         Started::Finished(outcome) => return Ok(outcome),
         Started::Running(running) => running,

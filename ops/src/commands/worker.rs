@@ -6,14 +6,17 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use axum::Router;
 use axum::routing::get;
+use looptrain_coordinator::http;
+use looptrain_proto::transport::Role;
 use looptrain_worker::{BlockCache, Moments, WorkerSettings, host_name};
-use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use super::all_threads;
 use crate::cli::Worker;
 use crate::fault::Faults;
 use crate::preemption;
 use crate::progress::print_line;
+use crate::security::observe_expiry;
 use crate::signals;
 use crate::telemetry::Telemetry;
 
@@ -25,12 +28,17 @@ pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
     if args.bound {
         signals::end_with_parent();
     }
+    args.listening.check("--peer-listen", args.peer_listen)?;
+    let credentials = args.listening.credentials(Role::Worker)?;
+    credentials.iter().for_each(observe_expiry);
     if let Some(address) = args.metrics {
-        let listener = TcpListener::bind(address).await;
-        let listener = listener.with_context(|| format!("cannot serve /metrics on {address}"))?;
+        args.listening.check("--metrics", address)?;
+        let access = args.listening.access(credentials.clone())?;
+        let bound = http::bind(address).await;
+        let (_, listener) = bound.with_context(|| format!("cannot serve /metrics on {address}"))?;
         let render = telemetry.renderer();
         let app = Router::new().route("/metrics", get(move || async move { render() }));
-        tokio::spawn(axum::serve(listener, app).into_future());
+        tokio::spawn(http::serve(listener, app, access, CancellationToken::new()));
     }
     let name = args.name.unwrap_or_else(|| format!("{}-{}", host_name(), std::process::id()));
     let threads = args.threads.unwrap_or_else(all_threads);
@@ -45,6 +53,7 @@ pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
     settings.threads = threads as usize;
     settings.memory = args.memory;
     settings.peer_listen = args.peer_listen;
+    settings.credentials = credentials;
     settings.connect_timeout = Duration::from_secs(args.connect_timeout.into());
     settings.reconnect_timeout = Duration::from_secs(args.reconnect_timeout.into());
     let told = settings.stop.clone();

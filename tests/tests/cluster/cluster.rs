@@ -41,6 +41,20 @@ pub(crate) struct Cluster {
     arguments: Vec<String>,
     /// In the environment of all its processes.
     variables: Vec<(String, String)>,
+    /// All show certificates; see [`certify`].
+    secured: bool,
+}
+
+/// Makes an authority, and below `tls/` a directory of credentials for each role.
+pub(crate) fn certify(scratch: &Scratch) {
+    let made = scratch.run(&["certs", "ca", "--to", "ca"]);
+    assert_eq!(made.code, Some(0), "{made:?}");
+    for role in ["coordinator", "worker", "operator", "viewer"] {
+        let (to, host) = (format!("tls/{role}"), ["--host", "localhost", "--host", "127.0.0.1"]);
+        let issue = ["certs", "issue", "--ca", "ca", "--role", role, "--name", "test", "--to", &to];
+        let made = scratch.run(&[&issue[..], &host].concat());
+        assert_eq!(made.code, Some(0), "{made:?}");
+    }
 }
 
 impl Cluster {
@@ -65,9 +79,29 @@ impl Cluster {
         Self::start_in(&[], given)
     }
 
+    /// As [`Cluster::start`], where all processes show certificates.
+    pub(crate) fn start_secured(workers: usize, more: &[&str]) -> Self {
+        let workers = format!("cluster.workers={workers}");
+        Self::secure(Scratch::new(), &[&RUN[..], &["--set", &workers], more].concat())
+    }
+
+    /// A coordinator with these arguments, where all processes show certificates.
+    pub(crate) fn secure(scratch: Scratch, given: &[&str]) -> Self {
+        certify(&scratch);
+        Self::start_at(scratch, &[], true, &[&["--tls", "tls/coordinator"], given].concat())
+    }
+
     /// A coordinator with these variables and arguments.
     pub(crate) fn start_in(variables: &[(String, String)], given: &[&str]) -> Self {
-        let scratch = Scratch::new();
+        Self::start_at(Scratch::new(), variables, false, given)
+    }
+
+    fn start_at(
+        scratch: Scratch,
+        variables: &[(String, String)],
+        secured: bool,
+        given: &[&str],
+    ) -> Self {
         let address = format!("127.0.0.1:{}", free_port());
         let arguments = ["coordinator", "spec.toml", "--listen", &address];
         let arguments = [&arguments[..], given].concat();
@@ -75,22 +109,34 @@ impl Cluster {
         let mut command = scratch.command(&arguments);
         command.envs(variables.clone());
         let mut coordinator = Running::start(command);
-        coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
+        let url = format!("http{}://{address}", if secured { "s" } else { "" });
+        coordinator.wait_for(|line| line == format!("listening for workers on {url}"));
         let arguments = arguments.into_iter().map(str::to_owned).collect();
-        Self { scratch, coordinator, url: format!("http://{address}"), arguments, variables }
+        Self { scratch, coordinator, url, arguments, variables, secured }
+    }
+
+    /// What a process of a role says besides.
+    fn shown(&self, role: &'static str) -> Vec<&'static str> {
+        match (self.secured, role) {
+            (false, _) => Vec::new(),
+            (true, "worker") => vec!["--tls", "tls/worker"],
+            (true, _) => vec!["--tls", "tls/operator"],
+        }
     }
 
     /// Starts another worker.
     pub(crate) fn worker(&self, more: &[&str]) -> Running {
         let worker = ["worker", "--coordinator", &self.url, "--threads", "1"];
-        let mut command = self.scratch.command(&[&worker[..], more].concat());
+        let shown = self.shown("worker");
+        let mut command = self.scratch.command(&[&worker[..], &shown, more].concat());
         command.envs(self.variables.clone());
         Running::start(command)
     }
 
     /// What `looptrain status` says.
     pub(crate) fn status(&self) -> Value {
-        let end = self.scratch.run(&["status", "--coordinator", &self.url, "--json"]);
+        let status = ["status", "--coordinator", &self.url, "--json"];
+        let end = self.scratch.run(&[&status[..], &self.shown("operator")].concat());
         serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"))
     }
 
@@ -116,7 +162,8 @@ impl Cluster {
     /// Runs an operator's command; the one line that it prints.
     #[track_caller]
     pub(crate) fn order(&self, command: &[&str]) -> String {
-        let end = self.scratch.run(&[command, &["--coordinator", &self.url]].concat());
+        let shown = self.shown("operator");
+        let end = self.scratch.run(&[command, &["--coordinator", &self.url], &shown].concat());
         assert_eq!(end.code, Some(0), "{end:?}");
         end.last_line().to_owned()
     }

@@ -30,6 +30,7 @@ mod recipe;
 mod same_bits;
 #[path = "../stores/seaweed.rs"]
 mod seaweed;
+mod security;
 mod stores;
 mod support;
 mod telemetry;

@@ -111,13 +111,14 @@ fn a_worker_whose_network_is_cut_comes_back_when_it_is_healed() {
     };
     let scratch = Scratch::new();
     let listen = format!("{}:7400", ENDS[0]);
-    let coordinator = ["coordinator", "spec.toml", "--listen", &listen];
+    let coordinator = ["coordinator", "spec.toml", "--listen", &listen, "--insecure"];
     let mut coordinator = cable.run(&scratch, 0, &[&coordinator[..], &ENDLESS].concat());
     coordinator.wait_for(|line| line.starts_with("listening for workers on http://"));
     let url = format!("http://{listen}");
     let _workers = [0, 1].map(|end| {
         let peers = format!("{}:0", ENDS[end]);
         let worker = ["worker", "--coordinator", &url, "--threads", "1", "--peer-listen", &peers];
+        let worker = [&worker[..], &["--insecure"]].concat();
         cable.run(&scratch, end, &worker)
     });
     cut_and_heal(&scratch, coordinator, || cable.cut(), || cable.heal());

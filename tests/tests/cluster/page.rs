@@ -11,7 +11,7 @@ use crate::cluster::{Cluster, ENDLESS};
 use crate::http::get;
 use crate::others;
 use crate::ports::free_port;
-use crate::support::{repository, wait_until};
+use crate::support::{Scratch, repository, wait_until};
 
 /// `tests/browser/check.py`, with what it needs.
 fn check(packages: &OsStr, page: SocketAddr) -> Command {
@@ -22,6 +22,29 @@ fn check(packages: &OsStr, page: SocketAddr) -> Command {
         .env("PYTHONPATH", packages)
         .env("PYTHONDONTWRITEBYTECODE", "1");
     command
+}
+
+#[test]
+fn a_browser_shows_a_token_once_and_follows_the_run_over_https() {
+    let Some(packages) = others::given("LOOPTRAIN_TEST_SELENIUM", "Selenium") else { return };
+    let page: SocketAddr = ([127, 0, 0, 1], free_port()).into();
+    let dashboard = page.to_string();
+    let scratch = Scratch::new();
+    assert_eq!(scratch.run(&["certs", "token", "--to", "tokens"]).code, Some(0));
+    let more = ["--dashboard", &dashboard, "--page-tokens", "tokens"];
+    let cluster = Cluster::secure(scratch, &[&ENDLESS[..], &more].concat());
+    let _worker = cluster.worker(&["--name", "worker"]);
+    cluster.wait_for(|status| status["step"].as_u64() > Some(0));
+    let token = std::fs::read_to_string(cluster.scratch.path("tokens")).unwrap();
+    let shots = std::env::var_os("LOOPTRAIN_TEST_SCREENSHOTS").map(Into::into);
+    let shots = shots.unwrap_or_else(|| cluster.scratch.path("screenshots"));
+    let mut command = Command::new("python3");
+    command.arg(repository().join("tests/browser/login.py")).arg(format!("https://{page}/"));
+    command.args(["--token", token.trim(), "--screenshots"]).arg(&shots);
+    command.env("PYTHONPATH", &packages).env("PYTHONDONTWRITEBYTECODE", "1");
+    let checked = command.output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+    assert!(String::from_utf8_lossy(&checked.stdout).contains("ok: and after a reload"));
 }
 
 fn status(page: SocketAddr) -> Option<Value> {

@@ -16,7 +16,7 @@ use crate::cluster::{Cluster, ENDLESS};
 use crate::http::{escaped, get};
 use crate::others;
 use crate::ports::free_port;
-use crate::support::{SOON, repository};
+use crate::support::{SOON, Scratch, repository};
 
 /// How much faster than they are written the rules run.
 const SPEED: u64 = 60;
@@ -72,7 +72,15 @@ struct Prometheus {
 }
 
 impl Prometheus {
-    fn start(folder: &Path, coordinator: SocketAddr, workers: &[SocketAddr]) -> Self {
+    /// Scrapes a coordinator with a token, workers with the certificate of a viewer, and a GPU plainly;
+    /// `run` is the directory with the credentials.
+    fn start(
+        folder: &Path,
+        run: &Path,
+        coordinator: SocketAddr,
+        workers: &[SocketAddr],
+        gpu: SocketAddr,
+    ) -> Self {
         let directory = TempDir::new().unwrap();
         let rules = repository().join("ops/prometheus/alerts.yml");
         let rules = faster(&std::fs::read_to_string(rules).unwrap());
@@ -83,10 +91,20 @@ impl Prometheus {
              rule_files: [alerts.yml]\n\
              scrape_configs:\n\
              - job_name: looptrain-coordinator\n  \
+               scheme: https\n  \
+               tls_config: {{ ca_file: {viewer}/ca.crt }}\n  \
+               authorization: {{ credentials_file: {token} }}\n  \
                static_configs: [{{ targets: [\"{coordinator}\"] }}]\n\
              - job_name: looptrain-worker\n  \
-               static_configs: [{{ targets: [{}] }}]\n",
-            workers.join(", ")
+               scheme: https\n  \
+               tls_config:\n    \
+                 {{ ca_file: {viewer}/ca.crt, cert_file: {viewer}/tls.crt, key_file: {viewer}/tls.key }}\n  \
+               static_configs: [{{ targets: [{}] }}]\n\
+             - job_name: gpu\n  \
+               static_configs: [{{ targets: [\"{gpu}\"], labels: {{ job: looptrain-worker }} }}]\n",
+            workers.join(", "),
+            viewer = run.join("tls/viewer").display(),
+            token = run.join("tokens").display(),
         );
         std::fs::write(directory.path().join("prometheus.yml"), configuration).unwrap();
         let address: SocketAddr = ([127, 0, 0, 1], free_port()).into();
@@ -235,6 +253,8 @@ fn every_panel_has_data_and_the_right_alerts_fire_in_a_run_whose_workers_die() {
     let more = [
         "--dashboard",
         &dashboard,
+        "--page-tokens",
+        "tokens",
         "--set",
         "cluster.workers=2",
         "--set",
@@ -244,14 +264,18 @@ fn every_panel_has_data_and_the_right_alerts_fire_in_a_run_whose_workers_die() {
         "--set",
         "checkpoint.every_steps=25",
     ];
-    let mut cluster = Cluster::start_with(&[&ENDLESS[..], &more].concat());
+    // The token is there before the coordinator is.
+    let scratch = Scratch::new();
+    assert_eq!(scratch.run(&["certs", "token", "--to", "tokens"]).code, Some(0));
+    let mut cluster = Cluster::secure(scratch, &[&ENDLESS[..], &more].concat());
     let start = |name: &str, port: SocketAddr| {
         cluster.worker(&["--name", name, "--metrics", &port.to_string()])
     };
     let stays = start("stays", ports[0]);
     let mut dies = start("dies-0", ports[1]);
     cluster.wait_for(|status| status["step"].as_u64() > Some(100));
-    let prometheus = Prometheus::start(&folder, page, &[ports[0], ports[1], serve_a_gpu()]);
+    let run = cluster.scratch.path("");
+    let prometheus = Prometheus::start(&folder, &run, page, &ports, serve_a_gpu());
     let committing = || prometheus.series("rate(looptrain_steps_total[2s]) > 0") > 0;
     prometheus.wait("it is scraped", committing);
     // For a few minutes of the rules' time.
@@ -270,6 +294,9 @@ fn every_panel_has_data_and_the_right_alerts_fire_in_a_run_whose_workers_die() {
             workers.iter().filter(|worker| worker["rank"].is_u64()).count() == 2
         });
     }
+    // One who speaks another language is turned away, and counted.
+    let mut stranger = std::net::TcpStream::connect(page).unwrap();
+    stranger.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
     prometheus.wait("workers flap", || prometheus.firing().contains("LooptrainWorkersFlapping"));
     for (title, query) in panels() {
         prometheus.wait(&format!("{title} has data: {query}"), || prometheus.series(&query) > 0);

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -29,6 +31,7 @@ use tonic::{Request, Response, Status};
 
 use crate::cluster::{Cluster, ENDLESS, LAST, STEP};
 use crate::http::get;
+use crate::others::given;
 use crate::ports::free_port;
 use crate::support::wait_until;
 
@@ -260,6 +263,76 @@ fn a_recovery_is_one_trace_over_coordinator_and_workers_with_logs_and_metrics_be
     let strange: Vec<_> =
         received.metrics.keys().filter(|name| !known.contains(name.as_str())).collect();
     assert!(strange.is_empty(), "{strange:?} are not in the catalogue");
+}
+
+/// A collector of others between the program and [`Collector`]; ended with the test.
+struct Between(std::process::Child);
+
+impl Between {
+    /// Starts it: it takes OTLP on one port and passes it on to another.
+    fn start(program: &std::ffi::OsStr, folder: &Path, from: u16, to: u16) -> Self {
+        let (file, address) = (|name| folder.join(name), |port| format!("127.0.0.1:{port}"));
+        let child = Command::new(program)
+            .arg("start")
+            .args(["--otlp-grpc-endpoint", &address(from)])
+            .args(["--otlp-http-endpoint", &address(free_port())])
+            .args(["--exporter", "otlp", "--otlp-exporter-protocol", "grpc"])
+            .args(["--otlp-exporter-endpoint", &format!("http://{}", address(to))])
+            .args(["--batch-timeout", "100ms"])
+            .arg("--pid-file")
+            .arg(file("collector.pid"))
+            .arg("--log-file")
+            .arg(file("collector.log"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let between = Self(child.unwrap());
+        wait_until(|| std::net::TcpStream::connect(address(from)).is_ok());
+        between
+    }
+}
+
+impl Drop for Between {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_real_collector_takes_traces_metrics_and_logs_and_passes_them_on() {
+    let Some(program) = given("LOOPTRAIN_TEST_COLLECTOR", "OpenTelemetry collector") else {
+        return;
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (collector, from, to) = (Collector::default(), free_port(), free_port());
+    collector.serve(&runtime, to);
+    let folder = tempfile::tempdir().unwrap();
+    let between = Between::start(&program, folder.path(), from, to);
+    let cluster = Cluster::start_exporting(&exporting_to(from), 2, &[]);
+    let first = cluster.worker(&["--name", "first"]);
+    let second = cluster.worker(&["--name", "second"]);
+    cluster.finish();
+    for worker in [first, second] {
+        assert_eq!(worker.end().code, Some(0));
+    }
+    // Whole steps, from the plan to the commit of both workers.
+    let whole = |spans: &[Span]| {
+        let of = |service: &str, name: &str| {
+            let there = spans.iter().filter(|span| span.service == service && span.name == name);
+            there.map(|span| span.trace.clone()).collect::<Vec<_>>()
+        };
+        let steps = of("looptrain-coordinator", "step");
+        let commits = of("looptrain-worker", "commit");
+        let both = |step: &&Vec<u8>| commits.iter().filter(|commit| commit == step).count() == 2;
+        steps.iter().filter(both).count() as u64
+    };
+    wait_until(|| whole(&collector.spans()) > LAST / 10);
+    let metrics = ["looptrain.steps", "looptrain.goodput.time", "looptrain.step.duration"];
+    let received = || collector.0.lock().unwrap();
+    wait_until(|| metrics.iter().all(|name| received().metrics.contains_key(*name)));
+    wait_until(|| received().logs.iter().any(|log| log.text.contains("generation 1: 2 workers")));
+    drop(between);
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! The connection to the coordinator: dialling, the join, and the outgoing half of the stream.
 
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
 use looptrain_proto::Digest;
+use looptrain_proto::transport::{self, Credentials};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::worker_message::Kind;
 use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Refused, Welcome, WorkerMessage};
@@ -40,6 +42,11 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// A network over which a coordinator is reached.
 pub trait Dial: Send + Sync {
+    /// Whether connections are within TLS, as the coordinator's URL must say.
+    fn is_secured(&self) -> bool {
+        false
+    }
+
     /// Connects to an endpoint, once.
     ///
     /// # Errors
@@ -51,12 +58,18 @@ pub trait Dial: Send + Sync {
 }
 
 /// The machine's own network.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tcp;
+#[derive(Clone, Debug)]
+pub(crate) struct Tcp {
+    pub(crate) credentials: Option<Arc<Credentials>>,
+}
 
 impl Dial for Tcp {
+    fn is_secured(&self) -> bool {
+        self.credentials.is_some()
+    }
+
     async fn dial(&self, endpoint: &Endpoint) -> Result<Channel, tonic::transport::Error> {
-        endpoint.connect().await
+        transport::dial(endpoint, self.credentials.as_ref()).await
     }
 }
 
@@ -77,18 +90,11 @@ async fn dial(
     name: &str,
     within: Duration,
 ) -> Result<Channel, WorkerError> {
-    let wrong = |reason: String| WorkerError::Url { url: url.to_owned(), reason };
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|e| wrong(e.to_string()))?;
-    let endpoint = match endpoint.uri().scheme_str() {
-        Some("http") => endpoint
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
-            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true),
-        scheme => {
-            return Err(wrong(format!("the scheme is {}", scheme.unwrap_or("missing"))));
-        }
-    };
+    let endpoint = transport::endpoint(url, network.is_secured())
+        .map_err(|reason| WorkerError::Url { url: url.to_owned(), reason })?
+        .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
     let deadline = Instant::now() + within;
     let mut pause = FIRST_PAUSE;
     for attempt in 0.. {
@@ -123,6 +129,11 @@ fn innermost(error: &dyn Error) -> String {
     error.source().map_or_else(|| error.to_string(), innermost)
 }
 
+/// What the coordinator said, or what happened to the connection.
+fn told(status: &tonic::Status) -> String {
+    status.source().map_or_else(|| status.message().to_owned(), innermost)
+}
+
 impl Link {
     /// Joins the run of the coordinator at `url`.
     pub(crate) async fn join(
@@ -144,7 +155,7 @@ impl Link {
             let call = client.session(ReceiverStream::new(messages));
             let response = timeout_at(deadline, call).await;
             let status = response.map_err(|_| broken("it does not answer the join".into()))?;
-            let incoming = status.map_err(|status| broken(status.message().to_owned()))?;
+            let incoming = status.map_err(|status| broken(told(&status)))?;
             let (url, incoming) = (url.to_owned(), incoming.into_inner());
             Self { url, incoming, outgoing, beats: JoinSet::new() }
         };
@@ -164,10 +175,7 @@ impl Link {
         let reason = match self.incoming.message().await {
             Ok(Some(message)) => return Ok(message),
             Ok(None) => "it closed the session".to_owned(),
-            Err(status) => match status.source() {
-                Some(error) => innermost(error),
-                None => status.message().to_owned(),
-            },
+            Err(status) => told(&status),
         };
         Err(WorkerError::Broken { url: self.url.clone(), reason })
     }

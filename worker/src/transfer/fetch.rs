@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use looptrain_proto::Digest;
+use looptrain_proto::transport::Connection;
 use tokio::io::AsyncReadExt;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -44,7 +44,7 @@ pub(crate) enum FetchError {
 /// A source that has the item.
 struct Source {
     peer: Peer,
-    stream: TcpStream,
+    stream: Connection,
     digests: Vec<Digest>,
 }
 
@@ -203,7 +203,7 @@ async fn ask(
     }
 }
 
-async fn call(stream: &mut TcpStream, request: Request) -> io::Result<Reply> {
+async fn call(stream: &mut Connection, request: Request) -> io::Result<Reply> {
     request.send(stream).await?;
     Reply::receive(stream).await
 }
@@ -255,7 +255,7 @@ async fn drain(
 }
 
 async fn get(
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     mut first: Option<usize>,
     job: &Job,
     asked: &mut VecDeque<usize>,
@@ -291,7 +291,7 @@ async fn in_time<T>(answer: impl Future<Output = io::Result<T>>) -> io::Result<T
 }
 
 /// The answer to the oldest request for a chunk.
-async fn receive(stream: &mut TcpStream, chunk: &mut [u8]) -> io::Result<()> {
+async fn receive(stream: &mut Connection, chunk: &mut [u8]) -> io::Result<()> {
     match Reply::receive(stream).await? {
         Reply::Here { bytes } if bytes == chunk.len() as u64 => {}
         Reply::Here { .. } => return Err(invalid("it sends a chunk of another size")),

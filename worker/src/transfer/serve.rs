@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use looptrain_proto::transport::Connection;
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -19,7 +19,7 @@ use crate::{Moment, Moments};
 const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Serves what is on the shelf to every joiner that connects, until no more can.
-pub(crate) async fn serve(mut joiners: mpsc::Receiver<TcpStream>, shelf: Shelf, moments: Moments) {
+pub(crate) async fn serve(mut joiners: mpsc::Receiver<Connection>, shelf: Shelf, moments: Moments) {
     let mut served = JoinSet::new();
     while let Some(joiner) = joiners.recv().await {
         while served.try_join_next().is_some() {}
@@ -32,7 +32,7 @@ pub(crate) async fn serve(mut joiners: mpsc::Receiver<TcpStream>, shelf: Shelf, 
     }
 }
 
-async fn serve_one(mut joiner: TcpStream, shelf: &Shelf, moments: &Moments) -> io::Result<()> {
+async fn serve_one(mut joiner: Connection, shelf: &Shelf, moments: &Moments) -> io::Result<()> {
     loop {
         let request = match timeout(PATIENCE, Request::receive(&mut joiner)).await? {
             // The joiner has all it wants.
@@ -40,13 +40,15 @@ async fn serve_one(mut joiner: TcpStream, shelf: &Shelf, moments: &Moments) -> i
             request => request?,
         };
         answer(&mut joiner, shelf, request).await?;
+        // TLS may hold back what the joiner waits for.
+        timeout(PATIENCE, joiner.flush()).await??;
         if let Request { item: Item::State(step), part: Part::Chunk(_) } = request {
             moments.at(Moment::Serving(step));
         }
     }
 }
 
-async fn answer(joiner: &mut TcpStream, shelf: &Shelf, request: Request) -> io::Result<()> {
+async fn answer(joiner: &mut Connection, shelf: &Shelf, request: Request) -> io::Result<()> {
     let goods = match shelf.find(request.item) {
         Ok(goods) => goods,
         Err(lack) => return timeout(PATIENCE, Reply::Lacking(lack).send(joiner)).await?,

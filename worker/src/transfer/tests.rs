@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use looptrain_model::TrainState;
+use looptrain_proto::transport::{Connection, Credentials, Role};
 use looptrain_proto::{Digest, Rank, Step};
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::shelf::Goods;
@@ -16,6 +16,7 @@ use super::wire::{Part, Reply, Request, send_digests};
 use super::*;
 use crate::Moments;
 use crate::reduce::tcp::{Peer, PeerListener, Peers};
+use crate::testing::{authority, credentials};
 
 /// Three chunks a buffer, the last one short.
 const LENGTH: usize = 2 * CHUNK + 7;
@@ -34,14 +35,17 @@ fn state(step: u64) -> TrainState {
 /// A cluster of sources and one joiner.
 #[derive(Default)]
 struct Cluster {
+    /// With them, all speak TLS.
+    credentials: Option<Arc<Credentials>>,
     sources: Vec<Peer>,
     listening: Vec<Peers>,
     serving: JoinSet<()>,
 }
 
 impl Cluster {
-    async fn listen(&mut self) -> tokio::sync::mpsc::Receiver<TcpStream> {
+    async fn listen(&mut self) -> tokio::sync::mpsc::Receiver<Connection> {
         let listener = PeerListener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let listener = listener.secured(self.credentials.clone());
         let rank = Rank(self.sources.len() as u32);
         let address = listener.address().to_string();
         self.sources.push(Peer { rank, name: format!("w{}", rank.0), address });
@@ -130,6 +134,16 @@ async fn counted<T>(work: impl Future<Output = T>) -> (T, u32) {
 fn assert_whole(fetched: Option<Vec<Vec<f32>>>, expected: TrainState) {
     let expected = [expected.weights, expected.first_moment, expected.second_moment];
     assert!(fetched.unwrap() == expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn within_tls_a_state_arrives_as_it_was() {
+    let credentials = Some(credentials(&authority(), Role::Worker));
+    let mut cluster = Cluster { credentials, ..Cluster::default() };
+    for _ in 0..2 {
+        cluster.honest(state(5)).await;
+    }
+    assert_whole(cluster.fetch(Item::State(Step(5))).await.unwrap(), state(5));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

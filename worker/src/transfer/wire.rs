@@ -63,7 +63,9 @@ impl Request {
         (bytes[0], bytes[1]) = (kind, part);
         bytes[2..6].copy_from_slice(&index.to_le_bytes());
         bytes[6..].copy_from_slice(&step.0.to_le_bytes());
-        stream.write_all(&bytes).await
+        stream.write_all(&bytes).await?;
+        // TLS may hold back what is not sent on.
+        stream.flush().await
     }
 
     pub(super) async fn receive(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Self> {

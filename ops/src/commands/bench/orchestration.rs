@@ -5,7 +5,6 @@
 //! local run that `looptrain train` makes, with coordinator, worker processes, sessions, votes, step
 //! log and telemetry. A machine has moods, so both take turns.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +22,7 @@ use crate::commands::coordinator::PreparedRun;
 use crate::commands::train::with_workers;
 use crate::launcher::Fleet;
 use crate::progress::print_line;
+use crate::security::Doors;
 use crate::telemetry::Telemetry;
 
 /// Steps before those that are measured: caches are cold, and threads are being started.
@@ -149,8 +149,8 @@ async fn local_steps(
     telemetry: &Telemetry,
 ) -> Result<Vec<LocalStep>> {
     let stop = CancellationToken::new();
-    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let Started::Running(running) = run.start(listen, None, stop.clone(), None, telemetry).await?
+    let Started::Running(running) =
+        run.start(Doors::local(), stop.clone(), None, telemetry).await?
     else {
         bail!("a run that was to begin anew is finished already");
     };

@@ -5,10 +5,12 @@
 //! receive, `2 (n - 1) / n` times the bytes of its sums, so that is divided by the time. (The formula
 //! is that of NVIDIA's nccl-tests.)
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use looptrain_proto::spec::Reduction;
+use looptrain_proto::transport::{Authority, Credentials, Identity, Role};
 use looptrain_proto::{Digest, Generation, Incarnation, Rank};
 use looptrain_worker::reduce::tcp::{Peer, PeerListener, Peers, Ring, RingId};
 use looptrain_worker::reduce::{Arithmetic, Collective, Sums};
@@ -44,12 +46,12 @@ struct Times {
 }
 
 pub(super) async fn run(args: ReduceBench) -> Result<Value> {
-    let ReduceBench { workers, bytes, reduction, streams, rounds } = args;
+    let ReduceBench { workers, bytes, reduction, streams, secured, rounds } = args;
     let elements = usize::try_from(bytes)? / size_of::<f32>();
     // On a grid that fixed point and floats hold exactly, so that no sum is rounded.
     let values: Vec<f32> = (0..elements).map(|index| ((index % 8191) as f32) / 4096.0).collect();
     let mut means = vec![0.0; elements];
-    let mut members = ring(workers, streams).await?;
+    let mut members = ring(workers, streams, secured).await?;
     let kinds = match reduction {
         Some(reduction) => vec![reduction.into()],
         None => vec![Reduction::Exact, Reduction::Fast],
@@ -83,6 +85,7 @@ pub(super) async fn run(args: ReduceBench) -> Result<Value> {
         "bench": "reduce",
         "workers": workers,
         "streams": streams,
+        "secured": secured,
         "bytes": elements * size_of::<f32>(),
         "rounds": rounds,
         "bus_formula": "2 (workers - 1) / workers * bytes / seconds, each rank's sending and receiving",
@@ -123,11 +126,13 @@ impl Times {
 }
 
 /// Forms a ring whose ranks are all here.
-async fn ring(workers: u32, streams: u32) -> Result<Vec<Member>> {
+async fn ring(workers: u32, streams: u32, secured: bool) -> Result<Vec<Member>> {
+    let credentials = if secured { Some(credentials()?) } else { None };
     let id = RingId { incarnation: Incarnation(1), generation: Generation(1) };
     let (mut peers, mut all) = (Vec::new(), Vec::new());
     for rank in (0..workers).map(Rank) {
         let listener = PeerListener::bind(([127, 0, 0, 1], 0).into()).await?;
+        let listener = listener.secured(credentials.clone());
         let address = listener.address().to_string();
         peers.push(Peer { rank, name: format!("rank-{rank}"), address });
         all.push((rank, listener.serve(Digest::of(b"bench")).0));
@@ -145,6 +150,22 @@ async fn ring(workers: u32, streams: u32) -> Result<Vec<Member>> {
         members.push(member.context("a rank failed")??);
     }
     Ok(members)
+}
+
+/// What all ranks show, good for as long as a bench takes.
+fn credentials() -> Result<Arc<Credentials>> {
+    let (now, hour) = (SystemTime::now(), Duration::from_secs(3600));
+    let directory = std::env::temp_dir().join(format!("looptrain-bench-{}", std::process::id()));
+    let identity = Identity::new(Role::Worker, "bench")?;
+    let issued = Authority::new("bench", now - hour..now + hour)?.issue(
+        &identity,
+        &[],
+        now - hour..now + hour,
+    )?;
+    issued.write(&directory, true)?;
+    let credentials = Credentials::load(&directory, &[Role::Worker]);
+    std::fs::remove_dir_all(&directory)?;
+    Ok(credentials?)
 }
 
 /// Gives every rank the sums of one slot with this gradient; the time that the last of them took.

@@ -17,7 +17,7 @@ const EVENTS: usize = 8;
 
 pub(crate) async fn run(args: Status) -> Result<()> {
     let mut source = match (&args.coordinator, &args.store, &args.run) {
-        (Some(url), _, _) => Source::live(url).await?,
+        (Some(url), _, _) => Source::live(url, &args.tls).await?,
         (None, Some(store), Some(run)) => Source::stored(store, run)?,
         _ => bail!("say --coordinator URL, or --store URL and --run NAME"),
     };

@@ -41,9 +41,9 @@ pub(super) async fn watch(mut source: Source, view: View) -> Result<()> {
                 // It may come back; what is known of it stays.
                 Err(error) => shown.trouble = Some(format!("{error:#}")),
             });
-            if let Source::Live { url, .. } = &source
+            if let Source::Live { url, tls, .. } = &source
                 && newest.borrow().trouble.is_some()
-                && let Ok(again) = Source::live(url).await
+                && let Ok(again) = Source::live(url, tls).await
             {
                 source = again;
             }

@@ -2,9 +2,11 @@
 //! `looptrain status` show.
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use looptrain_proto::transport::Role;
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{StatusReply, StatusRequest, WorkerStatus};
 use looptrain_storage::{Checkpoints, Store, read_newest_metrics, read_record};
@@ -12,6 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::timeout;
 use tonic::transport::Channel;
+
+use crate::cli::TlsArgs;
+use crate::commands::orders::{connect, innermost};
 
 /// Losses of a run in the store that are shown.
 const LOSSES: usize = 120;
@@ -100,18 +105,18 @@ impl View {
 
 /// Where a view comes from.
 pub(super) enum Source {
-    Live { url: String, client: CoordinatorClient<Channel> },
+    Live { url: String, tls: TlsArgs, client: CoordinatorClient<Channel> },
     Stored { store: Store, url: String, run: String },
 }
 
 impl Source {
     /// A coordinator that is there.
-    pub(super) async fn live(url: &str) -> Result<Self> {
-        let connecting = timeout(PATIENCE, CoordinatorClient::connect(url.to_owned())).await;
+    pub(super) async fn live(url: &str, tls: &TlsArgs) -> Result<Self> {
+        let connecting = connect(url, tls, &[Role::Viewer, Role::Operator]);
+        let connected = timeout(PATIENCE, connecting).await;
         let cannot = || format!("cannot reach a coordinator at {url}");
-        let client = connecting.context("it does not answer").with_context(cannot)?;
-        let client = client.with_context(cannot)?;
-        Ok(Self::Live { url: url.to_owned(), client })
+        let client = connected.context("it does not answer").with_context(cannot)??;
+        Ok(Self::Live { url: url.to_owned(), tls: tls.clone(), client })
     }
 
     /// What the store says.
@@ -131,12 +136,14 @@ impl Source {
     /// Looks.
     pub(super) async fn view(&mut self) -> Result<View> {
         match self {
-            Self::Live { url, client } => {
+            Self::Live { url, client, .. } => {
                 let reply = timeout(PATIENCE, client.status(StatusRequest {})).await;
                 let silent = || format!("the coordinator at {url} does not answer");
                 let reply = reply.with_context(silent)?;
-                let reply = reply
-                    .map_err(|status| anyhow::anyhow!("{}: {}", silent(), status.message()))?;
+                let reply = reply.map_err(|status| match status.source() {
+                    Some(_) => anyhow::anyhow!("{}: {}", silent(), innermost(&status)),
+                    None => anyhow::anyhow!("{}: {}", silent(), status.message()),
+                })?;
                 Ok(told(reply.into_inner()))
             }
             Self::Stored { store, url, run } => stored(store, url, run).await,

@@ -79,7 +79,9 @@ impl Hello {
     }
 
     pub(super) async fn send(self, stream: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
-        stream.write_all(&self.to_bytes()).await
+        stream.write_all(&self.to_bytes()).await?;
+        // TLS may hold back what is not sent on.
+        stream.flush().await
     }
 
     pub(super) async fn receive(
@@ -122,7 +124,8 @@ impl Answer {
         let mut bytes = [code; 17];
         bytes[1..9].copy_from_slice(&ring.incarnation.0.to_le_bytes());
         bytes[9..].copy_from_slice(&ring.generation.0.to_le_bytes());
-        stream.write_all(&bytes).await
+        stream.write_all(&bytes).await?;
+        stream.flush().await
     }
 
     pub(super) async fn receive(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Self> {

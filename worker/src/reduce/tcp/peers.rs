@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use looptrain_proto::transport::{Connection, Credentials, Gate, Port, Refusal};
 use looptrain_proto::{Digest, Rank};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
@@ -19,11 +20,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use super::handshake::{Answer, Greeting, Hello, Purpose};
 use super::{Peer, PeerError, RingId};
 
-/// A stranger who says nothing for this long is hung up on.
-const GREETING_TIME: Duration = Duration::from_secs(5);
-
-/// Connections that may be in their greeting at once, and those that may wait for their ring: four
-/// rings of the most streams. Who finds no room tries again.
+/// Connections that may wait for their ring: four rings of the most streams. Who finds no room tries
+/// again.
 const MAX_CONNECTIONS: usize = 64;
 
 /// Pause between two attempts to reach a peer.
@@ -34,6 +32,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(50);
 pub struct PeerListener {
     listener: TcpListener,
     address: SocketAddr,
+    credentials: Option<Arc<Credentials>>,
 }
 
 impl PeerListener {
@@ -45,7 +44,13 @@ impl PeerListener {
         let bind = |error| PeerError::Bind { address, error };
         let listener = TcpListener::bind(address).await.map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
-        Ok(Self { listener, address })
+        Ok(Self { listener, address, credentials: None })
+    }
+
+    /// Peers show certificates, and this worker its own.
+    #[must_use]
+    pub fn secured(self, credentials: Option<Arc<Credentials>>) -> Self {
+        Self { credentials, ..self }
     }
 
     /// The address with the port that was given.
@@ -57,16 +62,19 @@ impl PeerListener {
     /// Accepts the peers of one run from now on. Those that come for training state, not for a
     /// ring, are handed on to the receiver.
     #[must_use]
-    pub fn serve(self, run: Digest) -> (Peers, mpsc::Receiver<TcpStream>) {
+    pub fn serve(self, run: Digest) -> (Peers, mpsc::Receiver<Connection>) {
         let (joiners, for_state) = mpsc::channel(MAX_CONNECTIONS);
         let lobby = Arc::new(Lobby {
             run,
             state: Mutex::new(State { wanted: RingId::default(), parked: BTreeMap::new() }),
             arrived: Notify::new(),
             joiners,
+            credentials: self.credentials,
         });
         let mut serving = JoinSet::new();
-        serving.spawn(accept_all(self.listener, Arc::clone(&lobby)));
+        let greeter = Arc::clone(&lobby);
+        let greet = move |stream, _| Arc::clone(&greeter).greet(stream);
+        serving.spawn(Gate::new(Port::Peers).keep(self.listener, greet));
         (Peers { lobby, _serving: serving }, for_state)
     }
 }
@@ -84,7 +92,8 @@ struct Lobby {
     run: Digest,
     state: Mutex<State>,
     arrived: Notify,
-    joiners: mpsc::Sender<TcpStream>,
+    joiners: mpsc::Sender<Connection>,
+    credentials: Option<Arc<Credentials>>,
 }
 
 #[derive(Debug)]
@@ -92,7 +101,7 @@ struct State {
     /// Connections of older rings are refused.
     wanted: RingId,
     /// Greeted and not yet taken, by ring, sender and number of the stream.
-    parked: BTreeMap<(RingId, Rank, u32), TcpStream>,
+    parked: BTreeMap<(RingId, Rank, u32), Connection>,
 }
 
 impl Lobby {
@@ -122,28 +131,35 @@ impl Lobby {
         }
     }
 
-    async fn greet(&self, mut stream: TcpStream, from: SocketAddr) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        match self.judge(Hello::receive(&mut stream).await?) {
-            Err(None) => {
-                tracing::warn!(%from, "a connection to the peer port is no peer's; closed");
-                Ok(())
+    /// Has a connection say what it is for, and puts it where it is waited for.
+    async fn greet(self: Arc<Self>, stream: TcpStream) -> Result<(), Refusal> {
+        let mut stream = match &self.credentials {
+            Some(credentials) => {
+                let accepted = credentials.accept(stream, Port::Peers).await;
+                accepted.map_err(Refusal::Certificate)?
             }
+            None => Connection::plain(stream),
+        };
+        let broke = |error: io::Error| Refusal::Stranger(format!("a greeting broke off: {error}"));
+        let greeting = Hello::receive(&mut stream).await.map_err(broke)?;
+        match self.judge(greeting) {
+            Err(None) => Err(Refusal::Stranger("it is no peer's".to_owned())),
             Err(Some(answer)) => {
-                tracing::warn!(%from, ?answer, "refused a peer connection");
-                answer.send(&mut stream).await
+                answer.send(&mut stream).await.map_err(broke)?;
+                let reason = format!("a peer's connection is not wanted: {}", reason(answer));
+                Err(Refusal::Stranger(reason))
             }
             Ok(Hello { purpose: Purpose::State, .. }) => {
                 // There is a place before the joiner is told so.
                 let Ok(place) = self.joiners.try_reserve() else {
-                    return Answer::Busy.send(&mut stream).await;
+                    return Answer::Busy.send(&mut stream).await.map_err(broke);
                 };
-                Answer::Accepted.send(&mut stream).await?;
+                Answer::Accepted.send(&mut stream).await.map_err(broke)?;
                 place.send(stream);
                 Ok(())
             }
             Ok(Hello { purpose: Purpose::Ring { id, sender, stream: number }, .. }) => {
-                Answer::Accepted.send(&mut stream).await?;
+                Answer::Accepted.send(&mut stream).await.map_err(broke)?;
                 let mut state = self.state();
                 // The wanted ring may have moved on while the answer was sent.
                 if id >= state.wanted {
@@ -152,33 +168,6 @@ impl Lobby {
                     self.arrived.notify_waiters();
                 }
                 Ok(())
-            }
-        }
-    }
-}
-
-async fn accept_all(listener: TcpListener, lobby: Arc<Lobby>) {
-    let mut greetings = JoinSet::new();
-    loop {
-        while greetings.len() >= MAX_CONNECTIONS {
-            greetings.join_next().await;
-        }
-        while greetings.try_join_next().is_some() {}
-        match listener.accept().await {
-            Ok((stream, from)) => {
-                let lobby = Arc::clone(&lobby);
-                greetings.spawn(async move {
-                    match timeout(GREETING_TIME, lobby.greet(stream, from)).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => tracing::debug!(%from, %error, "a greeting broke off"),
-                        Err(_) => tracing::debug!(%from, "a connection said nothing; closed"),
-                    }
-                });
-            }
-            Err(error) => {
-                // Out of file descriptors, most likely: it may pass.
-                tracing::warn!(%error, "cannot accept a peer connection");
-                sleep(RETRY_PAUSE).await;
             }
         }
     }
@@ -201,7 +190,7 @@ impl Peers {
         stream: u32,
         peer: &Peer,
         within: Duration,
-    ) -> Result<TcpStream, PeerError> {
+    ) -> Result<Connection, PeerError> {
         let key = (ring, peer.rank, stream);
         let arrival = async {
             loop {
@@ -229,7 +218,7 @@ impl Peers {
         own_rank: Rank,
         peer: &Peer,
         within: Duration,
-    ) -> Result<TcpStream, PeerError> {
+    ) -> Result<Connection, PeerError> {
         self.dial(Purpose::Ring { id: ring, sender: own_rank, stream }, peer, within).await
     }
 
@@ -238,7 +227,7 @@ impl Peers {
         &self,
         peer: &Peer,
         within: Duration,
-    ) -> Result<TcpStream, PeerError> {
+    ) -> Result<Connection, PeerError> {
         self.dial(Purpose::State, peer, within).await
     }
 
@@ -247,11 +236,12 @@ impl Peers {
         purpose: Purpose,
         peer: &Peer,
         within: Duration,
-    ) -> Result<TcpStream, PeerError> {
+    ) -> Result<Connection, PeerError> {
         let deadline = Instant::now() + within;
         let hello = Hello { run: self.lobby.run, purpose };
         loop {
-            let attempt = timeout_at(deadline, call(&peer.address, hello)).await;
+            let calling = call(&peer.address, self.lobby.credentials.as_deref(), hello);
+            let attempt = timeout_at(deadline, calling).await;
             let error = match attempt {
                 Ok(Ok((stream, Answer::Accepted))) => return Ok(stream),
                 Ok(Ok((_, Answer::Busy))) => {
@@ -276,9 +266,17 @@ impl Peers {
     }
 }
 
-async fn call(address: &str, hello: Hello) -> io::Result<(TcpStream, Answer)> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn call(
+    address: &str,
+    credentials: Option<&Credentials>,
+    hello: Hello,
+) -> io::Result<(Connection, Answer)> {
+    let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
+    let mut stream = match credentials {
+        Some(credentials) => credentials.connect(stream, Port::Peers).await?,
+        None => Connection::plain(stream),
+    };
     hello.send(&mut stream).await?;
     let answer = Answer::receive(&mut stream).await?;
     Ok((stream, answer))

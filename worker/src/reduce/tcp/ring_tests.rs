@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::future::join_all;
 use looptrain_proto::spec::Reduction;
+use looptrain_proto::transport::{Credentials, Role};
 use looptrain_proto::{Digest, Generation, Incarnation};
 use proptest::prelude::*;
 
@@ -11,6 +12,7 @@ use super::super::PeerListener;
 use super::*;
 use crate::reduce::Arithmetic;
 use crate::reduce::bucket::Cut;
+use crate::testing::{authority, credentials};
 
 /// Nothing here takes nearly this long, however busy the machine is.
 const SOON: Duration = Duration::from_secs(45);
@@ -20,9 +22,22 @@ fn id(generation: u64) -> RingId {
 }
 
 async fn listeners(world: usize) -> (Vec<Peers>, Vec<Peer>) {
+    with_credentials(world, None).await
+}
+
+/// Workers that speak TLS with each other.
+async fn secured(world: usize) -> (Vec<Peers>, Vec<Peer>) {
+    with_credentials(world, Some(credentials(&authority(), Role::Worker))).await
+}
+
+async fn with_credentials(
+    world: usize,
+    credentials: Option<Arc<Credentials>>,
+) -> (Vec<Peers>, Vec<Peer>) {
     let (mut all, mut members) = (Vec::new(), Vec::new());
     for rank in 0..world {
         let listener = PeerListener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let listener = listener.secured(credentials.clone());
         members.push(Peer {
             rank: Rank(rank as u32),
             name: format!("w{rank}"),
@@ -77,6 +92,54 @@ async fn reduce(rings: &mut [Collective], tag: u64, elements: usize) -> Vec<Vec<
     }))
     .await
     .unwrap()
+}
+
+#[tokio::test]
+async fn within_tls_every_rank_gets_the_same_sum() {
+    for world in 2..=4 {
+        let (peers, members) = secured(world).await;
+        let mut rings = form(&peers, &members, 1).await;
+        for (tag, elements) in [0, 1, 3, 7, 1000, 98_765, 1 << 20].into_iter().enumerate() {
+            for sums in reduce(&mut rings, tag as u64, elements).await {
+                assert!(sums == expected(world, elements), "{world} ranks, {elements} values");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn within_tls_too_the_end_of_a_neighbour_is_noticed_at_once() {
+    for gone in [1, 2] {
+        let (peers, members) = secured(3).await;
+        let mut rings = form(&peers, &members, 1).await;
+        assert_eq!(reduce(&mut rings, 1, 1000).await.len(), 3);
+        // In the middle of an operation, before this rank has anything to send, and between two.
+        let (ready, buckets) = unbounded_channel();
+        drop(rings.remove(gone));
+        let waiting = rings[0].all_reduce_as_ready(2, buckets, || {});
+        let error = tokio::time::timeout(SOON, waiting).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains(&format!("lost rank {gone}")), "{error}");
+        drop(ready);
+    }
+}
+
+#[tokio::test]
+async fn who_has_no_certificate_of_a_worker_is_no_neighbour() {
+    let authority = authority();
+    let worker = credentials(&authority, Role::Worker);
+    let (there, members) = with_credentials(1, Some(worker)).await;
+    let stranger = credentials(&crate::testing::authority(), Role::Worker);
+    for shown in [None, Some(credentials(&authority, Role::Operator)), Some(stranger)] {
+        let (here, _) = with_credentials(1, shown).await;
+        let short = Duration::from_millis(300);
+        let refused = here[0].connect(id(1), 0, Rank(1), &members[0], short).await.unwrap_err();
+        assert!(matches!(refused, PeerError::Connect { .. }), "{refused}");
+        let fetched = here[0].connect_for_state(&members[0], short).await.unwrap_err();
+        assert!(matches!(fetched, PeerError::Lost { .. }), "{fetched}");
+    }
+    let (peer, waited) = (members[0].clone(), Duration::from_millis(50));
+    let from = Peer { rank: Rank(1), ..peer };
+    assert!(there[0].accept(id(1), 0, &from, waited).await.is_err(), "nobody has come in");
 }
 
 #[tokio::test]
@@ -230,7 +293,7 @@ async fn a_stream_that_breaks_ends_the_operation_on_all_ranks_and_names_the_peer
     let mut rings = streamed(&peers, &members, 1, 3).await;
     let Collective::Tcp(ring) = &mut rings[0] else { panic!() };
     // The last of three streams to rank 1; the others go on.
-    SockRef::from(&ring.streams[2].next).shutdown(std::net::Shutdown::Both).unwrap();
+    SockRef::from(ring.streams[2].next.tcp()).shutdown(std::net::Shutdown::Both).unwrap();
     let results = join_all(rings.into_iter().enumerate().map(|(rank, mut ring)| async move {
         ring.all_reduce(1, bucketed(Reduction::Fast, rank, 300_000, 6)).await
     }));

@@ -177,9 +177,13 @@ impl<'a> Transfer<'a> {
             let sent = self.send(cx, next).map_err(Failure::Next)?;
             let received = self.receive(cx, previous)?;
             if self.sent.round == self.rounds() && self.received.round == self.rounds() {
-                return Poll::Ready(Ok(()));
+                return Pin::new(next).poll_flush(cx).map_err(Failure::Next);
             }
             if !sent && !received {
+                // TLS may hold back what the other rank waits for.
+                if let Poll::Ready(Err(error)) = Pin::new(&mut *next).poll_flush(cx) {
+                    return Poll::Ready(Err(Failure::Next(error)));
+                }
                 if self.sent.round < self.rounds() {
                     watch(cx, next).map_err(Failure::Next)?;
                 }

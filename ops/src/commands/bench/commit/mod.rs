@@ -11,16 +11,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use looptrain_coordinator::http::Access;
 use looptrain_coordinator::{Outcome, RunEvent, Settings, Started};
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::Store;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use super::figures::{Samples, machine, resident_bytes, rounded};
 use crate::cli::CommitBench;
+use crate::limits::allow_descriptors;
 use crate::progress::print_line;
 use crew::{Clock, Crew};
 
@@ -48,7 +49,9 @@ pub(super) async fn run(args: CommitBench) -> Result<Value> {
         datasets: vec![("none".into(), Digest::of(b"no tokens"))],
         fresh: false,
         listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        credentials: None,
         dashboard: None,
+        access: Access::default(),
         stop: CancellationToken::new(),
         until: None,
         render_metrics: None,
@@ -157,16 +160,4 @@ async fn until(
             Err(broadcast::error::RecvError::Closed) => bail!("the coordinator is gone"),
         }
     }
-}
-
-/// Raises the soft limit of open files as far as is needed and allowed.
-fn allow_descriptors(wanted: u64) -> Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    let enough = |limit: Option<u64>| limit.is_none_or(|limit| limit >= wanted);
-    if enough(limit.current) {
-        return Ok(());
-    }
-    ensure!(enough(limit.maximum), "no more than {} are allowed", limit.maximum.unwrap_or(0));
-    setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })?;
-    Ok(())
 }

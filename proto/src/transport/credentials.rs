@@ -1,0 +1,389 @@
+//! A directory of credentials, and TLS with them.
+//!
+//! The files have the names of a Kubernetes secret of type `kubernetes.io/tls` as cert-manager makes it:
+//! `ca.crt` (who may sign), `tls.crt` (the own certificate, and those between it and the authority behind
+//! it) and `tls.key`, all PEM; a file `revoked` beside them may list certificates that have been withdrawn.
+//! They are read again when they change, so that a run of months outlives its
+//! certificates; what is there stays in use while the new files are not good.
+//!
+//! TLS 1.3 alone. Sessions are not resumed: each connection proves its certificate anew.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustls::client::Resumption;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use super::connection::plainly;
+use super::verify::{CallerOf, OwnerOf, Revoked};
+use super::{Certificate, Connection, Identity, NoIdentity, Port, Role};
+
+/// The authority.
+pub(super) const AUTHORITY: &str = "ca.crt";
+/// The own certificate.
+pub(super) const CERTIFICATE: &str = "tls.crt";
+/// Its key.
+pub(super) const KEY: &str = "tls.key";
+
+/// Serials of certificates that are not to be taken any more, one a line; there need not be one.
+const REVOKED: &str = "revoked";
+
+/// The files are looked at this often, when there are connections.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Why a directory has no credentials to use.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    /// A file cannot be read.
+    #[error(
+        "cannot read {}: {error}; `looptrain certs issue` writes {AUTHORITY}, {CERTIFICATE} and {KEY}",
+        path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// The certificate is of a role that does not do this.
+    #[error(
+        "{}: this is the certificate of {found}; needed is one of role {wanted} \
+         (`looptrain certs issue --role {wanted}`)",
+        path.display()
+    )]
+    Role {
+        /// The certificate.
+        path: PathBuf,
+        /// Whose it is.
+        found: Identity,
+        /// Who may do it.
+        wanted: Role,
+    },
+}
+
+/// The credentials of a process; shared by all its connections.
+#[derive(Debug)]
+pub struct Credentials {
+    directory: PathBuf,
+    roles: Vec<Role>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    loaded: Arc<Loaded>,
+    /// Of the files that were looked at last, good or not.
+    stamp: Stamp,
+    looked: Instant,
+}
+
+/// Tells files from those that were there before.
+type Stamp = Vec<Option<(SystemTime, u64)>>;
+
+/// What the files make together.
+#[derive(Debug)]
+struct Loaded {
+    identity: Identity,
+    certificate: Certificate,
+    coordinator: Arc<ServerConfig>,
+    peers: Arc<ServerConfig>,
+    page: Arc<ServerConfig>,
+    to_coordinator: Arc<ClientConfig>,
+    to_page: Arc<ClientConfig>,
+    to_peers: Arc<ClientConfig>,
+}
+
+impl Credentials {
+    /// Reads a directory.
+    ///
+    /// # Errors
+    /// When a file is missing or not what it should be, when the certificate is not signed by the
+    /// authority, has ended, does not belong to the key, or is of none of the `roles`.
+    pub fn load(
+        directory: impl Into<PathBuf>,
+        roles: &[Role],
+    ) -> Result<Arc<Self>, CredentialsError> {
+        let directory = directory.into();
+        let stamp = stamp(&directory);
+        let loaded = Arc::new(Loaded::read(&directory, roles)?);
+        let state = Mutex::new(State { loaded, stamp, looked: Instant::now() });
+        Ok(Arc::new(Self { directory, roles: roles.to_vec(), state }))
+    }
+
+    /// Who this process is.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.current().identity.clone()
+    }
+
+    /// What the own certificate says.
+    #[must_use]
+    pub fn certificate(&self) -> Certificate {
+        self.current().certificate.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is an assignment of whole values.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is in the files, or was when they were good.
+    fn current(&self) -> Arc<Loaded> {
+        let mut state = self.state();
+        if state.looked.elapsed() >= LOOK_AGAIN {
+            state.looked = Instant::now();
+            let stamp = stamp(&self.directory);
+            if stamp != state.stamp {
+                state.stamp = stamp;
+                match Loaded::read(&self.directory, &self.roles) {
+                    Ok(loaded) => {
+                        tracing::info!(identity = %loaded.identity, "new certificates are in use");
+                        state.loaded = Arc::new(loaded);
+                    }
+                    Err(error) => {
+                        tracing::warn!("new certificates are not used, the old ones stay: {error}");
+                    }
+                }
+            }
+        }
+        Arc::clone(&state.loaded)
+    }
+
+    /// Makes TLS of a connection that this process has opened to a port; the other end must be of the
+    /// role whose port it is.
+    ///
+    /// # Errors
+    /// What is wrong with the other end, or the connection.
+    pub async fn connect(&self, stream: TcpStream, port: Port) -> io::Result<Connection> {
+        let loaded = self.current();
+        let config = match port {
+            Port::Coordinator => &loaded.to_coordinator,
+            Port::Page => &loaded.to_page,
+            Port::Peers => &loaded.to_peers,
+        };
+        // Never sent, and nothing that certificates are compared with.
+        let name = ServerName::try_from("looptrain").map_err(io::Error::other)?;
+        let connecting = TlsConnector::from(Arc::clone(config)).connect(name, stream);
+        let stream = connecting.await.map_err(plainly)?;
+        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        // The handshake has looked at it already.
+        let identity = identity(shown)?.ok_or_else(|| io::Error::other(NoIdentity::Missing))?;
+        Ok(Connection::dialled(stream, identity))
+    }
+
+    /// Makes TLS of a connection that has come in at a port of this process. Whoever calls shows a
+    /// certificate of the authority, at a worker's port that of a worker; at the page there may be none.
+    ///
+    /// # Errors
+    /// What is wrong with the other end, or the connection.
+    pub async fn accept(&self, stream: TcpStream, port: Port) -> io::Result<Connection> {
+        let loaded = self.current();
+        let config = match port {
+            Port::Coordinator => &loaded.coordinator,
+            Port::Peers => &loaded.peers,
+            Port::Page => &loaded.page,
+        };
+        let accepting = TlsAcceptor::from(Arc::clone(config)).accept(stream);
+        let stream = accepting.await.map_err(plainly)?;
+        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let identity = identity(shown)?;
+        Ok(Connection::accepted(stream, identity))
+    }
+}
+
+/// What a certificate that TLS has found good says, if there is one.
+fn identity(shown: Option<&CertificateDer<'_>>) -> io::Result<Option<Identity>> {
+    let Some(certificate) = shown else { return Ok(None) };
+    let certificate = Certificate::read(certificate).map_err(io::Error::other)?;
+    certificate.identity.map(Some).map_err(io::Error::other)
+}
+
+fn stamp(directory: &Path) -> Stamp {
+    let of = |name| {
+        let metadata = std::fs::metadata(directory.join(name)).ok()?;
+        Some((metadata.modified().ok()?, metadata.len()))
+    };
+    [AUTHORITY, CERTIFICATE, KEY, REVOKED].map(of).to_vec()
+}
+
+/// Whom a process believes.
+struct Trust {
+    authority: Arc<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+    revoked: Arc<Revoked>,
+}
+
+impl Trust {
+    fn read(directory: &Path) -> Result<Self, CredentialsError> {
+        let path = directory.join(AUTHORITY);
+        let mut authority = RootCertStore::empty();
+        for certificate in certificates(&path)? {
+            authority.add(certificate).map_err(|error| {
+                let reason = format!("it is no authority: {error}");
+                CredentialsError::Content { path: path.clone(), reason }
+            })?;
+        }
+        Ok(Self {
+            authority: Arc::new(authority),
+            provider: Arc::new(aws_lc_rs::default_provider()),
+            revoked: Arc::new(revoked(&directory.join(REVOKED))?),
+        })
+    }
+
+    /// Those whom this process dials.
+    fn owner_of(&self, role: Role) -> OwnerOf {
+        let (authority, provider) = (Arc::clone(&self.authority), Arc::clone(&self.provider));
+        OwnerOf::new(authority, provider, role, Arc::clone(&self.revoked))
+    }
+
+    /// Those who call this process.
+    fn callers(
+        &self,
+        roles: &'static [Role],
+        also_nobody: bool,
+    ) -> Result<Arc<dyn ClientCertVerifier>, VerifierBuilderError> {
+        let (authority, provider) = (Arc::clone(&self.authority), Arc::clone(&self.provider));
+        let signed = WebPkiClientVerifier::builder_with_provider(authority, provider);
+        let signed = if also_nobody { signed.allow_unauthenticated() } else { signed };
+        Ok(Arc::new(CallerOf::new(signed.build()?, roles, Arc::clone(&self.revoked))))
+    }
+
+    /// Whether a certificate is good at either end of a connection.
+    fn check(&self, chain: &[CertificateDer<'_>], role: Role) -> Result<(), String> {
+        let Some((own, between)) = chain.split_first() else { return Ok(()) };
+        let (now, name) = (UnixTime::now(), ServerName::from(IpAddr::from([127, 0, 0, 1])));
+        let served = self.owner_of(role).verify_server_cert(own, between, &name, &[], now);
+        let called = || {
+            let callers = self.callers(&Role::ALL, false).map_err(|error| error.to_string())?;
+            let called = callers.verify_client_cert(own, between, now);
+            called.map(|_| ()).map_err(|error| plainly(io::Error::other(error)).to_string())
+        };
+        served
+            .map_err(|error| plainly(io::Error::other(error)).to_string())
+            .and_then(|_| called())
+            .map_err(|reason| reason.replace("its certificate", "the certificate"))
+    }
+}
+
+impl Loaded {
+    fn read(directory: &Path, roles: &[Role]) -> Result<Self, CredentialsError> {
+        let path = |name| directory.join(name);
+        let wrong = |name, reason| CredentialsError::Content { path: path(name), reason };
+        let trust = Trust::read(directory)?;
+        let chain = certificates(&path(CERTIFICATE))?;
+        let certificate =
+            Certificate::read(&chain[0]).map_err(|reason| wrong(CERTIFICATE, reason))?;
+        let identity = certificate.identity.clone();
+        let identity = identity.map_err(|error| wrong(CERTIFICATE, error.to_string()))?;
+        if !roles.contains(&identity.role) {
+            let wanted = roles.first().copied().unwrap_or(Role::Viewer);
+            let path = path(CERTIFICATE);
+            return Err(CredentialsError::Role { path, found: identity, wanted });
+        }
+        let key = PrivateKeyDer::from_pem_file(path(KEY)).map_err(|error| {
+            wrong(KEY, format!("it holds no private key that can be read ({error})"))
+        })?;
+        trust.check(&chain, identity.role).map_err(|reason| {
+            wrong(CERTIFICATE, format!("{reason}; `looptrain certs show` tells more"))
+        })?;
+
+        let tls = |error: rustls::Error| match error {
+            rustls::Error::InconsistentKeys(_) => {
+                wrong(KEY, format!("it is not the key of {CERTIFICATE}"))
+            }
+            error => wrong(KEY, error.to_string()),
+        };
+        let serving = |port: Port, roles: &'static [Role], also_nobody: bool| {
+            let callers = trust.callers(roles, also_nobody);
+            let callers = callers.map_err(|error| wrong(AUTHORITY, error.to_string()))?;
+            let mut config = ServerConfig::builder_with_provider(Arc::clone(&trust.provider))
+                .with_protocol_versions(&[&TLS13])
+                .map_err(tls)?
+                .with_client_cert_verifier(callers)
+                .with_single_cert(chain.clone(), key.clone_key())
+                .map_err(tls)?;
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+            config.alpn_protocols = vec![port.language().to_vec()];
+            Ok(Arc::new(config))
+        };
+        let dialling = |port: Port| {
+            let mut config = ClientConfig::builder_with_provider(Arc::clone(&trust.provider))
+                .with_protocol_versions(&[&TLS13])
+                .map_err(tls)?
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(trust.owner_of(port.owner())))
+                .with_client_auth_cert(chain.clone(), key.clone_key())
+                .map_err(tls)?;
+            config.resumption = Resumption::disabled();
+            config.enable_sni = false;
+            config.alpn_protocols = vec![port.language().to_vec()];
+            Ok(Arc::new(config))
+        };
+        Ok(Self {
+            coordinator: serving(Port::Coordinator, &Role::ALL, false)?,
+            peers: serving(Port::Peers, &[Role::Worker], false)?,
+            page: serving(Port::Page, &Role::ALL, true)?,
+            to_coordinator: dialling(Port::Coordinator)?,
+            to_page: dialling(Port::Page)?,
+            to_peers: dialling(Port::Peers)?,
+            identity,
+            certificate,
+        })
+    }
+}
+
+/// The serials of a file; none when it is not there. Empty lines and those that begin with `#` are
+/// passed over.
+fn revoked(path: &Path) -> Result<Revoked, CredentialsError> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Revoked::new()),
+        Err(error) => return Err(CredentialsError::Read { path: path.to_owned(), error }),
+    };
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let serials = lines.filter(|line| !line.starts_with('#')).map(|line| {
+        let usual = |it: char| it.is_ascii_hexdigit() || it == ':';
+        match line.chars().all(usual) {
+            true => Ok(line.to_lowercase()),
+            false => Err(CredentialsError::Content {
+                path: path.to_owned(),
+                reason: format!("`{line}` is no serial; `looptrain certs show` prints them"),
+            }),
+        }
+    });
+    serials.collect()
+}
+
+/// All certificates of a file, at least one.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, CredentialsError> {
+    let wrong = |reason: String| CredentialsError::Content { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path)
+        .map_err(|error| CredentialsError::Read { path: path.to_owned(), error })?;
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
+    let all = all.map_err(|error| wrong(format!("it is no PEM file ({error})")))?;
+    match all.is_empty() {
+        true => Err(wrong("there is no certificate in it".to_owned())),
+        false => Ok(all),
+    }
+}

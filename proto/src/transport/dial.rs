@@ -1,0 +1,83 @@
+//! The way to a coordinator.
+
+use std::sync::Arc;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tonic::transport::{Channel, Endpoint, Error, Uri};
+
+use super::{Credentials, Port};
+
+/// What a coordinator's URL stands for, if it is one: `https://HOST:PORT` for who has credentials,
+/// `http://HOST:PORT` for who has none.
+///
+/// # Errors
+/// What is wrong with the URL, and what to write.
+pub fn endpoint(url: &str, secured: bool) -> Result<Endpoint, String> {
+    let endpoint = Endpoint::from_shared(url.to_owned())
+        .map_err(|error| format!("{error}; write http://HOST:PORT, or https:// with --tls"))?;
+    match (endpoint.uri().scheme_str(), secured) {
+        (Some("http"), false) | (Some("https"), true) => {}
+        (Some("https"), false) => {
+            return Err("https:// takes credentials; say where they are with --tls DIR".into());
+        }
+        (Some("http"), true) => {
+            return Err("with --tls, a coordinator's address begins with https://".into());
+        }
+        (scheme, _) => {
+            let scheme = scheme.unwrap_or("missing");
+            return Err(format!(
+                "its scheme is {scheme}; write http://HOST:PORT, or https:// with --tls"
+            ));
+        }
+    }
+    match endpoint.uri().port_u16() {
+        Some(_) => Ok(endpoint.tcp_nodelay(true)),
+        None => Err("it has no port; a coordinator listens on 7400 unless told otherwise".into()),
+    }
+}
+
+/// Connects to a coordinator, once.
+///
+/// # Errors
+/// What the network or TLS says.
+pub async fn dial(
+    endpoint: &Endpoint,
+    credentials: Option<&Arc<Credentials>>,
+) -> Result<Channel, Error> {
+    let Some(credentials) = credentials else { return endpoint.connect().await };
+    let credentials = Arc::clone(credentials);
+    let connector = tower::service_fn(move |uri: Uri| {
+        let credentials = Arc::clone(&credentials);
+        async move {
+            let authority = uri.authority().map(ToString::to_string).unwrap_or_default();
+            let stream = TcpStream::connect(authority).await?;
+            stream.set_nodelay(true)?;
+            credentials.connect(stream, Port::Coordinator).await.map(TokioIo::new)
+        }
+    });
+    endpoint.connect_with_connector(connector).await
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_fits_to_credentials_or_says_what_does_not() {
+        assert!(endpoint("http://127.0.0.1:7400", false).is_ok());
+        assert!(endpoint("https://[::1]:7400", true).is_ok());
+        for (url, secured, remedy) in [
+            ("http://a:1", true, "https://"),
+            ("https://a:1", false, "--tls DIR"),
+            ("ftp://a:1", false, "ftp"),
+            ("a:1", true, "scheme"),
+            ("http://a", false, "no port"),
+            ("http://a b:1", false, "http://HOST:PORT"),
+        ] {
+            let error = endpoint(url, secured).unwrap_err();
+            assert!(error.contains(remedy), "{url}: {error}");
+        }
+    }
+}
