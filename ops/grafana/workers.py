@@ -4,7 +4,7 @@ from grafana_foundation_sdk.models import common as kinds
 
 from pages import of_a_run, page
 from panels import graph, mapping, number, rows_of, states
-from queries import CAUSES, Target, counts, of, quantile, total
+from queries import ALL, CAUSES, Target, counts, of, quantile, total
 
 DURATION = "looptrain_worker_section_duration_seconds"
 SECTIONS = {
@@ -236,6 +236,38 @@ def trouble():
     ]
 
 
+def access():
+    """Who is turned away, and when certificates end."""
+    return [
+        graph(
+            "Connections turned away",
+            "By port and reason, in a minute. Certificate and role: a process with the wrong credentials, or somebody "
+            "who tries. Stranger, silent and crowded: a scanner, a health check that speaks another language, or an "
+            "attack; training goes on. The process's log names the newest address.",
+            [
+                Target(
+                    f"sum by (port, reason) (rate({of('looptrain_connections_refused_total', scope=ALL)}"
+                    "[$__rate_interval])) * 60",
+                    "{{port}}, {{reason}}",
+                )
+            ],
+            width=12,
+            unit="none",
+            bounds=(0, None),
+            alerts=["LooptrainConnectionsRefused"],
+        ),
+        graph(
+            "Time until certificates end",
+            "Of each process that shows one. A renewed one counts within seconds of being written; nothing is "
+            "restarted for it.",
+            [Target(f"{of('looptrain_tls_certificate_expiry_seconds', scope=ALL)} - time()", "{{instance}}")],
+            width=12,
+            unit="s",
+            alerts=["LooptrainCertificateEnds"],
+        ),
+    ]
+
+
 def throttled():
     """The number of what holds each GPU's clocks down, in the order of THROTTLES; 0 for nothing."""
     parts = [
@@ -325,6 +357,7 @@ def board():
             ("Slots", slots()),
             ("Coming and going", coming()),
             ("Trouble", trouble()),
+            ("Access", access()),
             ("GPUs", gpus()),
         ],
     )
