@@ -71,7 +71,7 @@ pub(crate) fn introduced(
         async move {
             let connection = match credentials {
                 Some(credentials) => {
-                    credentials.accept(stream, port).await.map_err(Refusal::Certificate)?
+                    credentials.accept(stream, port).await.map_err(Refusal::in_tls)?
                 }
                 None => {
                     first_word(&stream, port).await?;
@@ -96,12 +96,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// Waits for the first bytes, and leaves them there.
 async fn first_word(stream: &TcpStream, port: Port) -> Result<(), Refusal> {
-    let broke = |error: io::Error| Refusal::Stranger(format!("it broke off: {error}"));
     let mut word = [0; PREFACE.len()];
     loop {
-        let there = stream.peek(&mut word).await.map_err(broke)?;
+        let there = stream.peek(&mut word).await.map_err(|_| Refusal::HungUp)?;
         if there == 0 {
-            return Err(Refusal::Stranger("it said nothing and hung up".to_owned()));
+            return Err(Refusal::HungUp);
         }
         if port != Port::Coordinator || word == *PREFACE {
             return Ok(());

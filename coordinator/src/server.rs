@@ -41,8 +41,9 @@ const OUTBOX: usize = 64;
 /// How long a new connection may take to introduce itself.
 const JOIN_PATIENCE: Duration = Duration::from_secs(10);
 
-/// A worker that comes back brings its latest votes, a thousand of them; the rest is much smaller.
-const LARGEST_MESSAGE: usize = 4 << 20;
+/// A worker that comes back brings its latest votes, a thousand of them with some numbers for each loop;
+/// the rest is much smaller.
+const LARGEST_MESSAGE: usize = 16 << 20;
 
 /// Streams of a connection at a time: a session, and what is asked beside it.
 const STREAMS: u32 = 16;

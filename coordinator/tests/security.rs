@@ -209,7 +209,7 @@ async fn messages_too_large_or_of_no_sense_end_their_session_and_no_other() {
     let running = launch(&spec, &store, &pki, None).await;
     let credentials = pki.credentials(Role::Worker);
     // As the first message, and as the second of one that has joined.
-    let large = join(&"x".repeat(5 << 20));
+    let large = join(&"x".repeat(17 << 20));
     let channel = reach(running.address, Some(&credentials)).await;
     let ended = match Session::over(channel, large).await {
         Ok(mut session) => session.hear().await.is_none(),
@@ -219,7 +219,7 @@ async fn messages_too_large_or_of_no_sense_end_their_session_and_no_other() {
     let channel = reach(running.address, Some(&credentials)).await;
     let mut session = Session::over(channel, join("large")).await.unwrap();
     assert!(matches!(session.hear().await, Some(down::Kind::Welcome(_))));
-    session.say(up::Kind::Leave(v1::Leave { reason: "x".repeat(5 << 20) })).await;
+    session.say(up::Kind::Leave(v1::Leave { reason: "x".repeat(17 << 20) })).await;
     assert!(session.hear().await.is_none());
 
     for bytes in [&b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"[..], b"\x0a\x7f", b"{}", b""] {

@@ -27,6 +27,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use looptrain_coordinator::CoordinatorError;
 use looptrain_proto::SpecError;
 use looptrain_storage::Faults;
 
@@ -41,7 +42,8 @@ fn install_store_faults() -> Result<(), String> {
     faults.map(Faults::install).map_err(|wrong| format!("{STORE_FAULTS}: {wrong}"))
 }
 
-/// Runs the command line; the exit status is 0, 1 (failed) or 2 (usage or spec).
+/// Runs the command line; the exit status is 0, 1 (failed), 2 (usage or spec) or 3 (another coordinator
+/// has taken the run over: whoever starts this one again would take it back).
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -80,10 +82,12 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Whoever closed stderr does not want to know.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            ExitCode::from(if error.is::<SpecError>() || error.is::<security::Usage>() {
-                2
-            } else {
-                1
+            let taken_over =
+                |error: &CoordinatorError| matches!(error, CoordinatorError::Fenced { .. });
+            ExitCode::from(match &error {
+                error if error.is::<SpecError>() || error.is::<security::Usage>() => 2,
+                error if error.downcast_ref().is_some_and(taken_over) => 3,
+                _ => 1,
             })
         }
     }

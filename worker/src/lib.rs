@@ -172,6 +172,13 @@ async fn come_back(
     // Whoever was fetching it is asked anew by the next coordinator.
     work.withdraw(false);
     let deadline = Instant::now() + settings.reconnect_timeout;
+    // The last of several attempts has had but a moment; all of them together count.
+    let in_all = |error| match error {
+        WorkerError::Connect { url, reason, .. } => {
+            WorkerError::Connect { url, seconds: settings.reconnect_timeout.as_secs_f64(), reason }
+        }
+        other => other,
+    };
     loop {
         let join = Join { held: session::brought(work).await?, ..introduction.clone() };
         let left = deadline.saturating_duration_since(Instant::now());
@@ -190,7 +197,7 @@ async fn come_back(
             Err(error) => return Err(error),
         };
         if Instant::now() + REJOIN_PAUSE >= deadline {
-            return Err(error);
+            return Err(in_all(error));
         }
         tokio::time::sleep(REJOIN_PAUSE).await;
     }

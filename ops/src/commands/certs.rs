@@ -65,7 +65,7 @@ fn show(args: &ShowCertificate) -> Result<()> {
     let [begins, ends] = [certificate.begins, certificate.ends].map(written);
     let (begins, ends) = (begins?, ends?);
     let left = certificate.ends.duration_since(SystemTime::now()).unwrap_or_default();
-    let days = left.as_secs() / DAY.as_secs();
+    let days = (left.as_secs_f64() / DAY.as_secs_f64()).round() as u64;
     if args.json {
         let shown = json!({
             "identity": certificate.identity.as_ref().ok().map(ToString::to_string),

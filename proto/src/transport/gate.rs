@@ -41,9 +41,22 @@ pub enum Refusal {
     Silent,
     /// There were newer ones.
     Crowded,
+    /// It hung up before it was through: a health check, most often. Nobody was turned away.
+    HungUp,
 }
 
 impl Refusal {
+    /// What is wrong with a connection that was to show a certificate.
+    #[must_use]
+    pub fn in_tls(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe => Self::HungUp,
+            _ => Self::Certificate(error),
+        }
+    }
+
     /// As the metric's label has it.
     fn label(&self) -> &'static str {
         match self {
@@ -52,6 +65,7 @@ impl Refusal {
             Self::Stranger(_) => "stranger",
             Self::Silent => "silent",
             Self::Crowded => "crowded",
+            Self::HungUp => "hung up",
         }
     }
 
@@ -61,6 +75,7 @@ impl Refusal {
             Self::Role(reason) | Self::Stranger(reason) => reason.clone(),
             Self::Silent => "it did not introduce itself in time".to_owned(),
             Self::Crowded => "it said nothing, and gave way to newer ones".to_owned(),
+            Self::HungUp => "it hung up".to_owned(),
         }
     }
 }
@@ -137,6 +152,9 @@ impl Complaints {
     }
 
     fn note(&mut self, from: SocketAddr, refusal: &Refusal) {
+        if matches!(refusal, Refusal::HungUp) {
+            return;
+        }
         let port = KeyValue::new("port", self.port.name());
         self.refused.add(1, &[port, KeyValue::new("reason", refusal.label())]);
         if self.port == Port::Page && matches!(refusal, Refusal::Silent | Refusal::Crowded) {

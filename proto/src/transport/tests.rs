@@ -221,6 +221,19 @@ async fn plain_words_and_tls_do_not_mix_and_say_so() {
 }
 
 #[tokio::test]
+async fn who_opens_a_port_and_closes_it_again_is_no_stranger() {
+    let coordinator = credentials(&authority(), Role::Coordinator);
+    let (near, far) = wire().await;
+    drop(near);
+    let error = coordinator.accept(far, Port::Coordinator).await.unwrap_err();
+    assert!(matches!(Refusal::in_tls(error), Refusal::HungUp));
+    let (mut near, far) = wire().await;
+    near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    let error = coordinator.accept(far, Port::Coordinator).await.unwrap_err();
+    assert!(matches!(Refusal::in_tls(error), Refusal::Certificate(_)));
+}
+
+#[tokio::test]
 async fn renewed_certificates_are_taken_into_use_and_bad_ones_are_not() {
     let authority = authority();
     let directory = issued(&authority, Role::Coordinator);

@@ -221,7 +221,7 @@ fn certificates_are_made_shown_and_not_written_over() {
     let shown = scratch.run(&["certs", "show", "tls/coordinator", "--json"]);
     let shown: serde_json::Value = serde_json::from_str(&shown.stdout).unwrap();
     assert_eq!(shown["hosts"], serde_json::json!(["localhost", "127.0.0.1"]));
-    assert_eq!((&shown["good"], &shown["days_left"]), (&true.into(), &364.into()));
+    assert_eq!((&shown["good"], &shown["days_left"]), (&true.into(), &365.into()));
     std::fs::copy(scratch.path("tls/viewer/tls.key"), scratch.path("tls/worker/tls.key")).unwrap();
     scratch.run(&["certs", "show", "tls/worker"]).fails(1, &["tls.key", "not the key of tls.crt"]);
 

@@ -136,12 +136,13 @@ impl Lobby {
         let mut stream = match &self.credentials {
             Some(credentials) => {
                 let accepted = credentials.accept(stream, Port::Peers).await;
-                accepted.map_err(Refusal::Certificate)?
+                accepted.map_err(Refusal::in_tls)?
             }
             None => Connection::plain(stream),
         };
         let broke = |error: io::Error| Refusal::Stranger(format!("a greeting broke off: {error}"));
-        let greeting = Hello::receive(&mut stream).await.map_err(broke)?;
+        // Whoever goes before he has said what he wants wanted nothing.
+        let greeting = Hello::receive(&mut stream).await.map_err(|_| Refusal::HungUp)?;
         match self.judge(greeting) {
             Err(None) => Err(Refusal::Stranger("it is no peer's".to_owned())),
             Err(Some(answer)) => {
