@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use looptrain_proto::transport::{Caller, Port, Role};
+use looptrain_proto::transport::{Caller, Port, Role, innermost};
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::{self, coordinator_message, worker_message};
 use looptrain_proto::{WorkerId, metrics};
@@ -282,11 +282,6 @@ async fn read_session(
     };
     // Fails only when the run is over, and then the loss does not matter.
     let _ = inputs.send(Input::Event(Event::Broken { worker, reason })).await;
-}
-
-/// The cause at the bottom: "connection reset by peer" says more than "h2 protocol error".
-fn innermost(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), innermost)
 }
 
 /// Lets the worker read its last message and hang up by itself: hanging up first could cut that

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use anyhow::{Result, bail};
-use looptrain_proto::transport::{self, Role};
+use looptrain_proto::transport::{self, Role, innermost};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{DrainRequest, PauseRequest, ResumeRequest, StopRequest};
 use tonic::transport::Channel;
@@ -25,11 +25,6 @@ pub(super) async fn connect(
         let reason = innermost(&error);
         anyhow::anyhow!("cannot reach a coordinator at {url}: {reason}")
     })
-}
-
-/// The cause at the bottom, which says more than what is wrapped around it.
-pub(super) fn innermost(error: &dyn Error) -> String {
-    error.source().map_or_else(|| error.to_string(), innermost)
 }
 
 async fn as_operator(url: &str, tls: &TlsArgs) -> Result<CoordinatorClient<Channel>> {

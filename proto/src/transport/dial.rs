@@ -59,6 +59,21 @@ pub async fn dial(
     endpoint.connect_with_connector(connector).await
 }
 
+/// The cause at the bottom of an error, for people: "connection refused" says more than "transport
+/// error".
+#[must_use]
+pub fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    if let Some(source) = error.source() {
+        return innermost(source);
+    }
+    let text = error.to_string();
+    match text.contains("frame with invalid size") {
+        // What HTTP/2 makes of the first bytes of TLS.
+        true => format!("{text}: it may speak TLS, and then its address begins with https://"),
+        false => text,
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

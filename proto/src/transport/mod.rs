@@ -22,7 +22,7 @@ pub use authority::{Authority, AuthorityError, Issued};
 pub use certificate::Certificate;
 pub use connection::{Caller, Connection};
 pub use credentials::{Credentials, CredentialsError};
-pub use dial::{dial, endpoint};
+pub use dial::{dial, endpoint, innermost};
 pub use gate::{Gate, Refusal};
 pub use identity::{Identity, NoIdentity, Role};
 

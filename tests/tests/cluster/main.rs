@@ -10,6 +10,7 @@ mod checkpoints;
 mod cluster;
 mod data;
 mod data_on_s3;
+mod deployment;
 mod elastic;
 mod end_to_end;
 mod export;

@@ -31,7 +31,8 @@ fn a_browser_shows_a_token_once_and_follows_the_run_over_https() {
     let dashboard = page.to_string();
     let scratch = Scratch::new();
     assert_eq!(scratch.run(&["certs", "token", "--to", "tokens"]).code, Some(0));
-    let more = ["--dashboard", &dashboard, "--page-tokens", "tokens"];
+    let alone = ["--set", "cluster.workers=1"];
+    let more = [&["--dashboard", &dashboard, "--page-tokens", "tokens"][..], &alone].concat();
     let cluster = Cluster::secure(scratch, &[&ENDLESS[..], &more].concat());
     let _worker = cluster.worker(&["--name", "worker"]);
     cluster.wait_for(|status| status["step"].as_u64() > Some(0));

@@ -278,7 +278,7 @@ impl Between {
             .args(["--otlp-http-endpoint", &address(free_port())])
             .args(["--exporter", "otlp", "--otlp-exporter-protocol", "grpc"])
             .args(["--otlp-exporter-endpoint", &format!("http://{}", address(to))])
-            .args(["--batch-timeout", "100ms"])
+            .args(["--batch-timeout", "100ms", "--otlp-exporter-compression", "none"])
             .arg("--pid-file")
             .arg(file("collector.pid"))
             .arg("--log-file")

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use looptrain_proto::Digest;
-use looptrain_proto::transport::{self, Credentials};
+use looptrain_proto::transport::{self, Credentials, innermost};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::worker_message::Kind;
 use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Refused, Welcome, WorkerMessage};
@@ -124,14 +124,12 @@ fn jittered(pause: Duration, name: &str, attempt: u64) -> Duration {
     pause / 2 + (pause / 2).mul_f64(share)
 }
 
-/// The cause at the bottom: "connection refused" says more than "transport error".
-fn innermost(error: &dyn Error) -> String {
-    error.source().map_or_else(|| error.to_string(), innermost)
-}
-
 /// What the coordinator said, or what happened to the connection.
 fn told(status: &tonic::Status) -> String {
-    status.source().map_or_else(|| status.message().to_owned(), innermost)
+    match status.source() {
+        Some(_) => innermost(status),
+        None => status.message().to_owned(),
+    }
 }
 
 impl Link {

@@ -6,7 +6,7 @@ use std::error::Error as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use looptrain_proto::transport::Role;
+use looptrain_proto::transport::{Role, innermost};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{StatusReply, StatusRequest, WorkerStatus};
 use looptrain_storage::{Checkpoints, Store, read_newest_metrics, read_record};
@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tonic::transport::Channel;
 
 use crate::cli::TlsArgs;
-use crate::commands::orders::{connect, innermost};
+use crate::commands::orders::connect;
 
 /// Losses of a run in the store that are shown.
 const LOSSES: usize = 120;
