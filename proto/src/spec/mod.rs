@@ -9,11 +9,15 @@
 
 mod cost;
 mod load;
+#[cfg(test)]
+mod reference;
 mod schedule;
 #[cfg(test)]
 mod tests;
 mod validate;
 
+#[cfg(test)]
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use cost::operations_per_token;
@@ -25,6 +29,7 @@ use crate::Digest;
 
 /// One training job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
     /// Name, store and seed.
@@ -44,8 +49,10 @@ pub struct Spec {
     #[serde(default)]
     pub optimizer: Optimizer,
     /// Datasets that stages draw from.
+    #[cfg_attr(test, schemars(length(min = 1)))]
     pub datasets: Vec<Dataset>,
     /// Parts of the run, in order.
+    #[cfg_attr(test, schemars(length(min = 1)))]
     pub stages: Vec<Stage>,
     /// When state is saved.
     #[serde(default)]
@@ -63,12 +70,17 @@ pub struct Spec {
 
 /// Identity of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// Prefix of the run in its store: letters, digits, `.`, `_`, `-`.
+    /// Name of the run, which lies below `runs/NAME` in its store: letters, digits, `.`, `_` and `-`,
+    /// not `.` at first.
+    #[cfg_attr(test, schemars(regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")))]
     pub name: String,
     /// URL of the object store: `file://PATH` (relative paths count from the working directory
     /// of who loads the spec), `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `az://CONTAINER/PREFIX`.
+    /// Endpoint and credentials come from the provider's environment variables, on each machine.
+    #[cfg_attr(test, schemars(regex(pattern = "://")))]
     pub store: String,
     /// Seed of the initial weights and of the data order.
     #[serde(default)]
@@ -81,6 +93,7 @@ pub struct Run {
 
 /// How the gradients of the ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
     /// 64-bit fixed point: the same bits for any number of workers and any topology.
@@ -93,32 +106,42 @@ pub enum Reduction {
 
 /// Membership and its time-outs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Cluster {
-    /// Workers to wait for before the first step; `train` starts this many processes.
+    /// Workers to wait for before the first step; `looptrain train` starts this many processes. A run
+    /// that has begun goes on with any number, after a wait for those that are missing.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_WORKERS)))]
     pub workers: u32,
     /// Workers that train at a time; others wait as warm spares, which follow the run and take the
-    /// place of a lost one at once. 0 for no limit.
+    /// place of a lost one at once. 0 for no limit, otherwise not below `workers`.
+    #[cfg_attr(test, schemars(range(max = validate::MAX_WORKERS)))]
     pub max_workers: u32,
-    /// A worker silent for this many seconds is dead.
+    /// A worker silent for this many seconds is taken for dead; it speaks four times in that time.
+    #[cfg_attr(test, schemars(range(min = 0.1, max = validate::MAX_TIMEOUT)))]
     pub worker_timeout: f64,
     /// A worker is reported as a straggler when a section of its steps (data, compute, reduce,
     /// commit) takes this many times what it takes the others.
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 1.0)))]
     pub straggler_factor: f64,
     /// A worker that computes less than this share of what the others do is told to leave;
     /// 0 for none.
+    #[cfg_attr(test, schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0)))]
     pub drain_below: f64,
     /// How gradients are summed over ranks.
     pub reduction: Reduction,
     /// Fraction bits of the fixed-point gradient: a slot's gradient is rounded to multiples of
     /// 2^-fraction_bits. A fast reduction has no use for them.
+    #[cfg_attr(test, schemars(range(min = 16, max = 52)))]
     pub fraction_bits: u32,
     /// TCP connections from each rank to the next, which share out the gradient and change no bit of
     /// it. While one waits the other sends; more help where two do not fill the network, as on long
     /// or busy ways.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_STREAMS)))]
     pub streams: u32,
     /// What the device of one worker could do at most, in TFLOP/s, for model FLOPs utilization in the step
     /// log (989 for dense bf16 on an H100); 0 when it is not known.
+    #[cfg_attr(test, schemars(range(min = 0.0)))]
     pub peak_tflops: f64,
 }
 
@@ -140,11 +163,13 @@ impl Default for Cluster {
 
 /// How workers use their memory; nothing here changes a bit of what they compute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Compute {
     /// What the backward pass computes again instead of keeping it.
     pub recompute: Recompute,
     /// Memory that a worker may use, in GiB; 0 for what its machine has to give.
+    #[cfg_attr(test, schemars(range(min = 0.0, max = validate::MAX_MEMORY_GIB)))]
     pub memory_gib: f64,
 }
 
@@ -156,6 +181,7 @@ impl Default for Compute {
 
 /// What the backward pass computes again, which takes time, instead of keeping it, which takes memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
     /// As little as the worker's memory allows.
@@ -171,33 +197,46 @@ pub enum Recompute {
 
 /// Shape of the LoopLM; names follow the published Ouro configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Model {
     /// Width of the residual stream, d.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
     pub hidden_size: usize,
     /// Layers of the shared stack, L; each loop applies all of them.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
     pub num_hidden_layers: usize,
-    /// Attention heads; the head dimension is `hidden_size / num_attention_heads`.
+    /// Attention heads; the head dimension is `hidden_size / num_attention_heads`, a whole and even
+    /// number.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
     pub num_attention_heads: usize,
     /// Inner width of the SwiGLU.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
     pub intermediate_size: usize,
-    /// Rows of the embedding and of the head; at least the tokenizer's vocabulary.
+    /// Rows of the embedding and of the head, which are not tied; at least the vocabulary of each
+    /// dataset's tokenizer.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
     pub vocab_size: usize,
     /// Added to the mean square in RMSNorm.
     #[serde(default = "default_rms_norm_eps")]
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0)))]
     pub rms_norm_eps: f64,
-    /// Standard deviation of the initial matrices.
+    /// Standard deviation of the normal distribution that initial matrices are drawn from.
     #[serde(default = "default_initializer_range")]
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 0.0)))]
     pub initializer_range: f64,
 }
 
 /// Weights to begin from, as `looptrain import` and `looptrain upcycle` leave them in the store.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Initial {
     /// Its name below `models/` in the store.
+    #[cfg_attr(test, schemars(regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")))]
     pub model: String,
     /// Digest of the weights, which the two commands print.
+    #[cfg_attr(test, schemars(with = "String", regex(pattern = "^blake3:[0-9a-fA-F]{64}$")))]
     pub weights: Digest,
 }
 
@@ -228,17 +267,23 @@ impl Model {
 
 /// AdamW; weight decay applies to the matrices of layers and head alone.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Optimizer {
     /// Decay of the first moment.
+    #[cfg_attr(test, schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0)))]
     pub beta1: f64,
     /// Decay of the second moment.
+    #[cfg_attr(test, schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0)))]
     pub beta2: f64,
     /// Added to the root of the second moment.
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 0.0)))]
     pub epsilon: f64,
     /// Decoupled weight decay per unit of learning rate.
+    #[cfg_attr(test, schemars(range(min = 0.0)))]
     pub weight_decay: f64,
     /// Upper bound of the gradient's global Euclidean norm.
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 0.0)))]
     pub clip_norm: f64,
     /// What happens to a step with a loss or gradient that is not finite or leaves the fixed-point
     /// range.
@@ -247,6 +292,7 @@ pub struct Optimizer {
 
 /// What happens to a step whose loss or gradient is no usable number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum NonFinite {
     /// The run ends with a message that names slot, sequences and tensor or loop.
@@ -269,11 +315,13 @@ impl Default for Optimizer {
     }
 }
 
-/// A dataset in the store, and how to make it when it is not there yet.
+/// A dataset in the store, and how to make it when it is not there yet. Each has a name of its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Dataset {
-    /// Prefix below `datasets/` in the store.
+    /// Its name below `datasets/` in the store, of the same characters as that of a run.
+    #[cfg_attr(test, schemars(regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")))]
     pub name: String,
     /// Where the text comes from when the dataset has to be made; without it the dataset must be
     /// in the store.
@@ -283,35 +331,46 @@ pub struct Dataset {
 
 /// Text for a new dataset, and its tokenizer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Source {
     /// Files, directories and prefixes of object stores (`s3://BUCKET/PREFIX`); `cargo-registry`
     /// stands for the sources of the crates in the local cargo home.
+    #[cfg_attr(test, schemars(length(min = 1)))]
     pub paths: Vec<String>,
     /// How documents lie in the files.
     pub format: Format,
     /// File name extensions of plain text, to take from directories.
     pub extensions: Vec<String>,
     /// The field of a JSON line, or the column of a Parquet file, that holds the text.
+    #[cfg_attr(test, schemars(length(min = 1)))]
     pub field: String,
-    /// A sample stops collecting after this many bytes of text; other formats take everything.
+    /// A sample stops collecting after this many bytes of text; other formats take everything and
+    /// have no use for it.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     pub max_bytes: u64,
     /// A Hugging Face `tokenizer.json`, a file or a URL; without it one is trained on the text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
     /// The entry of that tokenizer that stands after each document; without it the first one of the
-    /// usual names.
+    /// usual names. A tokenizer that is trained has its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_of_text: Option<String>,
-    /// Entries of the byte-level BPE tokenizer that is trained on the text.
+    /// Entries of the byte-level BPE tokenizer that is trained on the text; at most
+    /// `model.vocab_size`.
+    #[cfg_attr(test, schemars(range(min = 260)))]
     pub tokenizer_vocabulary: usize,
     /// Bytes of text the tokenizer is trained on, spread over all of it.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     pub tokenizer_bytes: u64,
     /// Share of the records that may be malformed; past it the dataset is not made.
+    #[cfg_attr(test, schemars(range(min = 0.0, max = 1.0)))]
     pub max_malformed: f64,
-    /// Share of the documents held out for validation.
+    /// Share of the documents held out for validation, which the hash of their text decides.
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0)))]
     pub validation_fraction: f64,
     /// Tokens per shard.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_SHARD_TOKENS)))]
     pub shard_tokens: u64,
 }
 
@@ -336,6 +395,7 @@ impl Default for Source {
 
 /// How documents lie in files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// Plain text of which an even sample is taken, each text once, in the order of a hash.
@@ -351,44 +411,62 @@ pub enum Format {
     Parquet,
 }
 
-/// A part of a run with its own data, shape of a step, loss and learning rate.
+/// A part of a run with its own data, shape of a step, loss and learning rate; the next one goes on
+/// with its weights and moments. A step has `slots` x `slot_sequences` sequences, whatever the number
+/// of workers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
+#[cfg_attr(
+    test,
+    schemars(extend("oneOf" = [{ "required": ["steps"] }, { "required": ["tokens"] }]))
+)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
-    /// For logs and the page.
+    /// For logs and the status page.
     pub name: String,
-    /// Optimizer updates in this stage; `tokens` may stand in their place.
+    /// Optimizer updates in this stage. One of `steps` and `tokens` says how long it is.
     #[serde(default)]
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_COUNT), transform = reference::no_default))]
     pub steps: u64,
-    /// Tokens to consume, in as few updates as that takes. A spec that is loaded has `steps` instead.
+    /// Tokens to consume, in as few updates as that takes: loading a spec turns them into `steps`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub tokens: u64,
     /// Tokens per sequence, targets not counted.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_COUNT)))]
     pub sequence_length: usize,
-    /// Slots per step: fixed micro-batches, shared out over the workers.
+    /// Slots per step: fixed micro-batches, shared out over the workers. There is no work for more
+    /// workers than slots.
+    #[cfg_attr(test, schemars(range(min = 1, max = crate::MAX_SLOTS)))]
     pub slots: u32,
-    /// The first updates have fewer slots.
+    /// The first updates have fewer slots; without it all have as many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ramp: Option<Ramp>,
-    /// Sequences per slot.
+    /// Sequences per slot, which a worker computes at once: what it needs of memory grows with them.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_COUNT)))]
     pub slot_sequences: usize,
-    /// Times the stack is applied, R.
+    /// Times the stack is applied, R. An exit gate to train needs two or more.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_COUNT)))]
     pub loops: usize,
     /// Weight of the exit distribution's entropy in the loss, beta.
+    #[cfg_attr(test, schemars(range(min = 0.0)))]
     pub entropy_weight: f64,
     /// What is trained, and by which loss.
     #[serde(default, skip_serializing_if = "Objective::is_language")]
+    #[cfg_attr(test, schemars(extend("default" = "language")))]
     pub objective: Objective,
     /// Base of the rotary position embedding, theta.
     #[serde(default = "default_rope_base")]
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 1.0)))]
     pub rope_base: f64,
-    /// Learning rate over the stage.
+    /// The learning rate over the stage.
     pub learning_rate: LearningRate,
-    /// Datasets and their shares; an empty list takes the only dataset of the spec.
+    /// Datasets and their shares; an empty list takes the only dataset of the spec. The weights add up
+    /// to 2^20 at most.
     #[serde(default)]
     pub mixture: Vec<MixturePart>,
     /// Whether tokens see nothing of other documents in their sequence.
     #[serde(default, skip_serializing_if = "is_false")]
+    #[cfg_attr(test, schemars(extend("default" = false)))]
     pub document_masking: bool,
 }
 
@@ -407,6 +485,7 @@ fn default_rope_base() -> f64 {
 
 /// What a stage trains, and by which loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Objective {
     /// Everything, by the Stage I loss: cross-entropies weighted by the exit distribution, less its
@@ -426,16 +505,20 @@ impl Objective {
 
 /// A batch that grows: the number of slots rises evenly from `slots` to that of the stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Ramp {
-    /// Slots of the stage's first update.
+    /// Slots of the stage's first update, at most those of the stage.
+    #[cfg_attr(test, schemars(range(min = 1, max = crate::MAX_SLOTS)))]
     pub slots: u32,
     /// The update after so many of them is the first with all slots.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_RAMP)))]
     pub steps: u64,
 }
 
 /// How the learning rate goes down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Decay {
     /// In a straight line.
@@ -451,11 +534,14 @@ impl Decay {
     }
 }
 
-/// Warm-up, then constant, then decay: with all three, the schedule that is known as WSD.
+/// Warm-up, then constant, then decay: with all three, the schedule that is known as WSD. Warm-up and
+/// decay together have at most the steps of the stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct LearningRate {
     /// The constant value between warm-up and decay.
+    #[cfg_attr(test, schemars(range(min = 0.0)))]
     pub peak: f64,
     /// Steps from (almost) zero to the peak.
     #[serde(default)]
@@ -465,29 +551,36 @@ pub struct LearningRate {
     pub decay_steps: u64,
     /// The value of the stage's last step when it decays.
     #[serde(default)]
+    #[cfg_attr(test, schemars(range(min = 0.0)))]
     pub last: f64,
     /// How it decays.
     #[serde(default, skip_serializing_if = "Decay::is_linear")]
+    #[cfg_attr(test, schemars(extend("default" = "linear")))]
     pub decay: Decay,
 }
 
 /// One dataset's share of a stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MixturePart {
     /// Name of a dataset of the spec.
     pub dataset: String,
-    /// Share of the sequences, relative to the other parts.
+    /// Share of the sequences, relative to the weights of the other parts.
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_WEIGHTS)))]
     pub weight: u32,
 }
 
 /// When state is saved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
     /// A checkpoint after every this many steps, and always after the last.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     pub every_steps: u64,
     /// Checkpoints to keep: the newest so many.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     pub keep: usize,
     /// Checkpoints of steps that are multiples of this are kept as well; 0 for none.
     pub keep_every_steps: u64,
@@ -503,11 +596,13 @@ impl Default for Checkpoint {
 
 /// When the validation loss is computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Evaluation {
     /// An evaluation after every this many steps, and always after the last; 0 for the last alone.
     pub every_steps: u64,
     /// Validation sequences per evaluation, spread evenly over the validation split.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     pub sequences: u64,
 }
 
@@ -519,13 +614,15 @@ impl Default for Evaluation {
 
 /// The text generated at the end of `looptrain train`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Sample {
-    /// Text to continue.
+    /// The text to continue.
     pub prompt: String,
     /// Tokens to generate; 0 for no sample.
     pub tokens: usize,
     /// Softmax temperature; 0 takes the most likely token.
+    #[cfg_attr(test, schemars(range(min = 0.0)))]
     pub temperature: f64,
 }
 
@@ -537,6 +634,7 @@ impl Default for Sample {
 
 /// What is told of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Telemetry {
     /// Steps whose number is a multiple of this get a trace; 0 for none. Recoveries, checkpoints and

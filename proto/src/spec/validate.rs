@@ -8,26 +8,28 @@ use crate::MAX_SLOTS;
 type Complaint = (String, String);
 
 /// Tokens of a shard at most: 128 MiB of them at 32 bits.
-const MAX_SHARD_TOKENS: u64 = 1 << 25;
+pub(super) const MAX_SHARD_TOKENS: u64 = 1 << 25;
 
 /// No count in a spec is above this, so that products of three of them fit 64 bits.
-const MAX_COUNT: u64 = 1 << 40;
+pub(super) const MAX_COUNT: u64 = 1 << 40;
+/// No dimension of a model is above this, so that products of two of them fit 64 bits.
+pub(super) const MAX_DIMENSION: usize = 1 << 24;
 /// Tokens per step at most: far above any use, far below what wraps.
 const MAX_STEP_TOKENS: u64 = 1 << 40;
 /// Tokens of a stage at most: their count, and that of the sequences, fits 64 bits.
 const MAX_STAGE_TOKENS: u64 = 1 << 61;
 /// Far above the slots of any step that these could share.
-const MAX_WORKERS: u32 = 4096;
+pub(super) const MAX_WORKERS: u32 = 4096;
 /// As many as there are buckets of a gradient at most, so that more would be idle.
-const MAX_STREAMS: u32 = 16;
+pub(super) const MAX_STREAMS: u32 = 16;
 /// A longer silence than a day is no time-out.
-const MAX_TIMEOUT: f64 = 86_400.0;
+pub(super) const MAX_TIMEOUT: f64 = 86_400.0;
 /// No machine has as much, and in bytes it fits 64 bits.
-const MAX_MEMORY_GIB: f64 = 1e6;
+pub(super) const MAX_MEMORY_GIB: f64 = 1e6;
 /// No batch grows for longer.
-const MAX_RAMP: u64 = 1 << 20;
+pub(super) const MAX_RAMP: u64 = 1 << 20;
 /// Sum of a mixture's weights up to which its shares are exact.
-const MAX_WEIGHTS: u64 = 1 << 20;
+pub(super) const MAX_WEIGHTS: u64 = 1 << 20;
 
 macro_rules! require {
     ($condition:expr, $key:expr, $($message:tt)+) => {
@@ -155,10 +157,9 @@ fn model(model: &Model) -> Result<(), Complaint> {
         ("vocab_size", model.vocab_size),
     ] {
         require!(
-            (1..=1 << 24).contains(&value),
+            (1..=MAX_DIMENSION).contains(&value),
             format!("model.{key}"),
-            "must be between 1 and {}, not {value}",
-            1 << 24
+            "must be between 1 and {MAX_DIMENSION}, not {value}"
         );
     }
     let (hidden, heads) = (model.hidden_size, model.num_attention_heads);
