@@ -353,5 +353,6 @@ fn status_reply(snapshot: Snapshot, board: &Board) -> v1::StatusReply {
         goodput: goodput.unwrap_or_default(),
         events: board.events(STATUS_EVENTS).into_iter().map(event).collect(),
         losses: board.losses(),
+        protocol_version: looptrain_proto::PROTOCOL_VERSION,
     }
 }

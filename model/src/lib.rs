@@ -21,9 +21,9 @@ mod trainer;
 
 pub use batch::{SlotBatch, document_starts};
 pub use cpu::{CacheSharing, KernelLevel};
-#[cfg(feature = "cuda")]
-pub use cuda::gpu_uuid;
 pub use cuda::{DeviceError, DeviceSums};
+#[cfg(feature = "cuda")]
+pub use cuda::{GpuFacts, gpu_facts, gpu_libraries, gpu_uuid};
 pub use engine::{Engine, Recompute, SlotOutput, StageSettings, TokenMeasures};
 pub use evaluation::{DepthReport, DepthSums, Quality};
 pub use exit::{

@@ -3,6 +3,7 @@
 mod bench;
 mod checkpoint;
 mod data;
+mod doctor;
 mod model;
 mod security;
 
@@ -20,6 +21,7 @@ pub(crate) use checkpoint::{
     Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,
 };
 pub(crate) use data::{Data, Inspect, Making, ManoData, Prepare, Verify};
+pub(crate) use doctor::Doctor;
 pub(crate) use model::{
     DatasetUrl, Eval, Export, Gate, Generate, Import, LayerOrder, ModelArgs, ModelSource, ModelUrl,
     Upcycle,
@@ -147,6 +149,9 @@ pub(crate) enum Command {
         names seed and event when the\nweights differ from those of an undisturbed run, or when \
         no step is committed for 30 s.")]
     Chaos(Chaos),
+    /// Check a machine and a spec before a run, and say what to mend
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(Doctor),
 }
 
 impl Command {
@@ -174,6 +179,7 @@ impl Command {
             Self::Data(_) => "data",
             Self::Bench(_) => "bench",
             Self::Chaos(_) => "chaos",
+            Self::Doctor(_) => "doctor",
         }
     }
 }

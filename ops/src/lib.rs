@@ -42,6 +42,20 @@ fn install_store_faults() -> Result<(), String> {
     faults.map(Faults::install).map_err(|wrong| format!("{STORE_FAULTS}: {wrong}"))
 }
 
+/// Whether the program understands these words behind its name; nothing is done. For tests of commands in
+/// documents and in what is deployed.
+///
+/// # Errors
+/// What the program would say of them.
+pub fn check_command_line(words: &[String]) -> Result<(), String> {
+    let words = std::iter::once("looptrain").chain(words.iter().map(String::as_str));
+    match Cli::try_parse_from(words) {
+        Err(error) if error.use_stderr() => Err(error.to_string()),
+        // Also a page of help, or the version.
+        _ => Ok(()),
+    }
+}
+
 /// Runs the command line; the exit status is 0, 1 (failed), 2 (usage or spec) or 3 (another coordinator
 /// has taken the run over: whoever starts this one again would take it back).
 #[must_use]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::cli::DryRun;
 
 /// Bytes of a parameter in a checkpoint: weight and two moments.
-const CHECKPOINT_BYTES: u64 = 12;
+pub(crate) const CHECKPOINT_BYTES: u64 = 12;
 
 /// The plan as JSON: what the table shows, and more exactly.
 pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value> {

@@ -45,7 +45,7 @@ pub use error::{Error, Result, Tries};
 pub use metrics::{MetricsLog, read_metrics, read_newest_metrics};
 pub use order::{Order, SequenceRef};
 pub use record::{Finished, Register, RunRecord, Witness, read_record};
-pub use store::{Faults, ObjectInfo, Store, Version};
+pub use store::{Faults, Measured, ObjectInfo, Store, Version};
 
 /// Where everything of a run lives in its store; deleting this prefix forgets the run.
 #[must_use]

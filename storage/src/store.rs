@@ -40,6 +40,7 @@ pub use self::faults::Faults;
 use self::faults::Faulty;
 use self::open::Backend;
 use self::patience::Patience;
+pub use self::probe::Measured;
 use self::retry::{Failure, Retry};
 use crate::{Error, Result, Tries};
 

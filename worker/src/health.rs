@@ -61,6 +61,27 @@ pub(crate) fn observe(uuid: &str) {
     }
 }
 
+/// What the management library tells of a GPU now, as the metrics have it: (metric, what of it, value).
+///
+/// # Errors
+/// When the library is not there or does not start.
+pub fn gpu_health(uuid: &str) -> Result<Vec<(Metric, String, f64)>, String> {
+    let library = Nvml::builder().lib_path(OsStr::new(LIBRARY)).init();
+    let library = library.map_err(|error| format!("{LIBRARY} does not start: {error}"))?;
+    Ok(health_with(&library, uuid))
+}
+
+fn health_with(library: &Nvml, uuid: &str) -> Vec<(Metric, String, f64)> {
+    let told = |(metric, read): &(Metric, Read)| {
+        let metric = *metric;
+        let one = move |(mut labels, value): Series| {
+            (metric, labels.drain(1..).next().unwrap_or_default(), value)
+        };
+        series(library, uuid, *read).into_iter().map(one).collect::<Vec<_>>()
+    };
+    OBSERVED.iter().flat_map(told).collect()
+}
+
 fn observe_with(library: &Arc<Nvml>, uuid: &str) {
     for (metric, read) in OBSERVED {
         let (library, uuid) = (Arc::clone(library), uuid.to_owned());
@@ -147,6 +168,11 @@ mod tests {
             ]
         );
         assert!(OBSERVED.iter().all(|(_, read)| series(&library, "GPU-gone", *read).is_empty()));
+
+        let health = health_with(&library, "GPU-here");
+        assert_eq!(health[0], (metrics::GPU_TEMPERATURE, String::new(), 91.0));
+        assert!(health.contains(&(metrics::GPU_THROTTLED, "thermal".into(), 1.0)), "{health:?}");
+        assert_eq!(health.len(), 8);
     }
 
     #[test]

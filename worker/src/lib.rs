@@ -46,6 +46,8 @@ use tokio::time::Instant;
 pub use compute::worker_bytes;
 pub use data::DataError;
 pub use error::WorkerError;
+#[cfg(feature = "cuda")]
+pub use health::gpu_health;
 pub use machine::available_memory;
 pub use moment::{Moment, Moments};
 pub use settings::{BlockCache, Stop, WorkerSettings, host_name};

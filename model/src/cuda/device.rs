@@ -95,6 +95,80 @@ pub fn gpu_uuid(device: crate::Device) -> Option<String> {
     Some(format!("GPU-{}", parts.join("-")))
 }
 
+/// What a GPU is, before anything is compiled for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuFacts {
+    /// As its maker calls it.
+    pub name: String,
+    /// As [`gpu_uuid`].
+    pub uuid: Option<String>,
+    /// The newest version of CUDA that its driver knows, such as 13.0.
+    pub driver: String,
+    /// NVRTC's version, such as 13.0.
+    pub compiler: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Whether that is enough.
+    pub is_new_enough: bool,
+    /// Bytes of its memory.
+    pub memory: u64,
+    /// How many GPUs the driver shows this process.
+    pub count: usize,
+}
+
+/// Asks the driver about the GPU of that number. It makes no context, so it takes no memory there.
+///
+/// # Errors
+/// When there is no driver, no library that is needed, or no such GPU.
+pub fn gpu_facts(ordinal: usize) -> Result<GpuFacts, DeviceError> {
+    libraries::load()?;
+    let label = format!("cuda:{ordinal}");
+    let fail = |what: &'static str| move |error| told(&format!("cuda:{ordinal}"), what, error);
+    result::init().map_err(fail("cannot start the driver"))?;
+    let count = result::device::get_count().map_err(fail("cannot count devices"))?;
+    let count = usize::try_from(count).unwrap_or(0);
+    if ordinal >= count {
+        return Err(missing(&label, count));
+    }
+    let device = result::device::get(ordinal as i32).map_err(fail("cannot open the device"))?;
+    let capability = capability(device).map_err(fail("cannot read its compute capability"))?;
+    let mut version = 0;
+    // SAFETY: the number is written to, and nothing else; the device is one that the driver named.
+    let memory = unsafe {
+        sys::cuDriverGetVersion(&mut version)
+            .result()
+            .map_err(fail("does not tell its version"))?;
+        result::device::total_mem(device).map_err(fail("does not tell its memory"))?
+    };
+    Ok(GpuFacts {
+        name: result::device::get_name(device).map_err(fail("cannot read its name"))?,
+        uuid: gpu_uuid(crate::Device::Cuda(ordinal)),
+        driver: format!("{}.{}", version / 1000, version % 1000 / 10),
+        compiler: nvrtc_version()?,
+        capability,
+        is_new_enough: capability >= LEAST,
+        memory: memory as u64,
+        count,
+    })
+}
+
+fn missing(label: &str, count: usize) -> DeviceError {
+    DeviceError(format!(
+        "{label} does not exist: the driver shows {count} devices (CUDA_VISIBLE_DEVICES narrows that)"
+    ))
+}
+
+/// Compute capability of a device that the driver named.
+fn capability(device: sys::CUdevice) -> Result<(i32, i32), result::DriverError> {
+    use sys::CUdevice_attribute as Attribute;
+    // SAFETY: the device is one that the driver named.
+    let read = |attribute| unsafe { result::device::get_attribute(device, attribute) };
+    Ok((
+        read(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        read(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ))
+}
+
 impl Device {
     /// The device of that number, with kernels compiled for a model of these sizes.
     ///
@@ -107,30 +181,21 @@ impl Device {
         result::init().map_err(fail("cannot start the driver"))?;
         let count = result::device::get_count().map_err(fail("cannot count devices"))?;
         if ordinal >= count.max(0) as usize {
-            return Err(DeviceError(format!(
-                "{label} does not exist: the driver shows {count} devices (CUDA_VISIBLE_DEVICES narrows that)"
-            )));
+            return Err(missing(&label, count.max(0) as usize));
         }
         let device = result::device::get(ordinal as i32).map_err(fail("cannot open the device"))?;
         let model_name = result::device::get_name(device).map_err(fail("cannot read its name"))?;
         let name = format!("{label} ({model_name})");
         use sys::CUdevice_attribute as Attribute;
-        let capability = [
-            Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        ]
-        // SAFETY: the device is one that the driver named.
-        .map(|attribute| unsafe { result::device::get_attribute(device, attribute) });
-        let [major, minor] = capability;
-        let major = major.map_err(fail("cannot read its compute capability"))?;
-        let minor = minor.map_err(fail("cannot read its compute capability"))?;
+        let (major, minor) =
+            capability(device).map_err(fail("cannot read its compute capability"))?;
         if (major, minor) < LEAST {
             return Err(DeviceError(format!(
                 "{name} has compute capability {major}.{minor}; bf16 needs 8.0 or more"
             )));
         }
         let room = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        // SAFETY: as above.
+        // SAFETY: the device is one that the driver named.
         let room = unsafe { result::device::get_attribute(device, room) };
         let room = room.map_err(fail("cannot read the size of its shared memory"))?;
         let [forward, backward] = sizes.attention_shared();

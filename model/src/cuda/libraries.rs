@@ -30,6 +30,12 @@ const OTHERS: [Wanted; 2] = [
     },
 ];
 
+const NCCL: Wanted = Wanted {
+    what: "NCCL (libnccl.so.2)",
+    names: &["libnccl.so.2"],
+    remedy: "nothing needs it yet",
+};
+
 /// Loads driver, NVRTC and cuBLASLt, so that whoever asks for them by name later finds them loaded.
 ///
 /// # Errors
@@ -38,6 +44,15 @@ pub(super) fn load() -> Result<(), DeviceError> {
     find(&DRIVER, &[])?;
     let folders = folders();
     OTHERS.iter().try_for_each(|wanted| find(wanted, &folders))
+}
+
+/// What of NVIDIA's is found on this machine: driver, NVRTC and cuBLASLt, without each of which no GPU is
+/// used, and NCCL, without which all works. What is found stays loaded.
+#[must_use]
+pub fn gpu_libraries() -> Vec<(&'static str, Result<(), DeviceError>)> {
+    let folders = folders();
+    let all = [&DRIVER].into_iter().chain(&OTHERS).chain([&NCCL]);
+    all.map(|wanted| (wanted.what, find(wanted, &folders))).collect()
 }
 
 fn find(wanted: &Wanted, folders: &[PathBuf]) -> Result<(), DeviceError> {
@@ -70,7 +85,9 @@ fn folders() -> Vec<PathBuf> {
         for version in versions.map(|entry| entry.path()) {
             for packages in ["site-packages", "dist-packages"] {
                 let nvidia = version.join(packages).join("nvidia");
-                found.extend(["cu13", "cuda_nvrtc", "cublas"].map(|p| nvidia.join(p).join("lib")));
+                found.extend(
+                    ["cu13", "cuda_nvrtc", "cublas", "nccl"].map(|p| nvidia.join(p).join("lib")),
+                );
             }
         }
     }

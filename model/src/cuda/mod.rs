@@ -25,7 +25,9 @@ mod slot;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub use device::gpu_uuid;
+pub use device::{GpuFacts, gpu_facts, gpu_uuid};
 pub use driver::DeviceError;
 pub(crate) use engine::CudaEngine;
 pub use engine::DeviceSums;
+#[cfg(feature = "cuda")]
+pub use libraries::gpu_libraries;

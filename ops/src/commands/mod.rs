@@ -7,6 +7,7 @@ mod chaos;
 mod checkpoint;
 mod coordinator;
 mod data;
+mod doctor;
 mod eval;
 mod export;
 mod gate;
@@ -46,6 +47,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Data(data) => data::run(data).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,
         Command::Chaos(args) => chaos::run(args).await,
+        Command::Doctor(args) => doctor::run(args).await,
     }
 }
 

@@ -78,7 +78,7 @@ pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
 }
 
 /// The cache of blocks: as given, else as the environment says, else for remote stores alone.
-fn cache(directory: Option<PathBuf>, gib: Option<u32>) -> Result<Option<BlockCache>> {
+pub(super) fn cache(directory: Option<PathBuf>, gib: Option<u32>) -> Result<Option<BlockCache>> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     let gib = match (gib, variable("LOOPTRAIN_CACHE_GIB")) {
         (Some(gib), _) => gib,

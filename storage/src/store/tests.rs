@@ -231,7 +231,10 @@ async fn what_a_killed_writer_left_is_swept_when_it_is_old_and_objects_stay() {
 #[tokio::test]
 async fn the_probe_leaves_nothing_behind() {
     for store in stores().1 {
+        store.check_reachable().await.unwrap();
         store.check_writable().await.unwrap();
+        let measured = store.measure(100_000).await.unwrap();
+        assert!(measured.clock_ahead.abs() < 60.0, "{measured:?}");
         assert!(store.list("").await.unwrap().is_empty());
     }
 }
@@ -338,7 +341,8 @@ async fn a_store_without_conditional_writes_is_refused_with_the_remedy() {
         for part in ["cannot write to the store s3://bucket", said, "If-None-Match"] {
             assert!(error.contains(part), "`{part}` is missing in: {error}");
         }
-        assert_eq!(objects.memory.list(None).count().await, 0, "the probe is gone");
+        assert!(store.measure(10).await.is_ok(), "{lack:?} is about conditions");
+        assert_eq!(objects.memory.list(None).count().await, 0, "the probes are gone");
     }
 }
 

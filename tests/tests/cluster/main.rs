@@ -11,6 +11,8 @@ mod cluster;
 mod data;
 mod data_on_s3;
 mod deployment;
+mod docs;
+mod doctor;
 mod elastic;
 mod end_to_end;
 mod export;
