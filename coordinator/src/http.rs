@@ -7,23 +7,25 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::{Html, IntoResponse, Response};
-use axum::routing::post;
+use axum::response::{Html, IntoResponse, Redirect, Response};
+use axum::routing::get;
 use futures::StreamExt;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use looptrain_proto::transport::{Caller, Credentials, Port, Role};
+use looptrain_proto::transport::{Caller, Complaints, Credentials, Port, Refusal, Role};
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
@@ -32,8 +34,18 @@ use crate::listen::introduced;
 /// A request's head must be here within this time, the next one's on the same connection too.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Connections at a time; live readers of the page have their own limit below it.
+/// What a request says besides must be here within this time.
+const BODY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Who reads nothing of an answer for this long is hung up on.
+const READ_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Connections at a time; live readers of the page have their own limit below it. Those behind
+/// [`FOR_ANYBODY`] are for callers with a certificate.
 const CONNECTIONS: usize = 512;
+
+/// Connections at a time of callers who have yet to say who they are.
+const FOR_ANYBODY: usize = 384;
 
 /// Longest token that is looked at, with what is around it.
 const LONGEST_FORM: usize = 1024;
@@ -43,6 +55,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Fewer characters can be guessed.
 const SHORTEST_TOKEN: usize = 16;
+
+/// How long readers get for their last answers.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A browser keeps its cookie for 30 days.
 const COOKIE_SECONDS: u32 = 30 * 24 * 3600;
@@ -70,6 +85,8 @@ struct KnownTokens {
     cookies: Vec<blake3::Hash>,
     stamp: Option<SystemTime>,
     looked: Instant,
+    /// That a newer file is no good.
+    told: bool,
 }
 
 /// Why a file has no tokens.
@@ -87,31 +104,50 @@ impl Tokens {
     ///
     /// # Errors
     /// When it cannot be read, has no token, or one that is too short or has other characters than
-    /// letters, digits, `-`, `_`, `.` and `~`.
+    /// letters, digits, `-`, `_` and `.`.
     pub fn load(path: impl Into<PathBuf>) -> Result<Arc<Self>, TokensError> {
         let path = path.into();
         let stamp = modified(&path);
         let cookies = read_tokens(&path)?;
-        let state = Mutex::new(KnownTokens { cookies, stamp, looked: Instant::now() });
+        let state = Mutex::new(KnownTokens { cookies, stamp, looked: Instant::now(), told: false });
         Ok(Arc::new(Self { path, state }))
     }
 
     /// Whether a cookie stands for one of the tokens.
-    fn know(&self, cookie: blake3::Hash) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.looked.elapsed() >= LOOK_AGAIN {
-            state.looked = Instant::now();
-            let stamp = modified(&self.path);
-            if stamp != state.stamp {
-                state.stamp = stamp;
-                match read_tokens(&self.path) {
-                    Ok(cookies) => state.cookies = cookies,
-                    Err(error) => tracing::warn!("the old tokens stay in use: {error}"),
+    async fn know(self: &Arc<Self>, cookie: blake3::Hash) -> bool {
+        let is_due = |state: &KnownTokens| state.looked.elapsed() >= LOOK_AGAIN;
+        if is_due(&self.state()) {
+            self.state().looked = Instant::now();
+            let own = Arc::clone(self);
+            // The file system may stand still, as a network's does; then what is known is good enough.
+            let _ = timeout(LOOK_AGAIN, tokio::task::spawn_blocking(move || own.look())).await;
+        }
+        // Each comparison takes the same time, whatever is compared.
+        self.state().cookies.iter().fold(false, |known, one| known | (*one == cookie))
+    }
+
+    fn state(&self) -> MutexGuard<'_, KnownTokens> {
+        // Every change is an assignment.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the file, if it is another one than that in use.
+    fn look(&self) {
+        let stamp = modified(&self.path);
+        if stamp == self.state().stamp {
+            return;
+        }
+        match read_tokens(&self.path) {
+            Ok(cookies) => {
+                let mut state = self.state();
+                (state.cookies, state.stamp, state.told) = (cookies, stamp, false);
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.state().told, true) {
+                    tracing::warn!("the old tokens stay in use: {error}");
                 }
             }
         }
-        // Each comparison takes the same time, whatever is compared.
-        state.cookies.iter().fold(false, |known, one| known | (*one == cookie))
     }
 }
 
@@ -126,7 +162,7 @@ fn read_tokens(path: &std::path::Path) -> Result<Vec<blake3::Hash>, TokensError>
     let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
     let tokens: Result<Vec<_>, _> = lines
         .map(|(number, token)| {
-            let usual = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
+            let usual = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
             let number = number + 1;
             if token.len() < SHORTEST_TOKEN || token.len() > LONGEST_FORM / 2 {
                 return Err(wrong(format!(
@@ -137,7 +173,7 @@ fn read_tokens(path: &std::path::Path) -> Result<Vec<blake3::Hash>, TokensError>
             match token.bytes().all(usual) {
                 true => Ok(cookie_of(token)),
                 false => Err(wrong(format!(
-                    "line {number}: a token is of letters, digits, `-`, `_`, `.` and `~`"
+                    "line {number}: a token is of letters, digits, `-`, `_` and `.`"
                 ))),
             }
         })
@@ -163,24 +199,35 @@ pub async fn serve(
     access: Access,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let door = Door { access: access.clone(), port: listener.local_addr()?.port() };
+    let complaints = Arc::new(Mutex::new(Complaints::new(Port::Page)));
+    let door = Door { access: access.clone(), port: listener.local_addr()?.port(), complaints };
     let app = app
         .layer(middleware::from_fn_with_state(door.clone(), admit))
-        .route("/login", post(login).with_state(door).layer(DefaultBodyLimit::max(LONGEST_FORM)))
+        .route("/login", get(async || Redirect::to("/")).post(login).with_state(door))
         .layer(middleware::map_response(harden));
-    let incoming = introduced(listener, Port::Page, access.credentials);
-    let mut incoming = std::pin::pin!(incoming);
-    let mut serving = JoinSet::new();
+    let mut incoming = Box::pin(introduced(listener, Port::Page, access.credentials));
+    let (mut serving, strangers) = (JoinSet::new(), Arc::new(()));
     loop {
         let connection = tokio::select! {
             () = shutdown.cancelled() => break,
             Some(_) = serving.join_next() => continue,
-            connection = incoming.next(), if serving.len() < CONNECTIONS => connection,
+            connection = incoming.next() => connection,
         };
         let Some(connection) = connection else { break };
+        let known = connection.identity().is_some_and(|who| may_read(who.role));
+        // One is kept here.
+        let room = known || Arc::strong_count(&strangers) <= FOR_ANYBODY;
+        if !room || serving.len() >= CONNECTIONS {
+            continue;
+        }
+        #[cfg(target_os = "linux")]
+        // Without it, who reads nothing is hung up on when the system thinks so.
+        let _ = SockRef::from(connection.tcp()).set_tcp_user_timeout(Some(READ_PATIENCE));
+        let stranger = (!known).then(|| Arc::clone(&strangers));
         let app = app.clone().layer(axum::Extension(connection.connect_info()));
         let ending = shutdown.clone();
         serving.spawn(async move {
+            let _stranger = stranger;
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE);
             let service = TowerToHyperService::new(app);
@@ -198,8 +245,15 @@ pub async fn serve(
             }
         });
     }
-    serving.join_all().await;
+    // The port is free before the last answers are read.
+    drop(incoming);
+    let _ = timeout(CLOSING_PATIENCE, serving.join_all()).await;
     Ok(())
+}
+
+/// Whether the holder of a certificate of this role may read.
+fn may_read(role: Role) -> bool {
+    matches!(role, Role::Operator | Role::Viewer)
 }
 
 #[derive(Clone)]
@@ -207,6 +261,7 @@ struct Door {
     access: Access,
     /// Cookies know hosts and not ports, and another page may be on the same host.
     port: u16,
+    complaints: Arc<Mutex<Complaints>>,
 }
 
 impl Door {
@@ -215,13 +270,13 @@ impl Door {
     }
 
     /// Whether somebody may read.
-    fn lets_in(&self, caller: Option<&Caller>, headers: &HeaderMap) -> bool {
+    async fn lets_in(&self, caller: Option<&Caller>, headers: &HeaderMap) -> bool {
         let Access { credentials, tokens } = &self.access;
         if credentials.is_none() && tokens.is_none() {
             return true;
         }
         let identity = caller.and_then(|caller| caller.identity.as_ref());
-        if identity.is_some_and(|who| matches!(who.role, Role::Operator | Role::Viewer)) {
+        if identity.is_some_and(|who| may_read(who.role)) {
             return true;
         }
         let Some(tokens) = tokens else { return false };
@@ -233,7 +288,12 @@ impl Door {
             .filter_map(|cookie| cookie.trim().split_once('='))
             .filter(|(key, _)| *key == name)
             .filter_map(|(_, value)| blake3::Hash::from_hex(value).ok());
-        bearer.map(cookie_of).into_iter().chain(kept).any(|cookie| tokens.know(cookie))
+        for cookie in bearer.map(cookie_of).into_iter().chain(kept) {
+            if tokens.know(cookie).await {
+                return true;
+            }
+        }
+        false
     }
 
     /// What a stranger is told.
@@ -260,6 +320,8 @@ impl Door {
         };
         let scheme = HeaderValue::from_static("Bearer");
         response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+        // What a stranger sends besides is not read.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         response
     }
 }
@@ -271,7 +333,7 @@ async fn admit(
     next: Next,
 ) -> Response {
     let caller = caller.as_deref();
-    if door.lets_in(caller, request.headers()) {
+    if door.lets_in(caller, request.headers()).await {
         return next.run(request).await;
     }
     let from = caller.and_then(|caller| caller.address);
@@ -280,19 +342,30 @@ async fn admit(
 }
 
 /// Takes a token from the page's form, and leaves a cookie for it.
-async fn login(State(door): State<Door>, form: Bytes) -> Response {
-    let Some(tokens) = &door.access.tokens else { return StatusCode::NOT_FOUND.into_response() };
+async fn login(
+    State(door): State<Door>,
+    caller: Option<axum::Extension<Caller>>,
+    request: Request,
+) -> Response {
+    let Some(tokens) = &door.access.tokens else { return door.refuse(true, true) };
+    let reading = axum::body::to_bytes(request.into_body(), LONGEST_FORM);
+    let Ok(Ok(form)) = timeout(BODY_PATIENCE, reading).await else {
+        return door.refuse(true, false);
+    };
     // Tokens have no characters that a form would write otherwise.
     let form = String::from_utf8_lossy(&form);
     let token = form.split('&').find_map(|pair| pair.strip_prefix("token="));
     let cookie = cookie_of(token.unwrap_or_default().trim());
-    if !tokens.know(cookie) {
-        tracing::warn!("somebody showed the page a token that is not known");
+    if !tokens.know(cookie).await {
+        if let Some(from) = caller.and_then(|caller| caller.address) {
+            let mut complaints = door.complaints.lock().unwrap_or_else(PoisonError::into_inner);
+            complaints.note(from, &Refusal::Token);
+        }
         return door.refuse(true, false);
     }
     let secure = if door.access.credentials.is_some() { "; Secure" } else { "" };
     let kept = format!(
-        "{}={}; Path=/; Max-Age={COOKIE_SECONDS}; HttpOnly; SameSite=Strict{secure}",
+        "{}={}; Path=/; Max-Age={COOKIE_SECONDS}; HttpOnly; SameSite=Lax{secure}",
         door.cookie_name(),
         cookie.to_hex()
     );

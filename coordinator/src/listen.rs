@@ -1,6 +1,6 @@
 //! Where workers come in: TCP, with TLS or without, unless a simulation stands in for the network.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ pub(crate) struct Tcp {
 }
 
 /// Connections that may wait for the server, which takes them at once.
-const BACKLOG: usize = 16;
+const BACKLOG: usize = 1024;
 
 impl Listen for Tcp {
     type Connection = Connection;
@@ -69,15 +69,20 @@ pub(crate) fn introduced(
     gate.spawn(Gate::new(port).keep(listener, move |stream, _| {
         let (credentials, sender) = (credentials.clone(), sender.clone());
         async move {
-            let connection = match credentials {
+            Refusal::unless_it_speaks(&stream).await?;
+            let mut connection = match credentials {
                 Some(credentials) => {
                     credentials.accept(stream, port).await.map_err(Refusal::in_tls)?
                 }
                 None => {
-                    first_word(&stream, port).await?;
+                    preface(&stream, port).await?;
                     Connection::plain(stream)
                 }
             };
+            // Within TLS, too, it begins to speak before it is taken for a caller.
+            if poll_fn(|cx| connection.poll_peek(cx)).await.unwrap_or(0) == 0 {
+                return Err(Refusal::HungUp);
+            }
             // Nobody takes it when the server has ended.
             let _ = sender.send(connection).await;
             Ok(())
@@ -88,21 +93,25 @@ pub(crate) fn introduced(
     })
 }
 
-/// How HTTP/2 begins.
-const PREFACE: &[u8] = b"PRI";
+/// How HTTP/2 begins (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// A first word that comes in pieces is looked at again this much later.
+/// A beginning that comes in pieces is looked at again this much later.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
-/// Waits for the first bytes, and leaves them there.
-async fn first_word(stream: &TcpStream, port: Port) -> Result<(), Refusal> {
+/// Waits for all of it where HTTP/2 is spoken, and leaves it there: what serves it would wait for the
+/// rest without a limit.
+async fn preface(stream: &TcpStream, port: Port) -> Result<(), Refusal> {
+    if port != Port::Coordinator {
+        return Ok(());
+    }
     let mut word = [0; PREFACE.len()];
     loop {
         let there = stream.peek(&mut word).await.map_err(|_| Refusal::HungUp)?;
         if there == 0 {
-            return Err(Refusal::HungUp);
+            return Err(Refusal::Stranger("it hung up in its first word".to_owned()));
         }
-        if port != Port::Coordinator || word == *PREFACE {
+        if word == *PREFACE {
             return Ok(());
         }
         if !PREFACE.starts_with(&word[..there]) {

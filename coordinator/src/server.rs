@@ -8,17 +8,15 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
-use looptrain_proto::transport::{Caller, Port, Role, innermost};
+use looptrain_proto::WorkerId;
+use looptrain_proto::transport::{Caller, Complaints, Port, Refusal, Role, innermost};
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::{self, coordinator_message, worker_message};
-use looptrain_proto::{WorkerId, metrics};
-use opentelemetry::KeyValue;
-use opentelemetry::metrics::Counter;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -84,7 +82,7 @@ pub(crate) struct Service {
     board: Arc<Board>,
     /// Callers have certificates, and do what their role may do.
     secured: bool,
-    refused: Counter<u64>,
+    complaints: Mutex<Complaints>,
 }
 
 /// Knows when all sessions are over: each reader task holds a receiver.
@@ -97,8 +95,8 @@ impl Service {
         board: Arc<Board>,
         secured: bool,
     ) -> Self {
-        let refused = metrics::CONNECTIONS_REFUSED.counter();
-        Self { inputs, ids: AtomicU64::new(1), readers, board, secured, refused }
+        let complaints = Mutex::new(Complaints::new(Port::Coordinator));
+        Self { inputs, ids: AtomicU64::new(1), readers, board, secured, complaints }
     }
 
     /// Whether the caller may do this.
@@ -114,10 +112,10 @@ impl Service {
         let who = identity.map_or_else(|| "nobody".to_owned(), ToString::to_string);
         let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
         let reason = format!("{who} may not {what}: that takes the role {}", roles.join(" or "));
-        let from = caller.and_then(|caller| caller.address);
-        tracing::warn!(?from, "refused a call: {reason}");
-        let port = KeyValue::new("port", Port::Coordinator.name());
-        self.refused.add(1, &[port, KeyValue::new("reason", "role")]);
+        if let Some(from) = caller.and_then(|caller| caller.address) {
+            let mut complaints = self.complaints.lock().unwrap_or_else(PoisonError::into_inner);
+            complaints.note(from, &Refusal::Role(reason.clone()));
+        }
         Err(Status::permission_denied(reason))
     }
 

@@ -270,6 +270,7 @@ async fn the_page_is_for_those_with_a_certificate_or_a_token() {
     let running = launch(&spec, &store, &pki, Some(&tokens)).await;
     let page = running.dashboard.unwrap();
     let paths = ["/", "/page.js", "/api/status", "/api/steps", "/metrics"];
+    let others = ["/api/live", "/nothing", "/login/x"];
     for role in Role::ALL {
         let may = matches!(role, Role::Viewer | Role::Operator);
         for path in paths {
@@ -296,15 +297,25 @@ async fn the_page_is_for_those_with_a_certificate_or_a_token() {
             assert!(!reply.contains("\"run\"") && !reply.contains("looptrain_up"), "{reply}");
         }
     }
+    for path in others {
+        assert_eq!(status(&visit(&format!("GET {path}"), "", "").await), 401, "{path}");
+    }
+    for method in ["HEAD", "OPTIONS", "DELETE"] {
+        assert_eq!(status(&visit(&format!("{method} /api/status"), "", "").await), 401);
+    }
+    assert_eq!(status(&visit("GET /login", "", "").await), 303);
+    // Whoever announces more than he says, or says more than a form holds, is not waited for.
+    let late = visit("POST /login", "Content-Type: text/plain\r\nX: y\r\n", "").await;
+    assert_eq!(status(&late), 401);
     let form = visit("GET /", "", "").await;
     assert!(form.contains("<form method=\"post\" action=\"/login\">"), "{form}");
     let wrong = visit("POST /login", "", "token=0123456789abcdef0124").await;
     assert!(status(&wrong) == 401 && wrong.contains("not known") && !wrong.contains("set-cookie"));
-    assert_eq!(status(&visit("POST /login", "", &"x".repeat(5000)).await), 413);
+    assert_eq!(status(&visit("POST /login", "", &"x".repeat(5000)).await), 401);
     let right = visit("POST /login", "", "token=0123456789abcdef0123").await;
     assert_eq!(status(&right), 303, "{right}");
     let cookie = right.lines().find_map(|line| line.strip_prefix("set-cookie: ")).unwrap();
-    for word in ["HttpOnly", "SameSite=Strict", "Secure"] {
+    for word in ["HttpOnly", "SameSite=Lax", "Secure"] {
         assert!(cookie.contains(word), "{cookie}");
     }
     assert!(!cookie.contains("0123456789abcdef0123"), "the token itself stays with its holder");
@@ -344,6 +355,13 @@ async fn a_reader_who_never_ends_a_request_is_hung_up_on() {
         }
     };
     timeout(PATIENCE, hung_up).await.unwrap();
+    // Nor is the rest of a form waited for, which never comes.
+    let mut half = TcpStream::connect(page).await.unwrap();
+    let form = "POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n";
+    half.write_all(form.as_bytes()).await.unwrap();
+    let mut reply = String::new();
+    timeout(PATIENCE, half.read_to_string(&mut reply)).await.unwrap().unwrap();
+    assert!(reply.contains("connection: close"), "{reply}");
     assert!(begin.elapsed() > Duration::from_secs(5), "not for what it said");
 }
 

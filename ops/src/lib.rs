@@ -30,6 +30,7 @@ use clap::Parser;
 use looptrain_coordinator::CoordinatorError;
 use looptrain_proto::SpecError;
 use looptrain_storage::Faults;
+use looptrain_worker::WorkerError;
 
 use crate::cli::{Cli, Command};
 
@@ -96,10 +97,12 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Whoever closed stderr does not want to know.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let wrong_url = |error: &WorkerError| matches!(error, WorkerError::Url { .. });
             let taken_over =
                 |error: &CoordinatorError| matches!(error, CoordinatorError::Fenced { .. });
             ExitCode::from(match &error {
                 error if error.is::<SpecError>() || error.is::<security::Usage>() => 2,
+                error if error.downcast_ref().is_some_and(wrong_url) => 2,
                 error if error.downcast_ref().is_some_and(taken_over) => 3,
                 _ => 1,
             })

@@ -55,18 +55,32 @@ impl ListenArgs {
     }
 
     /// Refuses an address at which others than this machine could call, unless there is TLS or the
-    /// command line says that there need not be. `flag` names the address.
-    pub(crate) fn check(&self, flag: &str, address: SocketAddr) -> Result<(), Usage> {
+    /// command line says that there need not be. `flag` names the address, `danger` what they could do.
+    pub(crate) fn check(&self, flag: &str, address: SocketAddr, danger: &str) -> Result<(), Usage> {
         if address.ip().is_loopback() || self.tls.tls.is_some() || self.insecure {
             return Ok(());
         }
         Err(Usage(format!(
             "{flag} {address} can be reached from other machines, and without TLS anybody there could \
-             take part in the run: give certificates with --tls DIR (`looptrain certs` makes them), or \
-             say --insecure on a network that you trust"
+             {danger}: give certificates with --tls DIR (`looptrain certs` makes them), or say \
+             --insecure on a network that you trust"
         )))
     }
+
+    /// Refuses tokens of a page that is not there.
+    pub(crate) fn check_tokens(&self, has_page: bool, flag: &str) -> Result<(), Usage> {
+        if has_page || self.page_tokens.is_none() {
+            return Ok(());
+        }
+        Err(Usage(format!("--page-tokens is for what {flag} serves, which is not given")))
+    }
 }
+
+/// What callers of the coordinator's and the peers' port could do.
+pub(crate) const TAKES_PART: &str = "take part in the run, read what is sent, and stop it";
+
+/// What readers of the page could do.
+pub(crate) const READS: &str = "read all about the run";
 
 impl TlsArgs {
     /// The credentials of a process, which must be of one of these roles.

@@ -8,8 +8,8 @@ use looptrain_proto::transport::Role;
 /// With which certificates a coordinator is called.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct TlsArgs {
-    /// Directory with ca.crt, tls.crt and tls.key, for TLS in both directions; the coordinator's address
-    /// then begins with https://
+    /// Directory with ca.crt, tls.crt and tls.key, for TLS in both directions; who calls a coordinator
+    /// that has one writes https://
     #[arg(long, value_name = "DIR")]
     pub(crate) tls: Option<PathBuf>,
 }
@@ -22,8 +22,8 @@ pub(crate) struct ListenArgs {
     /// File of tokens, one a line, each of which lets its holder read the page and /metrics
     #[arg(long, value_name = "FILE")]
     pub(crate) page_tokens: Option<PathBuf>,
-    /// Listen on addresses that other machines can reach without TLS: whoever can reach them can take
-    /// part in the run, read what is sent, and stop it
+    /// Listen without TLS on addresses that other machines can reach: whoever reaches them can read, take
+    /// part and stop the run
     #[arg(long, conflicts_with = "tls")]
     pub(crate) insecure: bool,
 }

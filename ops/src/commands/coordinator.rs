@@ -14,12 +14,14 @@ use crate::cli::{Coordinator, SpecArgs};
 use crate::fault::Faults;
 use crate::limits::allow_all_descriptors;
 use crate::progress::{RunProgress, evaluation_line, print_line};
-use crate::security::{Doors, observe_expiry};
+use crate::security::{Doors, READS, TAKES_PART, observe_expiry};
 use crate::telemetry::Telemetry;
 use crate::tensorboard::EventFile;
 use crate::{datasets, signals};
 
 pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> {
+    let doors = args.doors()?;
+    allow_all_descriptors();
     let stop = signals::stop_on_signals("stopping at the next step, with a checkpoint")?;
     let mut run = tokio::select! {
         run = PreparedRun::new(&args.spec) => run?,
@@ -28,8 +30,6 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
     if args.bound {
         signals::end_with_parent();
     }
-    let doors = args.doors()?;
-    allow_all_descriptors();
     let moments = (!args.faults.is_empty()).then(|| watched_by(Faults::new(args.faults)));
     let started = run.start(doors, stop, moments, telemetry).await?;
     let outcome = match started {
@@ -49,9 +49,10 @@ pub(crate) async fn run(args: Coordinator, telemetry: &Telemetry) -> Result<()> 
 impl Coordinator {
     /// Where this coordinator listens, if it may.
     fn doors(&self) -> Result<Doors> {
-        self.listening.check("--listen", self.listen)?;
+        self.listening.check("--listen", self.listen, TAKES_PART)?;
         let page = self.spec.dashboard;
-        page.map_or(Ok(()), |address| self.listening.check("--dashboard", address))?;
+        page.map_or(Ok(()), |address| self.listening.check("--dashboard", address, READS))?;
+        self.listening.check_tokens(page.is_some(), "--dashboard")?;
         let credentials = self.listening.credentials(Role::Coordinator)?;
         credentials.iter().for_each(observe_expiry);
         let access = self.listening.access(credentials.clone())?;

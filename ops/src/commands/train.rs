@@ -18,7 +18,8 @@ use super::coordinator::{PreparedRun, follow};
 use super::generate;
 use crate::cli::{FleetArgs, Train};
 use crate::launcher::Fleet;
-use crate::security::{Doors, observe_expiry};
+use crate::limits::allow_all_descriptors;
+use crate::security::{Doors, READS, Usage, observe_expiry};
 use crate::telemetry::Telemetry;
 use crate::{plan, signals};
 
@@ -34,6 +35,7 @@ pub(crate) async fn run(mut args: Train, telemetry: &Telemetry) -> Result<()> {
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;
     let doors = args.doors()?;
+    allow_all_descriptors();
     // As an override, so that it is checked like any other value.
     args.spec
         .overrides
@@ -55,7 +57,13 @@ impl Train {
     /// Workers are on this machine; the page may be for others.
     fn doors(&self) -> Result<Doors> {
         let page = self.spec.dashboard;
-        page.map_or(Ok(()), |address| self.listening.check("--dashboard", address))?;
+        page.map_or(Ok(()), |address| self.listening.check("--dashboard", address, READS))?;
+        self.listening.check_tokens(page.is_some(), "--dashboard")?;
+        if page.is_none() && self.listening.tls.tls.is_some() {
+            let reason = "--tls of train is for its page, which takes --dashboard; its workers are on \
+                          this machine";
+            return Err(Usage(reason.to_owned()).into());
+        }
         let credentials = self.listening.credentials(Role::Coordinator)?;
         credentials.iter().for_each(observe_expiry);
         Ok(Doors { dashboard: page, access: self.listening.access(credentials)?, ..Doors::local() })

@@ -14,9 +14,10 @@ use tokio_util::sync::CancellationToken;
 use super::all_threads;
 use crate::cli::Worker;
 use crate::fault::Faults;
+use crate::limits::allow_all_descriptors;
 use crate::preemption;
 use crate::progress::print_line;
-use crate::security::observe_expiry;
+use crate::security::{READS, TAKES_PART, observe_expiry};
 use crate::signals;
 use crate::telemetry::Telemetry;
 
@@ -28,11 +29,13 @@ pub(crate) async fn run(args: Worker, telemetry: &Telemetry) -> Result<()> {
     if args.bound {
         signals::end_with_parent();
     }
-    args.listening.check("--peer-listen", args.peer_listen)?;
+    allow_all_descriptors();
+    args.listening.check("--peer-listen", args.peer_listen, TAKES_PART)?;
+    args.listening.check_tokens(args.metrics.is_some(), "--metrics")?;
     let credentials = args.listening.credentials(Role::Worker)?;
     credentials.iter().for_each(observe_expiry);
     if let Some(address) = args.metrics {
-        args.listening.check("--metrics", address)?;
+        args.listening.check("--metrics", address, READS)?;
         let access = args.listening.access(credentials.clone())?;
         let bound = http::bind(address).await;
         let (_, listener) = bound.with_context(|| format!("cannot serve /metrics on {address}"))?;

@@ -4,17 +4,20 @@
 
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::time::SystemTime;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    KeyUsagePurpose, PublicKeyData, SanType,
 };
 
-use super::Identity;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
 use super::credentials::{AUTHORITY, CERTIFICATE, KEY};
+use super::{Certificate, Identity};
 
 /// The key of an authority, beside its `ca.crt`.
 const AUTHORITY_KEY: &str = "ca.key";
@@ -45,6 +48,14 @@ pub enum AuthorityError {
         what: String,
         /// What the library said.
         error: rcgen::Error,
+    },
+    /// The key belongs to another authority.
+    #[error("{key} is not the key of {certificate}; take both from one `looptrain certs ca`")]
+    OtherKey {
+        /// The key.
+        key: String,
+        /// The certificate.
+        certificate: String,
     },
     /// A file of the authority cannot be read.
     #[error("cannot read {file}: {error}; `looptrain certs ca` makes an authority")]
@@ -89,7 +100,13 @@ impl Authority {
             text.map(|text| (file, text))
         };
         let ((file, certificate), (key_file, key)) = (read(AUTHORITY)?, read(AUTHORITY_KEY)?);
-        let pair = KeyPair::from_pem(&key).map_err(cannot(key_file))?;
+        let pair = KeyPair::from_pem(&key).map_err(cannot(&key_file))?;
+        let signs = CertificateDer::from_pem_slice(certificate.as_bytes()).is_ok_and(|der| {
+            Certificate::key_of(&der).is_some_and(|own| own == pair.subject_public_key_info())
+        });
+        if !signs {
+            return Err(AuthorityError::OtherKey { key: key_file, certificate: file });
+        }
         let issuer = Issuer::from_ca_cert_pem(&certificate, pair).map_err(cannot(file))?;
         Ok(Self { certificate, key, issuer })
     }
@@ -156,13 +173,22 @@ impl Authority {
 }
 
 impl Issued {
-    /// Writes `ca.crt`, `tls.crt` and `tls.key`; a process that uses those that were there takes these
-    /// into use by itself.
+    /// Writes `tls.crt` and `tls.key`, and sees to it that the authority is in `ca.crt`, beside those that
+    /// are there; a process that uses what was there takes these into use by itself.
     ///
     /// # Errors
-    /// When there are some and they are not to be replaced, or they cannot be written.
+    /// When there are some and they are not to be replaced, when the directory is that of an authority, or
+    /// when they cannot be written.
     pub fn write(&self, directory: &Path, replace: bool) -> io::Result<()> {
         std::fs::create_dir_all(directory)?;
+        if directory.join(AUTHORITY_KEY).exists() {
+            let text = format!(
+                "{} is that of an authority, whose key is not to be where processes run; choose another \
+                 directory",
+                directory.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
         for name in [CERTIFICATE, KEY] {
             let path = directory.join(name);
             if !replace && path.exists() {
@@ -170,7 +196,19 @@ impl Issued {
                 return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
             }
         }
-        write(&directory.join(AUTHORITY), &self.authority, 0o644)?;
+        let authorities = directory.join(AUTHORITY);
+        match std::fs::read_to_string(&authorities) {
+            Ok(there) if there.contains(self.authority.trim()) => {}
+            // Of another authority, whose certificates the others have until theirs are renewed.
+            Ok(there) => {
+                let both = format!("{}\n{}", there.trim_end(), self.authority);
+                write(&authorities, &both, 0o644)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                write(&authorities, &self.authority, 0o644)?;
+            }
+            Err(error) => return Err(error),
+        }
         write(&directory.join(KEY), &self.key, 0o600)?;
         write(&directory.join(CERTIFICATE), &self.certificate, 0o644)
     }
@@ -183,7 +221,7 @@ fn within(valid: Range<SystemTime>) -> CertificateParams {
     params
 }
 
-/// Writes a file beside its place and moves it there.
+/// Writes a file beside its place and moves it there; one that was there gives it its mode and owner.
 fn write(path: &Path, text: &str, mode: u32) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}", std::process::id()));
@@ -192,6 +230,11 @@ fn write(path: &Path, text: &str, mode: u32) -> io::Result<()> {
         let mut options = std::fs::OpenOptions::new();
         let mut file = options.write(true).create_new(true).mode(mode).open(&beside)?;
         file.write_all(text.as_bytes())?;
+        if let Ok(there) = std::fs::metadata(path) {
+            file.set_permissions(there.permissions())?;
+            // Who may not give files away keeps them.
+            let _ = fchown(&file, Some(there.uid()), Some(there.gid()));
+        }
         file.sync_all()?;
         std::fs::rename(&beside, path)
     })();

@@ -27,6 +27,13 @@ pub struct Certificate {
 }
 
 impl Certificate {
+    /// The public key of a certificate, as it is encoded (SubjectPublicKeyInfo); none of what is no
+    /// certificate.
+    pub(super) fn key_of(certificate: &CertificateDer<'_>) -> Option<Vec<u8>> {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        Some(parsed.public_key().raw.to_vec())
+    }
+
     /// Reads a certificate.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use tokio_rustls::{client, server};
 use tonic::transport::server::Connected;
 
 use super::Identity;
+use super::verify::OtherRole;
 
 /// A connection between processes.
 #[derive(Debug)]
@@ -98,6 +99,8 @@ fn ended(error: io::Error) -> io::Result<()> {
 pub(super) fn plainly(error: io::Error) -> io::Error {
     let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>());
     let Some(tls) = tls else { return error };
+    let is_role = matches!(tls, TlsError::InvalidCertificate(CertificateError::Other(other))
+        if other.0.is::<OtherRole>());
     let text = match tls {
         TlsError::NoCertificatesPresented => "it shows no certificate".to_owned(),
         TlsError::InvalidCertificate(reason) => match reason {
@@ -134,7 +137,7 @@ pub(super) fn plainly(error: io::Error) -> io::Error {
         TlsError::InvalidMessage(_) => "it does not speak TLS".to_owned(),
         other => format!("TLS: {other}"),
     };
-    io::Error::new(error.kind(), text)
+    io::Error::new(if is_role { io::ErrorKind::PermissionDenied } else { error.kind() }, text)
 }
 
 impl AsyncRead for Connection {

@@ -10,9 +10,10 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::client::Resumption;
 use rustls::client::danger::ServerCertVerifier;
@@ -24,10 +25,11 @@ use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientV
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::connection::plainly;
-use super::verify::{CallerOf, OwnerOf, Revoked};
+use super::verify::{CallerOf, OwnerOf, Revoked, SharedRevoked, normal};
 use super::{Certificate, Connection, Identity, NoIdentity, Port, Role};
 
 /// The authority.
@@ -86,19 +88,24 @@ pub enum CredentialsError {
 pub struct Credentials {
     directory: PathBuf,
     roles: Vec<Role>,
-    state: Mutex<State>,
+    loaded: Mutex<Arc<Loaded>>,
+    /// Which certificates have been withdrawn, for the verifiers of all that was ever loaded.
+    revoked: SharedRevoked,
+    looking: tokio::sync::Mutex<Look>,
 }
 
+/// What was seen of the files.
 #[derive(Debug)]
-struct State {
-    loaded: Arc<Loaded>,
-    /// Of the files that were looked at last, good or not.
+struct Look {
+    at: Instant,
+    /// Of those that are in use.
     stamp: Stamp,
-    looked: Instant,
+    /// Why newer ones are not; told once.
+    trouble: Option<String>,
 }
 
-/// Tells files from those that were there before.
-type Stamp = Vec<Option<(SystemTime, u64)>>;
+/// Tells files from those that were there before: time of the change, place and size.
+type Stamp = Vec<Option<(i64, i64, u64, u64)>>;
 
 /// What the files make together.
 #[derive(Debug)]
@@ -125,48 +132,86 @@ impl Credentials {
     ) -> Result<Arc<Self>, CredentialsError> {
         let directory = directory.into();
         let stamp = stamp(&directory);
-        let loaded = Arc::new(Loaded::read(&directory, roles)?);
-        let state = Mutex::new(State { loaded, stamp, looked: Instant::now() });
-        Ok(Arc::new(Self { directory, roles: roles.to_vec(), state }))
+        let revoked = SharedRevoked::default();
+        revoked.set(read_revoked(&directory.join(REVOKED))?);
+        let loaded = Arc::new(Loaded::read(&directory, roles, &revoked)?);
+        let look = Look { at: Instant::now(), stamp, trouble: None };
+        Ok(Arc::new(Self {
+            directory,
+            roles: roles.to_vec(),
+            loaded: Mutex::new(loaded),
+            revoked,
+            looking: tokio::sync::Mutex::new(look),
+        }))
     }
 
     /// Who this process is.
     #[must_use]
     pub fn identity(&self) -> Identity {
-        self.current().identity.clone()
+        self.loaded().identity.clone()
     }
 
     /// What the own certificate says.
     #[must_use]
     pub fn certificate(&self) -> Certificate {
-        self.current().certificate.clone()
+        self.loaded().certificate.clone()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Every change is an assignment of whole values.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn loaded(&self) -> Arc<Loaded> {
+        // Every change is an assignment of a whole value.
+        Arc::clone(&self.loaded.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What is in the files, or was when they were good.
-    fn current(&self) -> Arc<Loaded> {
-        let mut state = self.state();
-        if state.looked.elapsed() >= LOOK_AGAIN {
-            state.looked = Instant::now();
-            let stamp = stamp(&self.directory);
-            if stamp != state.stamp {
-                state.stamp = stamp;
-                match Loaded::read(&self.directory, &self.roles) {
-                    Ok(loaded) => {
-                        tracing::info!(identity = %loaded.identity, "new certificates are in use");
-                        state.loaded = Arc::new(loaded);
-                    }
-                    Err(error) => {
-                        tracing::warn!("new certificates are not used, the old ones stay: {error}");
-                    }
+    /// What is in the files, or was when they were good. The file system may stand still, as a network's
+    /// does; then what is known is good enough.
+    async fn current(self: &Arc<Self>) -> Arc<Loaded> {
+        if self.looking.try_lock().is_ok_and(|look| look.at.elapsed() >= LOOK_AGAIN) {
+            let own = Arc::clone(self);
+            let looked = tokio::task::spawn_blocking(move || own.look());
+            // A look that takes longer ends when it can, for the next connection.
+            let _ = timeout(LOOK_AGAIN, looked).await;
+        }
+        self.loaded()
+    }
+
+    /// Reads the files, if they are others than those in use.
+    fn look(&self) {
+        let Ok(mut look) = self.looking.try_lock() else { return };
+        look.at = Instant::now();
+        let stamp = stamp(&self.directory);
+        if stamp == look.stamp {
+            return;
+        }
+        let mut trouble = None;
+        // Apart from the rest: a list holds whatever becomes of the own certificate.
+        match read_revoked(&self.directory.join(REVOKED)) {
+            Ok(revoked) => self.revoked.set(revoked),
+            Err(error) => trouble = Some(error.to_string()),
+        }
+        match Loaded::read(&self.directory, &self.roles, &self.revoked) {
+            Ok(loaded) => {
+                let loaded = Arc::new(loaded);
+                let mut there = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+                let before = std::mem::replace(&mut *there, Arc::clone(&loaded));
+                drop(there);
+                if before.certificate != loaded.certificate {
+                    let serial = &loaded.certificate.serial;
+                    tracing::info!(identity = %loaded.identity, serial, "a new certificate is in use");
                 }
             }
+            Err(error) => trouble = Some(error.to_string()),
         }
-        Arc::clone(&state.loaded)
+        match &trouble {
+            // Looked at again with the next connection: what is wrong may be the clock, or an owner.
+            Some(reason) if look.trouble != trouble => {
+                tracing::warn!(
+                    "new certificates are not used, what was good before stays: {reason}"
+                );
+            }
+            Some(_) => {}
+            None => look.stamp = stamp,
+        }
+        look.trouble = trouble;
     }
 
     /// Makes TLS of a connection that this process has opened to a port; the other end must be of the
@@ -174,8 +219,12 @@ impl Credentials {
     ///
     /// # Errors
     /// What is wrong with the other end, or the connection.
-    pub async fn connect(&self, stream: TcpStream, port: Port) -> io::Result<Connection> {
-        let loaded = self.current();
+    pub async fn connect(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        port: Port,
+    ) -> io::Result<Connection> {
+        let loaded = self.current().await;
         let config = match port {
             Port::Coordinator => &loaded.to_coordinator,
             Port::Page => &loaded.to_page,
@@ -184,7 +233,14 @@ impl Credentials {
         // Never sent, and nothing that certificates are compared with.
         let name = ServerName::try_from("looptrain").map_err(io::Error::other)?;
         let connecting = TlsConnector::from(Arc::clone(config)).connect(name, stream);
-        let stream = connecting.await.map_err(plainly)?;
+        let stream = connecting.await.map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => io::Error::new(
+                error.kind(),
+                "it hung up in the handshake: it may not speak TLS, and then its address begins with \
+                 http://",
+            ),
+            _ => plainly(error),
+        })?;
         let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
         // The handshake has looked at it already.
         let identity = identity(shown)?.ok_or_else(|| io::Error::other(NoIdentity::Missing))?;
@@ -196,8 +252,8 @@ impl Credentials {
     ///
     /// # Errors
     /// What is wrong with the other end, or the connection.
-    pub async fn accept(&self, stream: TcpStream, port: Port) -> io::Result<Connection> {
-        let loaded = self.current();
+    pub async fn accept(self: &Arc<Self>, stream: TcpStream, port: Port) -> io::Result<Connection> {
+        let loaded = self.current().await;
         let config = match port {
             Port::Coordinator => &loaded.coordinator,
             Port::Peers => &loaded.peers,
@@ -221,20 +277,21 @@ fn identity(shown: Option<&CertificateDer<'_>>) -> io::Result<Option<Identity>> 
 fn stamp(directory: &Path) -> Stamp {
     let of = |name| {
         let metadata = std::fs::metadata(directory.join(name)).ok()?;
-        Some((metadata.modified().ok()?, metadata.len()))
+        Some((metadata.ctime(), metadata.ctime_nsec(), metadata.ino(), metadata.len()))
     };
     [AUTHORITY, CERTIFICATE, KEY, REVOKED].map(of).to_vec()
 }
 
 /// Whom a process believes.
+#[derive(Clone)]
 struct Trust {
     authority: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
-    revoked: Arc<Revoked>,
+    revoked: SharedRevoked,
 }
 
 impl Trust {
-    fn read(directory: &Path) -> Result<Self, CredentialsError> {
+    fn read(directory: &Path, revoked: &SharedRevoked) -> Result<Self, CredentialsError> {
         let path = directory.join(AUTHORITY);
         let mut authority = RootCertStore::empty();
         for certificate in certificates(&path)? {
@@ -246,14 +303,14 @@ impl Trust {
         Ok(Self {
             authority: Arc::new(authority),
             provider: Arc::new(aws_lc_rs::default_provider()),
-            revoked: Arc::new(revoked(&directory.join(REVOKED))?),
+            revoked: revoked.clone(),
         })
     }
 
     /// Those whom this process dials.
     fn owner_of(&self, role: Role) -> OwnerOf {
         let (authority, provider) = (Arc::clone(&self.authority), Arc::clone(&self.provider));
-        OwnerOf::new(authority, provider, role, Arc::clone(&self.revoked))
+        OwnerOf::new(authority, provider, role, self.revoked.clone())
     }
 
     /// Those who call this process.
@@ -265,7 +322,7 @@ impl Trust {
         let (authority, provider) = (Arc::clone(&self.authority), Arc::clone(&self.provider));
         let signed = WebPkiClientVerifier::builder_with_provider(authority, provider);
         let signed = if also_nobody { signed.allow_unauthenticated() } else { signed };
-        Ok(Arc::new(CallerOf::new(signed.build()?, roles, Arc::clone(&self.revoked))))
+        Ok(Arc::new(CallerOf::new(signed.build()?, roles, self.revoked.clone())))
     }
 
     /// Whether a certificate is good at the ends of connections at which those of its role are: who
@@ -291,10 +348,14 @@ impl Trust {
 }
 
 impl Loaded {
-    fn read(directory: &Path, roles: &[Role]) -> Result<Self, CredentialsError> {
+    fn read(
+        directory: &Path,
+        roles: &[Role],
+        revoked: &SharedRevoked,
+    ) -> Result<Self, CredentialsError> {
         let path = |name| directory.join(name);
         let wrong = |name, reason| CredentialsError::Content { path: path(name), reason };
-        let trust = Trust::read(directory)?;
+        let trust = Trust::read(directory, revoked)?;
         let chain = certificates(&path(CERTIFICATE))?;
         let certificate =
             Certificate::read(&chain[0]).map_err(|reason| wrong(CERTIFICATE, reason))?;
@@ -308,7 +369,9 @@ impl Loaded {
         let key = PrivateKeyDer::from_pem_file(path(KEY)).map_err(|error| {
             wrong(KEY, format!("it holds no private key that can be read ({error})"))
         })?;
-        trust.check(&chain, identity.role).map_err(|reason| {
+        // Whether it has been withdrawn is for others to say.
+        let signed = Trust { revoked: SharedRevoked::default(), ..trust.clone() };
+        signed.check(&chain, identity.role).map_err(|reason| {
             wrong(CERTIFICATE, format!("{reason}; `looptrain certs show` tells more"))
         })?;
 
@@ -360,7 +423,7 @@ impl Loaded {
 
 /// The serials of a file; none when it is not there. Empty lines and those that begin with `#` are
 /// passed over.
-fn revoked(path: &Path) -> Result<Revoked, CredentialsError> {
+fn read_revoked(path: &Path) -> Result<Revoked, CredentialsError> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Revoked::new()),
@@ -368,14 +431,10 @@ fn revoked(path: &Path) -> Result<Revoked, CredentialsError> {
     };
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let serials = lines.filter(|line| !line.starts_with('#')).map(|line| {
-        let usual = |it: char| it.is_ascii_hexdigit() || it == ':';
-        match line.chars().all(usual) {
-            true => Ok(line.to_lowercase()),
-            false => Err(CredentialsError::Content {
-                path: path.to_owned(),
-                reason: format!("`{line}` is no serial; `looptrain certs show` prints them"),
-            }),
-        }
+        normal(line).ok_or_else(|| CredentialsError::Content {
+            path: path.to_owned(),
+            reason: format!("`{line}` is no serial; `looptrain certs show` prints them"),
+        })
     });
     serials.collect()
 }

@@ -1,12 +1,19 @@
 //! The way to a coordinator.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
+use tower::Service;
 
 use super::{Credentials, Port};
+
+/// How long an address, and then TLS, may take to answer.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
 
 /// What a coordinator's URL stands for, if it is one: `https://HOST:PORT` for who has credentials,
 /// `http://HOST:PORT` for who has none.
@@ -47,13 +54,18 @@ pub async fn dial(
 ) -> Result<Channel, Error> {
     let Some(credentials) = credentials else { return endpoint.connect().await };
     let credentials = Arc::clone(credentials);
+    // Of a name with several addresses it takes the one that answers, as without TLS.
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(CONNECT_TIME));
     let connector = tower::service_fn(move |uri: Uri| {
-        let credentials = Arc::clone(&credentials);
+        let (credentials, mut tcp) = (Arc::clone(&credentials), tcp.clone());
         async move {
-            let authority = uri.authority().map(ToString::to_string).unwrap_or_default();
-            let stream = TcpStream::connect(authority).await?;
-            stream.set_nodelay(true)?;
-            credentials.connect(stream, Port::Coordinator).await.map(TokioIo::new)
+            let stream = tcp.call(uri).await.map_err(io::Error::other)?.into_inner();
+            let connecting = credentials.connect(stream, Port::Coordinator);
+            let late = |_| io::Error::new(io::ErrorKind::TimedOut, "it does not answer in TLS");
+            timeout(CONNECT_TIME, connecting).await.map_err(late)?.map(TokioIo::new)
         }
     });
     endpoint.connect_with_connector(connector).await

@@ -1,8 +1,8 @@
 //! Where connections come in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use opentelemetry::KeyValue;
@@ -35,13 +35,15 @@ pub enum Refusal {
     Certificate(io::Error),
     /// Its certificate is good, and of a role that may not do this.
     Role(String),
+    /// It showed a token that is none.
+    Token,
     /// It does not speak what is spoken here.
     Stranger(String),
     /// It said nothing in time.
     Silent,
     /// There were newer ones.
     Crowded,
-    /// It hung up before it was through: a health check, most often. Nobody was turned away.
+    /// It hung up without a word: a health check, most often. Nobody was turned away.
     HungUp,
 }
 
@@ -50,32 +52,34 @@ impl Refusal {
     #[must_use]
     pub fn in_tls(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::UnexpectedEof
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::BrokenPipe => Self::HungUp,
+            io::ErrorKind::PermissionDenied => Self::Role(error.to_string()),
             _ => Self::Certificate(error),
         }
     }
 
-    /// As the metric's label has it.
-    fn label(&self) -> &'static str {
-        match self {
-            Self::Certificate(_) => "certificate",
-            Self::Role(_) => "role",
-            Self::Stranger(_) => "stranger",
-            Self::Silent => "silent",
-            Self::Crowded => "crowded",
-            Self::HungUp => "hung up",
+    /// Waits until a connection says something, and leaves that there.
+    ///
+    /// # Errors
+    /// [`Refusal::HungUp`] when it closes instead.
+    pub async fn unless_it_speaks(stream: &TcpStream) -> Result<(), Self> {
+        match stream.peek(&mut [0]).await {
+            Ok(1..) => Ok(()),
+            Ok(0) | Err(_) => Err(Self::HungUp),
         }
     }
 
-    fn text(&self) -> String {
+    /// As the metric's label has it, and in words; nothing of who turned away by himself.
+    fn told(&self) -> Option<(&'static str, String)> {
         match self {
-            Self::Certificate(error) => error.to_string(),
-            Self::Role(reason) | Self::Stranger(reason) => reason.clone(),
-            Self::Silent => "it did not introduce itself in time".to_owned(),
-            Self::Crowded => "it said nothing, and gave way to newer ones".to_owned(),
-            Self::HungUp => "it hung up".to_owned(),
+            Self::Certificate(error) => Some(("certificate", error.to_string())),
+            Self::Role(reason) => Some(("role", reason.clone())),
+            Self::Token => Some(("token", "it showed a token that is not known".to_owned())),
+            Self::Stranger(reason) => Some(("stranger", reason.clone())),
+            Self::Silent => Some(("silent", "it did not introduce itself in time".to_owned())),
+            Self::Crowded => {
+                Some(("crowded", "it said nothing, and gave way to newer ones".to_owned()))
+            }
+            Self::HungUp => None,
         }
     }
 }
@@ -95,17 +99,27 @@ impl Gate {
         F: Future<Output = Result<(), Refusal>> + Send + 'static,
     {
         let mut greetings = JoinSet::new();
-        // By age.
-        let mut crowd: BTreeMap<u64, (AbortHandle, SocketAddr)> = BTreeMap::new();
+        let mut crowd = Crowd::default();
         let mut complaints = Complaints::new(self.port);
+        let mut trouble: Option<Instant> = None;
         for number in 0.. {
             let accepted = loop {
+                // Those that have not had a moment are left alone, whoever comes: new ones wait in the
+                // system's backlog, and those who are in the midst of a handshake get through it.
+                let room = crowd.len() < self.crowd;
+                let full = (!room).then(|| crowd.may_lose_one_at()).flatten();
                 tokio::select! {
-                    accepted = listener.accept() => break accepted,
+                    accepted = listener.accept(), if room => break accepted,
+                    () = sleep_until(full.unwrap_or_else(Instant::now)), if !room => {
+                        if let Some((oldest, from)) = crowd.lose_one() {
+                            oldest.abort();
+                            complaints.note(from, &Refusal::Crowded);
+                        }
+                    }
                     Some(greeted) = greetings.join_next() => {
                         // One that is aborted is off the list already.
                         let Ok((number, result)) = greeted else { continue };
-                        if let (Some((_, from)), Err(refusal)) = (crowd.remove(&number), result) {
+                        if let (Some(from), Err(refusal)) = (crowd.remove(number), result) {
                             complaints.note(from, &refusal);
                         }
                     }
@@ -115,29 +129,89 @@ impl Gate {
             let (stream, from) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!(port = self.port.name(), %error, "cannot accept a connection");
+                    if trouble.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
+                        trouble = Some(Instant::now());
+                        tracing::warn!(port = self.port.name(), %error, "cannot accept a connection");
+                    }
                     sleep(PAUSE).await;
                     continue;
                 }
             };
-            if crowd.len() >= self.crowd
-                && let Some((_, (oldest, from))) = crowd.pop_first()
-            {
-                oldest.abort();
-                complaints.note(from, &Refusal::Crowded);
-            }
             // A stream that cannot be told so is as good, a little later.
             let _ = stream.set_nodelay(true);
             let greeting = timeout(self.patience, greet(stream, from));
             let task = greetings
                 .spawn(async move { (number, greeting.await.unwrap_or(Err(Refusal::Silent))) });
-            crowd.insert(number, (task, from));
+            crowd.add(number, task, from);
         }
     }
 }
 
-/// Tells of refused connections: counts each, and writes a line now and then.
-pub(super) struct Complaints {
+/// Nobody gives way before he has had this long.
+const MOMENT: Duration = Duration::from_millis(250);
+
+/// Connections that have not introduced themselves, by age.
+#[derive(Default)]
+struct Crowd {
+    all: BTreeMap<u64, Newcomer>,
+    /// How many of each address.
+    addresses: HashMap<IpAddr, usize>,
+}
+
+struct Newcomer {
+    task: AbortHandle,
+    from: SocketAddr,
+    since: Instant,
+}
+
+impl Crowd {
+    fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    fn add(&mut self, number: u64, task: AbortHandle, from: SocketAddr) {
+        self.all.insert(number, Newcomer { task, from, since: Instant::now() });
+        *self.addresses.entry(from.ip()).or_default() += 1;
+    }
+
+    fn remove(&mut self, number: u64) -> Option<SocketAddr> {
+        let Newcomer { from, .. } = self.all.remove(&number)?;
+        self.forget(from);
+        Some(from)
+    }
+
+    fn forget(&mut self, from: SocketAddr) {
+        if let Some(count) = self.addresses.get_mut(&from.ip()) {
+            *count -= 1;
+            if *count == 0 {
+                self.addresses.remove(&from.ip());
+            }
+        }
+    }
+
+    /// Who gives way: the oldest one of the address that most of them are from. A flood from one
+    /// machine is hard on that machine alone.
+    fn first_to_go(&self) -> Option<(u64, &Newcomer)> {
+        let (busiest, _) = self.addresses.iter().max_by_key(|(_, count)| **count)?;
+        let of_it = |(_, newcomer): &(&u64, &Newcomer)| newcomer.from.ip() == *busiest;
+        self.all.iter().find(of_it).map(|(number, newcomer)| (*number, newcomer))
+    }
+
+    fn may_lose_one_at(&self) -> Option<Instant> {
+        self.first_to_go().map(|(_, newcomer)| newcomer.since + MOMENT)
+    }
+
+    fn lose_one(&mut self) -> Option<(AbortHandle, SocketAddr)> {
+        let (number, _) = self.first_to_go()?;
+        let Newcomer { task, from, .. } = self.all.remove(&number)?;
+        self.forget(from);
+        Some((task, from))
+    }
+}
+
+/// Tells of those who are refused: counts each, and writes a line a second at most.
+#[derive(Debug)]
+pub struct Complaints {
     port: Port,
     refused: Counter<u64>,
     last: Option<Instant>,
@@ -146,23 +220,24 @@ pub(super) struct Complaints {
 }
 
 impl Complaints {
-    fn new(port: Port) -> Self {
+    /// None yet.
+    #[must_use]
+    pub fn new(port: Port) -> Self {
         let refused = metrics::CONNECTIONS_REFUSED.counter();
         Self { port, refused, last: None, untold: None }
     }
 
-    fn note(&mut self, from: SocketAddr, refusal: &Refusal) {
-        if matches!(refusal, Refusal::HungUp) {
-            return;
-        }
+    /// Somebody was refused.
+    pub fn note(&mut self, from: SocketAddr, refusal: &Refusal) {
+        let Some((label, text)) = refusal.told() else { return };
         let port = KeyValue::new("port", self.port.name());
-        self.refused.add(1, &[port, KeyValue::new("reason", refusal.label())]);
+        self.refused.add(1, &[port, KeyValue::new("reason", label)]);
         if self.port == Port::Page && matches!(refusal, Refusal::Silent | Refusal::Crowded) {
             // Browsers open connections that they may come to need.
             return;
         }
         let before = self.untold.take().map_or(0, |(count, ..)| count);
-        self.untold = Some((before + 1, from, refusal.text()));
+        self.untold = Some((before + 1, from, text));
         if self.last.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
             self.tell();
         }

@@ -23,7 +23,7 @@ pub use certificate::Certificate;
 pub use connection::{Caller, Connection};
 pub use credentials::{Credentials, CredentialsError};
 pub use dial::{dial, endpoint, innermost};
-pub use gate::{Gate, Refusal};
+pub use gate::{Complaints, Gate, Refusal};
 pub use identity::{Identity, NoIdentity, Role};
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::verify::OwnerOf;
+use super::verify::{OwnerOf, SharedRevoked};
 use super::*;
 
 /// Nothing here takes nearly this long, however busy the machine is.
@@ -67,8 +67,12 @@ async fn call_with(
     owner.write(directory.path()).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(directory.path().join("ca.crt")).unwrap()).unwrap();
-    let verifier =
-        OwnerOf::new(Arc::new(roots), Arc::clone(&provider), port.owner(), Arc::default());
+    let verifier = OwnerOf::new(
+        Arc::new(roots),
+        Arc::clone(&provider),
+        port.owner(),
+        SharedRevoked::default(),
+    );
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
@@ -100,8 +104,8 @@ async fn wire() -> (TcpStream, TcpStream) {
 
 /// What both sides say of a connection between two processes.
 async fn meet(
-    caller: &Credentials,
-    owner: &Credentials,
+    caller: &Arc<Credentials>,
+    owner: &Arc<Credentials>,
     port: Port,
 ) -> (std::io::Result<Connection>, std::io::Result<Connection>) {
     let (near, far) = wire().await;
@@ -225,10 +229,11 @@ async fn who_opens_a_port_and_closes_it_again_is_no_stranger() {
     let coordinator = credentials(&authority(), Role::Coordinator);
     let (near, far) = wire().await;
     drop(near);
-    let error = coordinator.accept(far, Port::Coordinator).await.unwrap_err();
-    assert!(matches!(Refusal::in_tls(error), Refusal::HungUp));
+    let refusal = Refusal::unless_it_speaks(&far).await.unwrap_err();
+    assert!(matches!(refusal, Refusal::HungUp));
     let (mut near, far) = wire().await;
     near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    Refusal::unless_it_speaks(&far).await.unwrap();
     let error = coordinator.accept(far, Port::Coordinator).await.unwrap_err();
     assert!(matches!(Refusal::in_tls(error), Refusal::Certificate(_)));
 }
@@ -271,15 +276,25 @@ async fn a_certificate_that_has_been_withdrawn_is_refused_from_then_on() {
     let (lost, kept) =
         (credentials(&authority, Role::Worker), credentials(&authority, Role::Worker));
     assert!(meet(&lost, &coordinator, Port::Coordinator).await.1.is_ok());
+    // In the spellings of other programs; and the own one, which is for others to refuse.
     let serial = lost.certificate().serial;
+    let plain = serial.replace(':', "").trim_start_matches('0').to_uppercase();
+    let own = coordinator.certificate().serial;
     let revoked = directory.path().join("revoked");
-    std::fs::write(&revoked, format!("# a machine that was sold\n{}\n", serial.to_uppercase()))
-        .unwrap();
+    for spelled in [serial.clone(), format!("serial={plain}")] {
+        std::fs::write(&revoked, format!("# a machine that was sold\n{spelled}\n{own}\n")).unwrap();
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let error = meet(&lost, &coordinator, Port::Coordinator).await.1.unwrap_err().to_string();
+        assert!(error.contains(&serial) && error.contains("withdrawn"), "{error}");
+        assert!(meet(&kept, &coordinator, Port::Coordinator).await.1.is_ok());
+    }
+    // Nor does the list fall with an own certificate that is no good, or a bad line after it.
+    std::fs::remove_file(directory.path().join("tls.key")).unwrap();
     tokio::time::sleep(Duration::from_millis(1100)).await;
-    let error = meet(&lost, &coordinator, Port::Coordinator).await.1.unwrap_err().to_string();
-    assert!(error.contains(&serial) && error.contains("withdrawn"), "{error}");
-    assert!(meet(&kept, &coordinator, Port::Coordinator).await.1.is_ok());
+    assert!(meet(&lost, &coordinator, Port::Coordinator).await.1.is_err());
     std::fs::write(&revoked, "all of them\n").unwrap();
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert!(meet(&lost, &coordinator, Port::Coordinator).await.1.is_err());
     let error = refused(directory.path(), Role::Coordinator);
     assert!(error.contains("revoked") && error.contains("no serial"), "{error}");
 }
@@ -329,13 +344,22 @@ fn nothing_that_is_there_is_written_over_and_keys_are_for_their_owner() {
     authority.write(directory.path()).unwrap();
     assert!(authority.write(directory.path()).unwrap_err().to_string().contains("already"));
     let issued = authority.issue(&of(Role::Viewer), &[], now()).unwrap();
-    issued.write(directory.path(), false).unwrap();
     let error = issued.write(directory.path(), false).unwrap_err().to_string();
+    assert!(error.contains("of an authority"), "{error}");
+    let process = TempDir::new().unwrap();
+    issued.write(process.path(), false).unwrap();
+    let error = issued.write(process.path(), false).unwrap_err().to_string();
     assert!(error.contains("--renew"), "{error}");
-    for key in ["ca.key", "tls.key"] {
-        let mode = std::fs::metadata(directory.path().join(key)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-    }
+    let mode = |path: std::path::PathBuf| {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+    };
+    assert_eq!(mode(directory.path().join("ca.key")), 0o600);
+    let key = process.path().join("tls.key");
+    assert_eq!(mode(key.clone()), 0o600);
+    // A group that was let in stays let in.
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640)).unwrap();
+    issued.write(process.path(), true).unwrap();
+    assert_eq!(mode(key), 0o640);
     assert!(Authority::load(directory.path()).is_ok());
     let mut left = std::fs::read_dir(directory.path()).unwrap();
     assert!(left.all(|entry| !entry.unwrap().file_name().to_string_lossy().contains("key.")));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -19,7 +19,7 @@ use super::{Certificate, Identity, Role};
 
 /// Why a good certificate does not belong at a port.
 #[derive(Debug)]
-struct OtherRole {
+pub(super) struct OtherRole {
     found: Identity,
     wanted: &'static [Role],
 }
@@ -41,21 +41,46 @@ struct Withdrawn {
     identity: Identity,
 }
 
-/// Serials of certificates that have been withdrawn, as `looptrain certs show` prints them.
+/// Serials of certificates that have been withdrawn, in their [`normal`] form.
 pub(super) type Revoked = BTreeSet<String>;
+
+/// Those of a process, which may become more while it runs.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SharedRevoked(Arc<RwLock<Revoked>>);
+
+impl SharedRevoked {
+    pub(super) fn set(&self, revoked: Revoked) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = revoked;
+    }
+
+    fn has(&self, serial: &str) -> bool {
+        let there = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        !there.is_empty() && normal(serial).is_some_and(|serial| there.contains(&serial))
+    }
+}
+
+/// A serial in one spelling of the many that programs have: hexadecimal, without colons and without
+/// zeros in front. Nothing when it is none.
+pub(super) fn normal(serial: &str) -> Option<String> {
+    let digits = serial.strip_prefix("serial=").unwrap_or(serial);
+    let digits = digits.strip_prefix("0x").unwrap_or(digits).replace(':', "").to_lowercase();
+    let digits = digits.trim_start_matches('0');
+    let is_one = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    is_one.then(|| digits.to_owned())
+}
 
 /// Whether a certificate, signed by whom it should be, is one of these roles and not withdrawn.
 fn of_role(
     certificate: &CertificateDer<'_>,
     wanted: &'static [Role],
-    revoked: &Revoked,
+    revoked: &SharedRevoked,
 ) -> Result<(), Error> {
     let read = Certificate::read(certificate).map_err(|_| CertificateError::BadEncoding)?;
     let other = |error: Arc<dyn std::error::Error + Send + Sync>| {
         Error::from(CertificateError::Other(OtherError(error)))
     };
     let found = read.identity.map_err(|error| other(Arc::new(error)))?;
-    if revoked.contains(&read.serial) {
+    if revoked.has(&read.serial) {
         return Err(other(Arc::new(Withdrawn { serial: read.serial, identity: found })));
     }
     match wanted.contains(&found.role) {
@@ -70,7 +95,7 @@ pub(super) struct OwnerOf {
     authority: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
     role: &'static [Role],
-    revoked: Arc<Revoked>,
+    revoked: SharedRevoked,
 }
 
 impl OwnerOf {
@@ -78,7 +103,7 @@ impl OwnerOf {
         authority: Arc<RootCertStore>,
         provider: Arc<CryptoProvider>,
         role: Role,
-        revoked: Arc<Revoked>,
+        revoked: SharedRevoked,
     ) -> Self {
         let role = match role {
             Role::Coordinator => &[Role::Coordinator],
@@ -140,7 +165,7 @@ impl ServerCertVerifier for OwnerOf {
 pub(super) struct CallerOf {
     signed: Arc<dyn ClientCertVerifier>,
     roles: &'static [Role],
-    revoked: Arc<Revoked>,
+    revoked: SharedRevoked,
 }
 
 impl CallerOf {
@@ -148,7 +173,7 @@ impl CallerOf {
     pub(super) fn new(
         signed: Arc<dyn ClientCertVerifier>,
         roles: &'static [Role],
-        revoked: Arc<Revoked>,
+        revoked: SharedRevoked,
     ) -> Self {
         Self { signed, roles, revoked }
     }

@@ -98,7 +98,9 @@ fn with_certificates_a_run_survives_kills_of_everybody_with_the_same_weights() {
     // The coordinator kills itself, too; the next one is found, with its certificate.
     cluster.restart();
     let log = cluster.finish();
-    assert!(log.iter().any(|line| line["world"] == 1 || line["world"] == 2));
+    for world in [1, 2] {
+        assert!(log.iter().any(|line| line["world"] == world), "there were steps by {world}");
+    }
 }
 
 #[test]
@@ -131,7 +133,7 @@ fn a_thousand_junk_connections_to_every_port_do_not_stop_a_run() {
     cluster.order(&["stop"]);
     let end = cluster.coordinator.end().stopped();
     let refused = end.stderr.lines().filter(|line| line.contains("refused connections")).count();
-    assert!((1..60).contains(&refused), "told of, and not a thousand times: {end:?}");
+    assert!((1..250).contains(&refused), "told of, and not a thousand times: {end:?}");
 }
 
 #[test]
@@ -151,8 +153,8 @@ fn who_has_the_wrong_certificate_or_none_is_told_so() {
     worker(&url, &["--tls", theirs]).fails(1, &["signed by another authority"]);
     worker(&url, &["--tls", "tls/viewer"]).fails(1, &["viewer/test", "--role worker"]);
     worker(&url, &["--tls", "nowhere"]).fails(1, &["nowhere/ca.crt", "certs issue"]);
-    worker(&url, &[]).fails(1, &["--tls DIR"]);
-    worker(&plain, &["--tls", "tls/worker"]).fails(1, &["begins with https://"]);
+    worker(&url, &[]).fails(2, &["--tls DIR"]);
+    worker(&plain, &["--tls", "tls/worker"]).fails(2, &["begins with https://"]);
     worker(&plain, &[]).fails(1, &["127.0.0.1", "begins with https://"]);
 
     let order = |command: &str, role: &str| {
@@ -232,4 +234,19 @@ fn certificates_are_made_shown_and_not_written_over() {
     scratch.run(&["certs", "token", "--to", "tokens"]).fails(1, &["tokens", "exists"]);
     let end = scratch.train(&["--dashboard", "127.0.0.1:0", "--page-tokens", "spec.toml"]);
     end.fails(1, &["spec.toml", "certs token"]);
+    scratch.train(&["--page-tokens", "tokens"]).fails(2, &["--dashboard"]);
+    scratch.train(&["--tls", "tls/coordinator"]).fails(2, &["--dashboard"]);
+
+    // Another authority: both are believed until all certificates are of the new one.
+    assert_eq!(scratch.run(&["certs", "ca", "--to", "other"]).code, Some(0));
+    let issue = ["certs", "issue", "--role", "worker", "--name", "a", "--ca"];
+    let renewed = scratch.run(&[&issue[..], &["other", "--renew"], &to].concat());
+    assert_eq!(renewed.code, Some(0), "{renewed:?}");
+    let believed = std::fs::read_to_string(scratch.path("tls/worker/ca.crt")).unwrap();
+    assert_eq!(believed.matches("BEGIN CERTIFICATE").count(), 2);
+    assert_eq!(scratch.run(&["certs", "show", "tls/worker"]).code, Some(0));
+    scratch.run(&[&issue[..], &["other", "--to", "ca"]].concat()).fails(1, &["of an authority"]);
+    std::fs::copy(scratch.path("ca/ca.key"), scratch.path("other/ca.key")).unwrap();
+    let foreign = scratch.run(&[&issue[..], &["other", "--to", "tls/new"]].concat());
+    foreign.fails(1, &["ca.key is not the key of"]);
 }

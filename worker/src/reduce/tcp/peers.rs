@@ -133,6 +133,7 @@ impl Lobby {
 
     /// Has a connection say what it is for, and puts it where it is waited for.
     async fn greet(self: Arc<Self>, stream: TcpStream) -> Result<(), Refusal> {
+        Refusal::unless_it_speaks(&stream).await?;
         let mut stream = match &self.credentials {
             Some(credentials) => {
                 let accepted = credentials.accept(stream, Port::Peers).await;
@@ -141,14 +142,22 @@ impl Lobby {
             None => Connection::plain(stream),
         };
         let broke = |error: io::Error| Refusal::Stranger(format!("a greeting broke off: {error}"));
-        // Whoever goes before he has said what he wants wanted nothing.
-        let greeting = Hello::receive(&mut stream).await.map_err(|_| Refusal::HungUp)?;
+        let greeting = Hello::receive(&mut stream).await.map_err(broke)?;
         match self.judge(greeting) {
             Err(None) => Err(Refusal::Stranger("it is no peer's".to_owned())),
             Err(Some(answer)) => {
                 answer.send(&mut stream).await.map_err(broke)?;
-                let reason = format!("a peer's connection is not wanted: {}", reason(answer));
-                Err(Refusal::Stranger(reason))
+                let reason = reason(answer);
+                match answer {
+                    // A peer that will come again.
+                    Answer::Stale(_) | Answer::Busy | Answer::Accepted => {
+                        tracing::debug!(%reason, "a peer's connection is not wanted");
+                        Ok(())
+                    }
+                    Answer::OtherRun | Answer::OtherVersion => Err(Refusal::Stranger(format!(
+                        "a peer's connection is not wanted: {reason}"
+                    ))),
+                }
             }
             Ok(Hello { purpose: Purpose::State, .. }) => {
                 // There is a place before the joiner is told so.
@@ -241,7 +250,7 @@ impl Peers {
         let deadline = Instant::now() + within;
         let hello = Hello { run: self.lobby.run, purpose };
         loop {
-            let calling = call(&peer.address, self.lobby.credentials.as_deref(), hello);
+            let calling = call(&peer.address, self.lobby.credentials.as_ref(), hello);
             let attempt = timeout_at(deadline, calling).await;
             let error = match attempt {
                 Ok(Ok((stream, Answer::Accepted))) => return Ok(stream),
@@ -269,7 +278,7 @@ impl Peers {
 
 async fn call(
     address: &str,
-    credentials: Option<&Credentials>,
+    credentials: Option<&Arc<Credentials>>,
     hello: Hello,
 ) -> io::Result<(Connection, Answer)> {
     let stream = TcpStream::connect(address).await?;

@@ -134,7 +134,7 @@ async fn who_has_no_certificate_of_a_worker_is_no_neighbour() {
         let short = Duration::from_millis(300);
         let refused = here[0].connect(id(1), 0, Rank(1), &members[0], short).await.unwrap_err();
         assert!(matches!(refused, PeerError::Connect { .. }), "{refused}");
-        let fetched = here[0].connect_for_state(&members[0], short).await.unwrap_err();
+        let fetched = here[0].connect_for_state(&members[0], SOON).await.unwrap_err();
         assert!(matches!(fetched, PeerError::Lost { .. }), "{fetched}");
     }
     let (peer, waited) = (members[0].clone(), Duration::from_millis(50));
