@@ -350,9 +350,8 @@ fn nothing_that_is_there_is_written_over_and_keys_are_for_their_owner() {
     issued.write(process.path(), false).unwrap();
     let error = issued.write(process.path(), false).unwrap_err().to_string();
     assert!(error.contains("--renew"), "{error}");
-    let mode = |path: std::path::PathBuf| {
-        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
-    };
+    let mode =
+        |path: std::path::PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(directory.path().join("ca.key")), 0o600);
     let key = process.path().join("tls.key");
     assert_eq!(mode(key.clone()), 0o600);

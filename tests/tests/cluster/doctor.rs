@@ -4,7 +4,7 @@ use std::net::TcpListener;
 
 use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, RUN};
 use crate::support::{End, Scratch, repository};
 
 /// The report of `looptrain doctor` about `examples/tiny.toml` with its store in the scratch folder.
@@ -138,7 +138,7 @@ fn a_coordinator_is_asked_what_it_trains_and_one_that_is_not_there_is_missed() {
 
     let cluster = Cluster::start(1, &[]);
     let there = ["doctor", "spec.toml", "--coordinator", &cluster.url, "--json"];
-    let end = cluster.scratch.run(&there);
+    let end = cluster.scratch.run(&[&there[..], &RUN].concat());
     assert_eq!(end.code, Some(0), "{end:?}");
     let told: Value = serde_json::from_str(&end.stdout).unwrap();
     assert_eq!(check(&told, "protocol")["result"], "ok", "{told:#}");

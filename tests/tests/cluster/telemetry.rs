@@ -33,7 +33,7 @@ use crate::cluster::{Cluster, ENDLESS, LAST, STEP};
 use crate::http::get;
 use crate::others::given;
 use crate::ports::free_port;
-use crate::support::wait_until;
+use crate::support::{SOON, wait_until};
 
 /// A span, with the service that it is of.
 #[derive(Clone, Debug)]
@@ -327,7 +327,13 @@ fn a_real_collector_takes_traces_metrics_and_logs_and_passes_them_on() {
         let both = |step: &&Vec<u8>| commits.iter().filter(|commit| commit == step).count() == 2;
         steps.iter().filter(both).count() as u64
     };
-    wait_until(|| whole(&collector.spans()) > LAST / 10);
+    let begin = Instant::now();
+    while whole(&collector.spans()) < LAST / 10 {
+        let spans = collector.spans();
+        let names: Vec<&str> = spans.iter().map(|span| span.name.as_str()).collect();
+        assert!(begin.elapsed() < SOON, "{} whole steps; spans: {names:?}", whole(&spans));
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let metrics = ["looptrain.steps", "looptrain.goodput.time", "looptrain.step.duration"];
     let received = || collector.0.lock().unwrap();
     wait_until(|| metrics.iter().all(|name| received().metrics.contains_key(*name)));
