@@ -149,6 +149,11 @@ impl State {
         let mut newest = self.steps.split_off(self.steps.len() - STEPS / 2);
         self.steps.retain(|record| record.step.0.is_multiple_of(1 << self.doublings));
         while self.steps.len() > STEPS / 4 {
+            if self.doublings == u64::BITS - 1 {
+                // One step many times over, out of a damaged log.
+                self.steps.truncate(STEPS / 4);
+                break;
+            }
             self.doublings += 1;
             self.steps.retain(|record| record.step.0.is_multiple_of(1 << self.doublings));
         }
@@ -460,6 +465,17 @@ mod tests {
         assert_eq!(newest, (58_001..=60_000).collect::<Vec<_>>());
         let gaps = [0].iter().chain(&kept).zip(&kept).map(|(before, step)| step - before);
         assert!(gaps.max() <= Some(64), "all of the run is there");
+    }
+
+    #[test]
+    fn a_log_with_one_step_many_times_over_is_thinned_out_and_no_endless_work() {
+        for step in [0, 1 << 40] {
+            let mut history = History::default();
+            history.steps.extend((0..3 * STEPS).map(|_| example(step, 1.0)));
+            let board = Board::new(history, Chronicle::default());
+            let kept = board.state().steps.len();
+            assert!((1..=STEPS).contains(&kept), "{kept} are kept");
+        }
     }
 
     #[test]

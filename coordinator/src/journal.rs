@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::board::{Board, Chronicle};
+use crate::core::HIGHEST_GENERATION;
 use crate::records::{EvaluationRecord, StepRecord};
 
 /// Lines wait at most this long before they are written.
@@ -99,7 +100,8 @@ pub(crate) async fn read_history(
     let lines = read_metrics(store, run).await?;
     let parse = |line| serde_json::from_value::<StepRecord>(line).ok();
     let mut steps: Vec<StepRecord> = lines.into_iter().filter_map(parse).collect();
-    steps.retain(|record| record.step <= until);
+    // The next generation is above that of the last line, whatever a damaged one says.
+    steps.retain(|record| record.step <= until && record.generation.0 <= HIGHEST_GENERATION);
     let mut evaluations = Vec::new();
     for object in store.list(&evaluations_prefix(run)).await? {
         let bytes = store.get(&object.key).await?;

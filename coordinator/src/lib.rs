@@ -14,6 +14,9 @@ mod claim;
 mod core;
 mod dashboard;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 mod journal;
 mod keeper;

@@ -11,6 +11,9 @@ mod commands;
 mod datasets;
 mod fault;
 mod folder;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod launcher;
 mod limits;
 mod npy;

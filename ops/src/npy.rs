@@ -22,7 +22,7 @@ impl Table {
         Self::parse(&bytes).with_context(place)
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
         let rest = bytes.strip_prefix(b"\x93NUMPY").context("it is no NumPy file")?;
         let (version, rest) = rest.split_first_chunk::<2>().context("it is cut off")?;
         let (length, rest) = match version[0] {

@@ -253,6 +253,15 @@ fn of_azure(answer: &str, machine: &str) -> Result<Option<String>> {
     }))
 }
 
+/// Whether an answer is a notice of anybody's, for fuzzing.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn any_notice(answer: &str) -> bool {
+    let azure = of_azure(answer, "machine").is_ok_and(|notice| notice.is_some());
+    let (aws, file) = (of_aws(answer), of_file("notice", answer));
+    assert!(!aws.is_empty() && !file.is_empty());
+    azure || of_gcp(answer).is_ok_and(|notice| notice.is_some())
+}
+
 fn of_file(path: &str, text: &str) -> String {
     match text.lines().next().map(str::trim).filter(|line| !line.is_empty()) {
         Some(line) => line.to_owned(),

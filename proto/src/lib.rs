@@ -3,6 +3,9 @@
 //! This crate depends on nothing else of the project; every other crate speaks it.
 
 mod form;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod held;
 mod ids;
 pub mod metrics;

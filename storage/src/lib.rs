@@ -24,6 +24,9 @@ mod audit;
 mod checkpoint;
 mod dataset;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod metrics;
 mod order;
 mod record;

@@ -230,6 +230,9 @@ pub async fn read_record(store: &Store, run: &str) -> Result<Option<RunRecord>> 
     Ok(newest(store, run).await?.map(|(_, record)| record))
 }
 
+/// Neither records nor incarnations are counted so far.
+const LAST: u64 = u64::MAX - 1;
+
 fn key(run: &str, number: u64) -> String {
     format!("{}/record/{number:020}.json", run_prefix(run))
 }
@@ -237,6 +240,8 @@ fn key(run: &str, number: u64) -> String {
 async fn newest(store: &Store, run: &str) -> Result<Option<(u64, RunRecord)>> {
     let objects = store.list(&format!("{}/record", run_prefix(run))).await?;
     let number = |key: &str| key.rsplit('/').next()?.strip_suffix(".json")?.parse::<u64>().ok();
+    // A number that no record has a next one to was not written by any coordinator.
+    let number = |key: &str| number(key).filter(|number| *number < LAST);
     let listed = objects.iter().filter_map(|object| number(&object.key)).max();
     let mut newest = match listed {
         Some(number) => Some((number, read(store, run, number).await?)),
@@ -259,9 +264,14 @@ async fn read(store: &Store, run: &str, number: u64) -> Result<RunRecord> {
 async fn read_opt(store: &Store, run: &str, number: u64) -> Result<Option<RunRecord>> {
     let key = key(run, number);
     let Some(bytes) = store.get_opt(&key).await? else { return Ok(None) };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| Error::Malformed { place: store.place(&key), reason: error.to_string() })
+    let malformed = |reason: String| Error::Malformed { place: store.place(&key), reason };
+    let record: RunRecord =
+        serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+    match record.incarnation.0 < LAST {
+        true => Ok(Some(record)),
+        // The next one would be below it, and fenced by all before.
+        false => Err(malformed(format!("there is no incarnation after {}", record.incarnation))),
+    }
 }
 
 /// Adds record `number`; `None` when somebody else's is there.
@@ -338,6 +348,19 @@ mod tests {
         assert!(json.as_object_mut().unwrap().remove("datasets").is_some());
         let old: RunRecord = serde_json::from_value(json).unwrap();
         assert_eq!(old.check_datasets(&[("text".into(), Digest::of(b"other"))]), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_record_that_none_can_follow_is_refused_and_a_number_that_none_can_follow_is_no_record()
+     {
+        let store = Store::open("memory://").unwrap();
+        let far = "runs/r/record/18446744073709551615.json";
+        store.put(far, "{}").await.unwrap();
+        assert_eq!(read_record(&store, "r").await.unwrap(), None);
+        let last = RunRecord { incarnation: Incarnation(u64::MAX), ..fresh() };
+        store.put(&key("r", 3), serde_json::to_vec(&last).unwrap()).await.unwrap();
+        let error = read_record(&store, "r").await.unwrap_err().to_string();
+        assert!(error.contains("no incarnation after"), "{error}");
     }
 
     #[tokio::test]

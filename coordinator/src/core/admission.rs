@@ -174,6 +174,9 @@ impl Core {
 
     pub(super) fn on_fetched(&mut self, worker: WorkerId, step: Step, result: Result<(), String>) {
         let Some(known) = self.roster.get_mut(worker) else { return };
+        if step > self.total {
+            return self.ignore(worker, format!("the run has no step {step}"));
+        }
         // An older answer may come after the members have been replaced, and the guest asked anew.
         let guest = self.admission.as_mut().and_then(|open| open.guests.get_mut(&worker));
         let guest = guest.filter(|guest| step >= guest.asked);

@@ -117,7 +117,7 @@ fn add_up(
     loops: usize,
     shares: &[Share],
 ) -> EvaluationRecord {
-    let tokens: u64 = shares.iter().map(|share| share.tokens).sum();
+    let tokens = shares.iter().fold(0, |sum: u64, share| sum.saturating_add(share.tokens));
     let unit = (1u64 << EVALUATION_FRACTION_BITS) as f64 * tokens as f64;
     let mean = |place: usize| {
         let sums = shares.iter().filter_map(|share| share.sums.get(place));

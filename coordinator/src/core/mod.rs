@@ -60,6 +60,7 @@ use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 pub(crate) use action::{Action, Directive, ManifestDraft};
 pub(crate) use event::{Event, Report, SavedPart};
 pub(crate) use goodput::Books;
+pub(crate) use returning::HIGHEST_GENERATION;
 pub(crate) use status::{Snapshot, WorkerView};
 
 use crate::records::{EvaluationRecord, RunEvent, StepRecord};

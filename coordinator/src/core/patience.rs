@@ -90,7 +90,7 @@ impl Core {
             _ => READY,
         };
         let timeout = Duration::from_secs_f64(self.spec.cluster.worker_timeout);
-        patience.max(timeout) * (1 << self.stalls)
+        patience.max(timeout).saturating_mul(1 << self.stalls)
     }
 
     fn step_patience(&self, step: Step) -> Duration {

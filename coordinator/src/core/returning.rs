@@ -16,6 +16,9 @@ use super::step::Vote;
 use super::{Action, Core};
 use crate::records::{RunEvent, StepRecord};
 
+/// No run forms so many, and there is always a next one.
+pub(crate) const HIGHEST_GENERATION: u64 = 1 << 62;
+
 impl Core {
     /// Decides which step the next generation starts from, and who can be in it.
     pub(super) fn go_back_or_on(&mut self) -> Vec<WorkerId> {
@@ -127,16 +130,31 @@ impl Core {
         }
     }
 
-    /// Why a worker that brings a state from elsewhere cannot take part.
+    /// Why a worker that brings a state from elsewhere, or one that cannot be, cannot take part: the
+    /// run would go on from there.
     pub(super) fn held_is_ours(&self, join: &v1::Join) -> Result<(), String> {
-        match &join.held {
-            Some(held) if held.lineage != self.lineage => Err(format!(
-                "worker {} holds the state of another run, or of this one before it was begun anew; \
-                 start it anew",
-                join.name
-            )),
-            _ => Ok(()),
+        let Some(held) = &join.held else { return Ok(()) };
+        let (name, total) = (&join.name, self.total.0);
+        if held.lineage != self.lineage {
+            return Err(format!(
+                "worker {name} holds the state of another run, or of this one before it was begun \
+                 anew; start it anew"
+            ));
         }
+        let newest = held.prepared.unwrap_or_default().max(held.step);
+        if newest > total {
+            return Err(format!(
+                "worker {name} says it holds step {newest}, and the run has {total}; start it anew"
+            ));
+        }
+        if held.generation > HIGHEST_GENERATION {
+            let generation = held.generation;
+            return Err(format!(
+                "worker {name} says it was in generation {generation}, which no run comes to; \
+                 start it anew"
+            ));
+        }
+        Ok(())
     }
 }
 

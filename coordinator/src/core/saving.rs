@@ -201,7 +201,7 @@ impl Core {
         };
         let Some(weights_digest) = saving.sealed else { return };
         let parts = || saving.parts.iter().filter_map(|part| part.saved.as_ref());
-        let bytes = parts().map(|part| part.bytes).sum();
+        let bytes = parts().fold(0, |sum: u64, part| sum.saturating_add(part.bytes));
         let stall = parts().map(|part| part.stall).max().unwrap_or_default().as_secs_f64();
         let seconds = (self.now - saving.started).as_secs_f64();
         self.save_errors = 0;

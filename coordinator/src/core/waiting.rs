@@ -98,7 +98,7 @@ impl Core {
         match (self.formed, &self.checkpoint) {
             (true, _) => Some(SETTLING),
             (false, _) if self.world_at_hand() > 0 => {
-                let back = OUTLIVED + self.latest_pace();
+                let back = OUTLIVED.saturating_add(self.latest_pace());
                 // Somebody who holds more than these do is worth a longer wait.
                 Some(if self.may_be_outlived() { back.max(SETTLING) } else { back })
             }

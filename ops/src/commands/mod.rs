@@ -14,8 +14,8 @@ mod gate;
 mod generate;
 mod import;
 mod orders;
-mod plot;
-mod status;
+pub(crate) mod plot;
+pub(crate) mod status;
 mod train;
 mod worker;
 

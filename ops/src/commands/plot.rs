@@ -17,7 +17,16 @@ pub(crate) async fn run(args: Plot) -> Result<()> {
     }
     let steps = read_metrics(&store, &args.run).await?;
     ensure!(!steps.is_empty(), "the log of run `{}` has no step yet", args.run);
-    chart::draw(&args.output, &charts(&args.run, &steps))
+    let charts = charts(&args.run, &steps);
+    ensure!(!charts.is_empty(), "the log of run `{}` says nothing of its loops", args.run);
+    chart::draw(&args.output, &charts)
+}
+
+/// Whether a log is drawn, for fuzzing.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn drawn(output: &std::path::Path, steps: &[Value]) -> bool {
+    let charts = charts("r", steps);
+    !charts.is_empty() && chart::draw(output, &charts).is_ok()
 }
 
 /// What a run's loops did over its steps, as far as its log says it.

@@ -193,6 +193,12 @@ impl ModelFolder {
         Ok(values)
     }
 
+    /// As [`ModelFolder::read`]; `None` behind the last one.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn try_read(&self, index: usize) -> Option<Result<Vec<f32>>> {
+        (index < self.layout.tensors().len()).then(|| self.read(index))
+    }
+
     /// The `tokenizer.json`, if there is one.
     pub(crate) fn tokenizer(&self) -> Result<Option<Vec<u8>>> {
         let path = self.path.join("tokenizer.json");

@@ -85,6 +85,20 @@ fn contradictions_name_the_key_and_the_remedy() {
 }
 
 #[test]
+fn stages_have_no_more_tokens_together_than_can_be_counted() {
+    let mut spec = parse(example(), &[]).unwrap();
+    let step = spec.stages[0].step_tokens();
+    spec.stages[0].steps = (1 << 40) - 1;
+    spec.stages[0].learning_rate.decay_steps = 0;
+    let stages = (1_u64 << 61).div_ceil(step << 40) as usize + 1;
+    spec.stages = vec![spec.stages[0].clone(); stages];
+    let error = Spec::parse("long", &spec.to_toml(), &[]).unwrap_err().to_string();
+    assert!(error.contains("stages: all together have"), "{error}");
+    spec.stages.truncate(stages / 2);
+    assert!(Spec::parse("shorter", &spec.to_toml(), &[]).is_ok());
+}
+
+#[test]
 fn what_decides_the_weights_changes_the_trajectory_and_nothing_else_does() {
     let digest = |given: &[&str]| parse(example(), given).unwrap().trajectory_digest();
     let same = [

@@ -16,7 +16,7 @@ pub(super) const MAX_COUNT: u64 = 1 << 40;
 pub(super) const MAX_DIMENSION: usize = 1 << 24;
 /// Tokens per step at most: far above any use, far below what wraps.
 const MAX_STEP_TOKENS: u64 = 1 << 40;
-/// Tokens of a stage at most: their count, and that of the sequences, fits 64 bits.
+/// Tokens of a stage at most, and of all of them: their count, and that of the sequences, fits 64 bits.
 const MAX_STAGE_TOKENS: u64 = 1 << 61;
 /// Far above the slots of any step that these could share.
 pub(super) const MAX_WORKERS: u32 = 4096;
@@ -59,6 +59,16 @@ pub(super) fn validate(spec: &Spec) -> Result<(), Complaint> {
     require!(spec.checkpoint.every_steps > 0, "checkpoint.every_steps", "must be at least 1");
     require!(spec.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1");
     require!(spec.evaluation.sequences > 0, "evaluation.sequences", "must be at least 1");
+    let tokens = spec.stages.iter().map(|stage| {
+        let step = u128::from(stage.slots) * (stage.slot_sequences * stage.sequence_length) as u128;
+        step * u128::from(stage.steps)
+    });
+    let tokens: u128 = tokens.sum();
+    require!(
+        tokens <= u128::from(MAX_STAGE_TOKENS),
+        "stages",
+        "all together have {tokens} tokens, more than {MAX_STAGE_TOKENS}; use fewer steps"
+    );
     let heat = spec.sample.temperature;
     require!(
         heat.is_finite() && heat >= 0.0,

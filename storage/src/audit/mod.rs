@@ -62,7 +62,7 @@ fn prefix(run: &str) -> String {
 }
 
 impl Attempt {
-    fn key(&self, run: &str) -> String {
+    pub(crate) fn key(&self, run: &str) -> String {
         let Self { step, incarnation, generation, rank } = self;
         let prefix = prefix(run);
         format!(

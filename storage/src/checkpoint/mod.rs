@@ -18,6 +18,8 @@
 
 mod codec;
 mod digest;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod inventory;
 mod load;
 mod manifest;

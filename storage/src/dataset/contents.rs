@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use arrow::ipc::{root_as_footer, root_as_message};
+use arrow::ipc::{Endianness, RecordBatch, Type, root_as_footer, root_as_message};
 use looptrain_proto::Digest;
 use serde::{Deserialize, Serialize};
 
@@ -134,7 +134,9 @@ impl Contents {
         if rows.iter().rev().skip(1).any(|&count| count != batch_rows) {
             return Err("its record batches are of different lengths".to_owned());
         }
-        let (tokens, hashes) = (rows.iter().sum(), tree::hashes(0, file));
+        let tokens = rows.iter().try_fold(0, |sum: u64, &rows| sum.checked_add(rows));
+        let tokens = tokens.ok_or("its record batches have more rows than there are")?;
+        let hashes = tree::hashes(0, file);
         Ok(Self { dtype, tokens, batch_rows, places, hashes })
     }
 
@@ -191,25 +193,99 @@ fn footer(ending: &[u8]) -> Result<Result<Vec<u8>, u64>, String> {
     })
 }
 
-/// Where the values of the first column of a record batch begin, counted from the beginning of its
-/// message, and how many there are.
-pub(super) fn token_column(batch: &[u8]) -> Result<(u64, u64), String> {
+/// The message at the beginning of a record batch; its body follows.
+fn message(batch: &[u8]) -> Result<Vec<u8>, String> {
     // Four bytes that are no length, four of the length of the message, the message, the body.
     let length = batch.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(i32::from_le_bytes);
     let length = length.and_then(|length| usize::try_from(length).ok());
     let message = length.and_then(|length| batch.get(8..8 + length));
-    let message = message.ok_or("a record batch is cut off")?.to_vec();
-    let parsed = root_as_message(&message).map_err(|error| error.to_string())?;
+    // A copy, for the alignment of what is in it.
+    Ok(message.ok_or("a record batch is cut off")?.to_vec())
+}
+
+/// What a message says of its body, and how many rows that has.
+fn header(message: &[u8]) -> Result<(RecordBatch<'_>, u64), String> {
+    let parsed = root_as_message(message).map_err(|error| error.to_string())?;
     let header = parsed.header_as_record_batch().ok_or("a message is no record batch")?;
     if header.compression().is_some() {
         return Err("its record batches are compressed".to_owned());
     }
-    // The first column's validity, then its values.
-    let values = header.buffers().filter(|buffers| buffers.len() > 1).map(|b| b.get(1).offset());
-    let values = values.and_then(|offset| u64::try_from(offset).ok());
-    let values = values.ok_or("a record batch has no column")?;
     let rows = u64::try_from(header.length()).map_err(|error| error.to_string())?;
-    Ok((8 + message.len() as u64 + values, rows))
+    Ok((header, rows))
+}
+
+/// Where the values of a column begin in the body: each has its validity, then its values.
+fn values_of(header: &RecordBatch<'_>, column: usize) -> Result<u64, String> {
+    let buffers = header.buffers().filter(|buffers| buffers.len() > 2 * column + 1);
+    let offset = buffers.map(|buffers| buffers.get(2 * column + 1).offset());
+    let offset = offset.and_then(|offset| u64::try_from(offset).ok());
+    offset.ok_or_else(|| "a record batch lacks a column".to_owned())
+}
+
+/// Where the values of the first column of a record batch begin, counted from the beginning of its
+/// message, and how many there are.
+pub(super) fn token_column(batch: &[u8]) -> Result<(u64, u64), String> {
+    let message = message(batch)?;
+    let (header, rows) = header(&message)?;
+    Ok((8 + message.len() as u64 + values_of(&header, 0)?, rows))
+}
+
+/// Gives the values of a column of every record batch of a whole file, in their order, with their
+/// number; `width` is that of a value in bits. Arrow's own reader does the same, and takes the file's
+/// word for where they are.
+pub(super) fn column<'a>(
+    file: &'a [u8],
+    column: usize,
+    width: u64,
+    mut take: impl FnMut(&'a [u8], usize),
+) -> Result<(), String> {
+    let footer = footer(file)?.map_err(|_| "its footer is longer than it".to_owned())?;
+    let footer = root_as_footer(&footer).map_err(|error| error.to_string())?;
+    let mut all = 0;
+    for block in footer.recordBatches().into_iter().flatten() {
+        let begin = usize::try_from(block.offset()).map_err(|error| error.to_string())?;
+        let batch = file.get(begin..).ok_or("a record batch is beyond its end")?;
+        let message = message(batch)?;
+        let (header, rows) = header(&message)?;
+        let nodes = header.nodes().filter(|nodes| nodes.len() > column);
+        let node = nodes.map(|nodes| nodes.get(column)).ok_or("a record batch lacks a column")?;
+        if node.null_count() != 0 || u64::try_from(node.length()) != Ok(rows) {
+            return Err("it has missing values".to_owned());
+        }
+        let place = values_of(&header, column)?;
+        let bytes = rows.checked_mul(width).map(|bits| bits.div_ceil(8));
+        let values = bytes.and_then(|bytes| {
+            let begin = usize::try_from(place).ok()?.checked_add(8 + message.len())?;
+            batch.get(begin..begin.checked_add(usize::try_from(bytes).ok()?)?)
+        });
+        let values = values.ok_or("its tokens reach beyond its end")?;
+        // Else the same bytes could stand for any number of tokens.
+        all += values.len();
+        if all > file.len() {
+            return Err("its record batches overlap".to_owned());
+        }
+        take(values, usize::try_from(rows).map_err(|error| error.to_string())?);
+    }
+    Ok(())
+}
+
+/// What the columns of a file are: how wide its tokens are, and whether there are document starts
+/// beside them.
+pub(super) fn columns(file: &[u8]) -> Result<(TokenType, bool), String> {
+    let footer = footer(file)?.map_err(|_| "its footer is longer than it".to_owned())?;
+    let footer = root_as_footer(&footer).map_err(|error| error.to_string())?;
+    let schema = footer.schema().filter(|schema| schema.endianness() == Endianness::Little);
+    let fields = schema.and_then(|schema| schema.fields()).ok_or("it has no schema")?;
+    let field = |column: usize| (fields.len() > column).then(|| fields.get(column));
+    let token = field(0).filter(|field| field.dictionary().is_none());
+    let kind =
+        token.and_then(|field| field.type_as_int()).map(|it| (it.bitWidth(), it.is_signed()));
+    let dtype = match kind {
+        Some((16, false)) => TokenType::U16,
+        Some((32, false)) => TokenType::U32,
+        _ => return Err("its tokens are not UInt16 or UInt32".to_owned()),
+    };
+    Ok((dtype, field(1).is_some_and(|field| field.type_type() == Type::Bool)))
 }
 
 #[cfg(test)]

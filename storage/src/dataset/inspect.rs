@@ -66,8 +66,9 @@ pub async fn inspect(
     let mut texts = Vec::new();
     // The documents to show, by their number: the middle ones of as many equal parts.
     let samples = samples.min(described.documents);
-    let mut wanted =
-        (0..samples).map(|part| (2 * part + 1) * described.documents / (2 * samples)).peekable();
+    let documents = u128::from(described.documents);
+    let middle = |part: u64| (2 * u128::from(part) + 1) * documents / (2 * u128::from(samples));
+    let mut wanted = (0..samples).map(middle).peekable();
     let (mut read, mut number) = (0, 0);
     for entry in &described.shards {
         let key = format!("{}/{}", dataset_prefix(&manifest.name), entry.file);
@@ -78,7 +79,7 @@ pub async fn inspect(
             if found != expected {
                 return Err(format!("its digest is {found}, the manifest says {expected}"));
             }
-            Ok((shard::decode(bytes.clone())?, shard::starts(bytes)?))
+            Ok((shard::decode(&bytes)?, shard::starts(&bytes)?))
         });
         let malformed = |reason| Error::Malformed { place: store.place(&key), reason };
         let (tokens, starts) = decoded.await?.map_err(malformed)?;

@@ -3,6 +3,7 @@
 use looptrain_proto::{Digest, spec};
 use serde::{Deserialize, Serialize};
 
+use super::tokenizer::LARGEST_VOCABULARY;
 use super::{TokenType, dataset_prefix};
 
 /// The two parts of a dataset; no document is in both.
@@ -111,9 +112,17 @@ impl DatasetManifest {
         if let Some(file) = self.files().find(|file| file.contains('/')) {
             return Some(format!("it names the file `{file}`, which is elsewhere"));
         }
-        let uneven = |split: &SplitManifest| {
-            split.shards.iter().map(|shard| shard.tokens).sum::<u64>() != split.tokens
+        if self.vocabulary_size > LARGEST_VOCABULARY {
+            return Some(format!(
+                "its vocabulary has {} entries, more than {LARGEST_VOCABULARY}",
+                self.vocabulary_size
+            ));
+        }
+        // The numbers come from outside, too, and may add up to more than there are.
+        let sum = |split: &SplitManifest| {
+            split.shards.iter().try_fold(0, |sum: u64, shard| sum.checked_add(shard.tokens))
         };
+        let uneven = |split: &SplitManifest| sum(split) != Some(split.tokens);
         (uneven(&self.train) || uneven(&self.validation))
             .then(|| "its shards do not sum to its tokens".to_owned())
     }
@@ -208,6 +217,20 @@ impl SourceSummary {
 mod tests {
     use super::super::testing::manifest;
     use super::*;
+
+    #[test]
+    fn numbers_that_nothing_can_have_are_refused() {
+        let good = manifest("text", 100, 20);
+        assert_eq!(good.complaint("text"), None);
+        // Both wrap around to what the split says.
+        let mut wraps = good.clone();
+        let mut more = wraps.train.shards[0].clone();
+        (more.tokens, wraps.train.tokens) = (u64::MAX, 99);
+        wraps.train.shards.push(more);
+        assert!(wraps.complaint("text").is_some_and(|said| said.contains("do not sum")));
+        let wide = DatasetManifest { vocabulary_size: usize::MAX, ..good };
+        assert!(wide.complaint("text").is_some_and(|said| said.contains("vocabulary")));
+    }
 
     #[test]
     fn the_digest_is_that_of_the_tokens_whatever_the_dataset_is_called() {

@@ -15,6 +15,8 @@ mod disk;
 #[cfg(test)]
 mod files_tests;
 mod fit;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod hedge;
 mod inspect;
 mod local;

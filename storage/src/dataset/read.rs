@@ -262,7 +262,7 @@ impl Dataset {
         }
         let vocabulary = manifest.vocabulary_size;
         let tokens = blocking(move || {
-            let tokens = shard::decode(bytes)?;
+            let tokens = shard::decode(&bytes)?;
             if tokens.len() as u64 != entry.tokens {
                 let (has, says) = (tokens.len(), entry.tokens);
                 return Err(format!("it has {has} tokens, the manifest says {says}"));

@@ -38,6 +38,9 @@ const END_NAMES: [&str; 8] = [
     "[SEP]",
 ];
 
+/// Entries of a vocabulary at most: as many as a model may have, and counts of them fit the memory.
+pub(super) const LARGEST_VOCABULARY: usize = 1 << 24;
+
 /// A longer text is tokenized in pieces, by several threads: a tokenizer's notes on a text take many
 /// times its size.
 const LONG: usize = 1 << 20;
@@ -105,6 +108,11 @@ impl TextTokenizer {
         // Some vocabularies have holes.
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(0).max(end_of_text);
         let vocabulary = largest as usize + 1;
+        if vocabulary > LARGEST_VOCABULARY {
+            return Err(failed(format!(
+                "it has the token {largest}, and {LARGEST_VOCABULARY} tokens are the most there may be"
+            )));
+        }
         let words = serde_json::from_slice(json).ok().as_ref().and_then(Words::of).map(Arc::new);
         let (inner, digest) = (Arc::new(inner), Digest::of(json));
         Ok(Self { inner, words, vocabulary, end_of_text, digest })

@@ -80,8 +80,8 @@ async fn check_shard(
             return Err(format!("it has {size} bytes, the manifest says {}", entry.bytes));
         }
         check_digest(&bytes, entry.digest)?;
-        let tokens = shard::decode(bytes.clone())?;
-        let documents = shard::starts(bytes)?.len() as u64;
+        let tokens = shard::decode(&bytes)?;
+        let documents = shard::starts(&bytes)?.len() as u64;
         if (tokens.len() as u64, documents) != (entry.tokens, entry.documents) {
             return Err(format!(
                 "it has {} tokens and {documents} document starts, the manifest says {} and {}",

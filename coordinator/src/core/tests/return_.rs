@@ -56,6 +56,33 @@ fn succeeding(tail: Vec<StepRecord>) -> Rig {
 }
 
 #[test]
+fn a_worker_that_says_it_holds_what_no_run_comes_to_is_refused() {
+    let generation = v1::Held { generation: u64::MAX, ..held(4, None) };
+    for wrong in [held(u64::MAX, None), held(4, Some(11)), generation] {
+        let mut rig = successor(0);
+        back(&mut rig, "w0", wrong);
+        assert_eq!(rig.core.roster.len(), 0);
+        let refused = rig.published.iter().any(|event| {
+            matches!(event, RunEvent::WorkerRefused { reason, .. } if reason.contains("start it anew"))
+        });
+        assert!(refused, "{:?}", rig.published);
+    }
+}
+
+#[test]
+fn a_step_that_took_for_ever_by_the_log_or_by_a_worker_is_not_waited_for_past_all_time() {
+    let mut tail = logged(1);
+    tail[0].seconds = 1.8e19;
+    let mut rig = succeeding(tail);
+    let slow = v1::Sections { compute: 1.8e19, ..Default::default() };
+    let vote = v1::Prepared { sections: Some(slow), ..voted(5) };
+    let brought = v1::Held { recent: vec![vote], ..held(5, None) };
+    back(&mut rig, "w0", brought);
+    rig.feed(Event::Tick);
+    assert!(rig.result.is_none());
+}
+
+#[test]
 fn workers_that_outlive_their_coordinator_go_on_where_they_were() {
     let mut rig = successor(2);
     let ids = ["w0", "w1"].map(|name| back(&mut rig, name, held(6, None)));

@@ -37,6 +37,13 @@ pub(crate) async fn run(args: Status) -> Result<()> {
     Ok(())
 }
 
+/// What is shown of a coordinator's answer, for fuzzing.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn shown(reply: looptrain_proto::v1::StatusReply) -> String {
+    let view = view::told(reply);
+    serde_json::to_string(&view).expect("a view has a JSON form") + &table(&view)
+}
+
 /// Lines with a name and a value.
 fn table(view: &View) -> String {
     let mut lines: Vec<String> = Vec::new();

@@ -5,6 +5,7 @@
 //! looked at before it is unpacked: see [`super::pages`].
 
 use std::io::BufReader;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -47,7 +48,7 @@ pub(super) fn read(
     };
     let (size, blocks) = (blocks.size(), Arc::new(blocks));
     let chunks = Chunks(Arc::clone(&blocks));
-    let file = SerializedFileReader::new(chunks).map_err(|error| damaged(0, error))?;
+    let file = caught(|| SerializedFileReader::new(chunks)).map_err(|error| damaged(0, error))?;
     let metadata = file.metadata();
     let rows = metadata.file_metadata().num_rows().max(1) as u64;
     let schema = metadata.file_metadata().schema_descr();
@@ -57,9 +58,10 @@ pub(super) fn read(
     for (number, group) in metadata.row_groups().iter().enumerate() {
         let chunk = group.column(index);
         let pages = Pages::new(Arc::clone(&blocks), chunk.compression(), largest_page);
-        let pages =
+        let pages = caught(|| {
             SerializedPageReader::new(Arc::new(pages), chunk, group.num_rows() as usize, None)
-                .map_err(|error| damaged(row, error))?;
+        });
+        let pages = pages.map_err(|error| damaged(row, error))?;
         let ColumnReader::ByteArrayColumnReader(mut reader) =
             get_column_reader(schema.column(index), Box::new(pages))
         else {
@@ -78,9 +80,10 @@ pub(super) fn read(
         let mut wanted = 1;
         loop {
             let (mut defined, mut values) = (Vec::new(), Vec::new());
-            let (records, _, _) = reader
-                .read_records(wanted, Some(&mut defined), None, &mut values)
-                .map_err(|error| damaged(row + 1, error))?;
+            // It is not used again when this fails.
+            let read =
+                caught(|| reader.read_records(wanted, Some(&mut defined), None, &mut values));
+            let (records, _, _) = read.map_err(|error| damaged(row + 1, error))?;
             if records == 0 {
                 break;
             }
@@ -104,6 +107,14 @@ pub(super) fn read(
         }
     }
     Ok(())
+}
+
+/// What the library reads. Some damage it does not see in time, and panics; that is an error like any
+/// other, for the file is the user's.
+fn caught<T>(read: impl FnOnce() -> ParquetResult<T>) -> ParquetResult<T> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        Err(ParquetError::General("its pages contradict themselves (see above)".to_owned()))
+    })
 }
 
 fn text_of(bytes: &[u8]) -> Raw {

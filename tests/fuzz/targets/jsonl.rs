@@ -1,0 +1,3 @@
+#![no_main]
+
+looptrain_fuzz::target!("jsonl");
