@@ -462,6 +462,8 @@ def gone(page, arguments):
     before = page.wait("the page shows a step", lambda shown: (number(shown["step"]) or 0) > 0 and shown["link"] == "live", 60)
     if before is None:
         return
+    # What comes first may be a little newer than what comes next.
+    page.wait("and a later one", lambda shown: (number(shown["step"]) or 0) > number(before["step"]), 60)
     page.driver.execute_script("window.checkMark = 1;")
     turn("ready")
     shown = page.wait("the page says that the coordinator is unreachable", lambda shown: shown["link"] == "unreachable"

@@ -201,7 +201,9 @@ fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
 fn a_worker_without_a_coordinator() {
     let scratch = Scratch::new();
     let nobody = "http://127.0.0.1:9";
-    scratch.run(&["worker", "--coordinator", "nonsense"]).fails(1, &["nonsense"]);
+    scratch
+        .run(&["worker", "--coordinator", "nonsense"])
+        .fails(2, &["nonsense", "http://HOST:PORT"]);
     scratch.run(&["status", "--coordinator", nobody]).fails_at_once(1, &[nobody]);
     scratch
         .run(&["status", "--store", "file://store", "--run", "none"])

@@ -148,6 +148,28 @@ fn a_coordinator_is_asked_what_it_trains_and_one_that_is_not_there_is_missed() {
 }
 
 #[test]
+fn certificates_are_looked_at_and_shown_to_the_coordinator() {
+    let cluster = Cluster::start_secured(1, &[]);
+    let ask = |certificate: &str| {
+        let tls = format!("tls/{certificate}");
+        let words = ["doctor", "spec.toml", "--coordinator", &cluster.url, "--tls", &tls, "--json"];
+        let end = cluster.scratch.run(&[&words[..], &RUN].concat());
+        let told: Value = serde_json::from_str(&end.stdout).unwrap();
+        (end, told)
+    };
+    let (end, told) = ask("operator");
+    assert_eq!(end.code, Some(0), "{told:#}");
+    assert_eq!(check(&told, "protocol")["result"], "ok", "{told:#}");
+    let (end, told) = ask("worker");
+    assert_eq!(end.code, Some(0), "{told:#}");
+    let found = &check(&told, "coordinator")["found"];
+    assert!(found.as_str().unwrap().contains("not for this certificate's role"), "{told:#}");
+    assert!(check(&told, "certificate")["found"].as_str().unwrap().contains("worker/test"));
+    std::fs::write(cluster.scratch.path("tls/worker/tls.crt"), "nothing").unwrap();
+    fails(&ask("worker"), "certificate", "tls/worker/tls.crt", "looptrain certs issue");
+}
+
+#[test]
 fn data_that_is_not_there_and_cannot_be_made_is_missed() {
     let scratch = Scratch::new();
     let text = std::fs::read_to_string(repository().join("examples/mano/base-1x1.toml")).unwrap();

@@ -155,7 +155,7 @@ fn who_has_the_wrong_certificate_or_none_is_told_so() {
     worker(&url, &["--tls", "nowhere"]).fails(1, &["nowhere/ca.crt", "certs issue"]);
     worker(&url, &[]).fails(2, &["--tls DIR"]);
     worker(&plain, &["--tls", "tls/worker"]).fails(2, &["begins with https://"]);
-    worker(&plain, &[]).fails(1, &["127.0.0.1", "begins with https://"]);
+    worker(&plain, &[]).fails(1, &["127.0.0.1"]);
 
     let order = |command: &str, role: &str| {
         let role = format!("tls/{role}");
@@ -170,7 +170,8 @@ fn who_has_the_wrong_certificate_or_none_is_told_so() {
     order("status", "worker").fails(1, &["--role viewer"]);
     let plainly = cluster.scratch.run(&["status", "--coordinator", &url]);
     plainly.fails(2, &["--tls DIR"]);
-    cluster.scratch.run(&["pause", "--coordinator", &plain]).fails(1, &["begins with https://"]);
+    // What is heard of it depends on who hangs up first.
+    cluster.scratch.run(&["pause", "--coordinator", &plain]).fails(1, &[]);
     assert_eq!(order("stop", "operator").code, Some(0));
     let end = cluster.coordinator.end().stopped();
     assert!(end.stderr.contains("refused a connection"), "{end:?}");

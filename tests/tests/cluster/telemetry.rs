@@ -1,7 +1,8 @@
 //! What leaves over OTLP, as a collector gets it from real processes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{SocketAddr, TcpListener};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -27,6 +28,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
 };
 use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
 use opentelemetry_proto::tonic::resource::v1::Resource;
+use prost::Message;
 use tonic::{Request, Response, Status};
 
 use crate::cluster::{Cluster, ENDLESS, LAST, STEP};
@@ -160,6 +162,65 @@ impl Collector {
         runtime.spawn(server);
     }
 
+    /// Listens for what another collector passes on over HTTP, until the process ends.
+    fn serve_http(&self) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let own = self.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let own = own.clone();
+                std::thread::spawn(move || own.hear(stream.unwrap()));
+            }
+        });
+        port
+    }
+
+    /// Requests of one connection, each with a length.
+    fn hear(&self, stream: TcpStream) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let mut stream = BufReader::new(stream);
+        loop {
+            let (mut path, mut length, mut is_gzip) = (String::new(), 0, false);
+            loop {
+                let mut line = String::new();
+                if stream.read_line(&mut line).unwrap_or(0) == 0 {
+                    return;
+                }
+                let line = line.trim().to_ascii_lowercase();
+                match line.split_once(": ") {
+                    _ if line.is_empty() => break,
+                    Some(("content-length", text)) => length = text.parse().unwrap(),
+                    Some(("content-encoding", text)) => is_gzip = text == "gzip",
+                    _ if path.is_empty() => path = line,
+                    _ => {}
+                }
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).unwrap();
+            if is_gzip {
+                let packed = std::mem::take(&mut body);
+                flate2::read::GzDecoder::new(&packed[..]).read_to_end(&mut body).unwrap();
+            }
+            let body = &body[..];
+            if path.contains("/v1/traces") {
+                let request = ExportTraceServiceRequest::decode(body).unwrap();
+                runtime.block_on(TraceService::export(self, Request::new(request))).unwrap();
+            } else if path.contains("/v1/logs") {
+                let request = ExportLogsServiceRequest::decode(body).unwrap();
+                runtime.block_on(LogsService::export(self, Request::new(request))).unwrap();
+            } else {
+                let request = ExportMetricsServiceRequest::decode(body).unwrap();
+                runtime.block_on(MetricsService::export(self, Request::new(request))).unwrap();
+            }
+            let kind = "Content-Type: application/x-protobuf";
+            let answer = format!("HTTP/1.1 200 OK\r\n{kind}\r\nContent-Length: 0\r\n\r\n");
+            if stream.get_mut().write_all(answer.as_bytes()).is_err() {
+                return;
+            }
+        }
+    }
+
     fn spans(&self) -> Vec<Span> {
         self.0.lock().unwrap().spans.clone()
     }
@@ -276,9 +337,9 @@ impl Between {
             .arg("start")
             .args(["--otlp-grpc-endpoint", &address(from)])
             .args(["--otlp-http-endpoint", &address(free_port())])
-            .args(["--exporter", "otlp", "--otlp-exporter-protocol", "grpc"])
+            .args(["--exporter", "otlp", "--otlp-exporter-protocol", "http"])
             .args(["--otlp-exporter-endpoint", &format!("http://{}", address(to))])
-            .args(["--batch-timeout", "100ms", "--otlp-exporter-compression", "none"])
+            .args(["--batch-timeout", "100ms"])
             .arg("--pid-file")
             .arg(file("collector.pid"))
             .arg("--log-file")
@@ -287,7 +348,7 @@ impl Between {
             .stderr(Stdio::null())
             .spawn();
         let between = Self(child.unwrap());
-        wait_until(|| std::net::TcpStream::connect(address(from)).is_ok());
+        wait_until(|| TcpStream::connect(address(from)).is_ok());
         between
     }
 }
@@ -304,9 +365,8 @@ fn a_real_collector_takes_traces_metrics_and_logs_and_passes_them_on() {
     let Some(program) = given("LOOPTRAIN_TEST_COLLECTOR", "OpenTelemetry collector") else {
         return;
     };
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let (collector, from, to) = (Collector::default(), free_port(), free_port());
-    collector.serve(&runtime, to);
+    let (collector, from) = (Collector::default(), free_port());
+    let to = collector.serve_http();
     let folder = tempfile::tempdir().unwrap();
     let between = Between::start(&program, folder.path(), from, to);
     let cluster = Cluster::start_exporting(&exporting_to(from), 2, &[]);
