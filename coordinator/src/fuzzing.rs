@@ -456,6 +456,9 @@ fn history(bytes: &[u8]) -> bool {
     let mut ticks = 0;
     while run.told.iter().all(|(_, it)| !matches!(it, Directive::Form(_))) && ticks < 100 {
         run.hear(OTHERS, &[0; 9]);
+        for who in 0..2 {
+            run.hear(who, &said(Said::Heartbeat(v1::Heartbeat {})));
+        }
         ticks += 1;
     }
     let (_, ended) = played(run, Vec::new(), &[]);

@@ -5,6 +5,7 @@
 //! that is text like any other, so no document can end itself early.
 
 use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use looptrain_proto::Digest;
@@ -69,6 +70,19 @@ fn failed(error: impl std::fmt::Display) -> Error {
     Error::Tokenizer { reason: crate::error::one_line(&error.to_string()) }
 }
 
+/// What the library says. It panics at some `tokenizer.json` that are none, and with some that make no
+/// sense; that is an error like any other, for the file is the user's.
+fn caught<T, E: std::fmt::Display>(ask: impl FnOnce() -> std::result::Result<T, E>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(ask)) {
+        Ok(said) => said.map_err(failed),
+        Err(_) => Err(failed("its tokenizer.json contradicts itself (see above)")),
+    }
+}
+
+fn read(json: &[u8]) -> Result<Tokenizer> {
+    caught(|| Tokenizer::from_bytes(json))
+}
+
 impl TextTokenizer {
     /// Reads a `tokenizer.json`; `end_of_text` is the name of the token that stands after every
     /// document, or the first of the usual names that it has.
@@ -76,7 +90,7 @@ impl TextTokenizer {
     /// # Errors
     /// When it is none, or has no such token.
     pub fn from_json(json: &[u8], end_of_text: Option<&str>) -> Result<Self> {
-        let inner = Tokenizer::from_bytes(json).map_err(failed)?;
+        let inner = read(json)?;
         let names = end_of_text.as_ref().map_or(&END_NAMES[..], std::slice::from_ref);
         let found = names.iter().find_map(|name| inner.token_to_id(name));
         let end = found.ok_or_else(|| {
@@ -97,7 +111,7 @@ impl TextTokenizer {
     /// # Errors
     /// When it is none.
     pub fn with_end_of_text(json: &[u8], end_of_text: u32) -> Result<Self> {
-        Self::with_end(json, Tokenizer::from_bytes(json).map_err(failed)?, end_of_text)
+        Self::with_end(json, read(json)?, end_of_text)
     }
 
     fn with_end(json: &[u8], mut inner: Tokenizer, end_of_text: u32) -> Result<Self> {
@@ -168,7 +182,7 @@ impl TextTokenizer {
     fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
         let Some(words) = &self.words else { return self.encode_plain(text) };
         words.encode(text, |word, tokens| {
-            let encoding = self.inner.encode_fast(word, false).map_err(failed)?;
+            let encoding = caught(|| self.inner.encode_fast(word, false))?;
             tokens.extend_from_slice(encoding.get_ids());
             Ok(())
         })
@@ -176,7 +190,7 @@ impl TextTokenizer {
 
     /// As the library does it.
     fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(failed)?;
+        let encoding = caught(|| self.inner.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -189,7 +203,7 @@ impl TextTokenizer {
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= size) {
             return Err(failed(format!("token {token} is not in the vocabulary of {size}")));
         }
-        self.inner.decode(tokens, false).map_err(failed)
+        caught(|| self.inner.decode(tokens, false))
     }
 
     /// The token of this name, special or not.
@@ -421,5 +435,13 @@ mod tests {
         let error = tokenizer.decode(&[5, 300]).unwrap_err().to_string();
         assert!(error.contains("token 300"), "{error}");
         assert!(TextTokenizer::from_json(b"{}", None).is_err());
+        // In the middle of some of its parts the library panics.
+        let json = trained(300);
+        for end in (0..json.len()).step_by(41) {
+            assert!(TextTokenizer::from_json(&json[..end], None).is_err(), "cut at {end}");
+        }
+        let large = String::from_utf8(json).unwrap().replace("\"!\":3,", "\"!\":4000000000,");
+        let error = TextTokenizer::from_json(large.as_bytes(), None).unwrap_err().to_string();
+        assert!(error.contains("4000000000"), "{error}");
     }
 }

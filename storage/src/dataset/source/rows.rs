@@ -387,6 +387,23 @@ mod tests {
     }
 
     #[test]
+    fn a_file_with_any_byte_wrong_is_read_or_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f.parquet");
+        let texts = vec!["one".to_owned(), "two".to_owned(), "three".to_owned()];
+        for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+            write_pages(&path, &[texts.clone()], Compression::UNCOMPRESSED, version);
+            let file = std::fs::read(&path).unwrap();
+            for (place, value) in (0..file.len()).flat_map(|at| [(at, 0x7f), (at, 0xff)]) {
+                let mut damaged = file.clone();
+                damaged[place] = value;
+                std::fs::write(&path, &damaged).unwrap();
+                let _ = limited(&path, "text", 1 << 20);
+            }
+        }
+    }
+
+    #[test]
     fn another_column_and_a_damaged_file_are_named_with_a_remedy() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("f.parquet");
