@@ -392,7 +392,7 @@ mod tests {
         let path = directory.path().join("f.parquet");
         let texts = vec!["one".to_owned(), "two".to_owned(), "three".to_owned()];
         for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
-            write_pages(&path, &[texts.clone()], Compression::UNCOMPRESSED, version);
+            write_pages(&path, std::slice::from_ref(&texts), Compression::UNCOMPRESSED, version);
             let file = std::fs::read(&path).unwrap();
             for (place, value) in (0..file.len()).flat_map(|at| [(at, 0x7f), (at, 0xff)]) {
                 let mut damaged = file.clone();
