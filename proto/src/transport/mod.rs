@@ -6,8 +6,8 @@
 //! worker wants a certificate of that role, signed by the authority of the credentials.
 //!
 //! Strangers cost little. A [`Gate`] takes connections in and has each of them introduce itself within
-//! seconds; the number of those that have not is bounded, and the oldest gives way to the newest, so
-//! that silent connections, however many, do not keep others out.
+//! seconds; the number of those that have not is bounded, and the address with the most of them gives
+//! way, so that silent connections, however many, do not keep others out.
 
 mod authority;
 mod certificate;
