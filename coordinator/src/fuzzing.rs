@@ -235,6 +235,9 @@ fn introduction(name: &str, held: Option<Held>) -> v1::Join {
         peer_address: format!("{name}:1"),
         numerics: "avx2".into(),
         held,
+        nccl_version: 0,
+        ailment: String::new(),
+        encrypted: false,
     }
 }
 

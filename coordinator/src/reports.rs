@@ -77,6 +77,10 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
             step: Step(fetched.step),
             result: if fetched.error.is_empty() { Ok(()) } else { Err(fetched.error) },
         },
+        Kind::Communicator(communicator) => Report::Communicator {
+            generation: Generation(communicator.generation),
+            id: communicator.id,
+        },
         Kind::Leave(leave) => Report::Leave { reason: leave.reason },
     })
 }

@@ -21,9 +21,11 @@ mod trainer;
 
 pub use batch::{SlotBatch, document_starts};
 pub use cpu::{CacheSharing, KernelLevel};
-pub use cuda::{DeviceError, DeviceSums};
+#[cfg(any(test, feature = "emulator"))]
+pub use cuda::DeviceMemory;
+pub use cuda::{DeviceError, DeviceSpan, DeviceSums, Exchange};
 #[cfg(feature = "cuda")]
-pub use cuda::{GpuFacts, gpu_facts, gpu_libraries, gpu_uuid};
+pub use cuda::{GpuFacts, gpu_facts, gpu_libraries, gpu_uuid, nccl};
 pub use engine::{Engine, Recompute, SlotOutput, StageSettings, TokenMeasures};
 pub use evaluation::{DepthReport, DepthSums, Quality};
 pub use exit::{
@@ -33,4 +35,4 @@ pub use generate::{Decoder, Exit, Generated, Next, Sampling, generate};
 pub use layout::{Layout, TensorEntry};
 pub use numerics::numerics;
 pub use state::TrainState;
-pub use trainer::{Device, MemoryNeed, SummedSlot, Trainer, slot_bytes};
+pub use trainer::{Device, Gpu, MemoryNeed, SummedSlot, Trainer, slot_bytes};

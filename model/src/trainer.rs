@@ -13,11 +13,64 @@ use looptrain_proto::Step;
 use looptrain_proto::spec::{self, Objective};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::cuda::{CudaEngine, DeviceError, DeviceSums};
+use crate::cuda::{CudaEngine, DeviceError, DeviceSpan, DeviceSums, Exchange};
 use crate::optimizer::{self, StepSize};
 use crate::{
     Engine, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings, TrainState,
 };
+
+/// One of the NVIDIA GPUs that the driver shows this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gpu {
+    /// By its number, as the driver counts them.
+    Number(usize),
+    /// By its UUID, which it has in any machine and order.
+    Uuid([u8; 16]),
+}
+
+/// Bytes of a UUID between its hyphens.
+const UUID_PARTS: [std::ops::Range<usize>; 5] = [0..4, 4..6, 6..8, 8..10, 10..16];
+
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Uuid(bytes) => {
+                f.write_str("GPU")?;
+                for part in UUID_PARTS {
+                    f.write_str("-")?;
+                    bytes[part].iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl FromStr for Gpu {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let Some(uuid) = text.strip_prefix("GPU-") else {
+            return text.parse().map(Self::Number).map_err(drop);
+        };
+        let parts: Vec<&str> = uuid.split('-').collect();
+        let lengths = UUID_PARTS.map(|part| 2 * part.len());
+        if !uuid.is_ascii() || !parts.iter().map(|part| part.len()).eq(lengths) {
+            return Err(());
+        }
+        let digits = parts.concat();
+        if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(());
+        }
+        let mut bytes = [0; 16];
+        for (place, byte) in bytes.iter_mut().enumerate() {
+            let digits = &digits[2 * place..2 * place + 2];
+            *byte = u8::from_str_radix(digits, 16).map_err(drop)?;
+        }
+        Ok(Self::Uuid(bytes))
+    }
+}
 
 /// Where a worker computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,8 +78,8 @@ pub enum Device {
     /// The threads of this machine.
     #[default]
     Cpu,
-    /// The NVIDIA GPU of that number, as the driver counts those that it shows this process.
-    Cuda(usize),
+    /// An NVIDIA GPU.
+    Cuda(Gpu),
     /// The GPU's kernels on the CPU, compiled by the system's C++ compiler: slow, for tests.
     #[cfg(any(test, feature = "emulator"))]
     Emulated,
@@ -36,7 +89,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Cuda(gpu) => write!(f, "cuda:{gpu}"),
             #[cfg(any(test, feature = "emulator"))]
             Self::Emulated => f.write_str("emulated"),
         }
@@ -47,21 +100,25 @@ impl FromStr for Device {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-        match (text, number) {
+        let gpu = text.strip_prefix("cuda:").and_then(|gpu| gpu.parse().ok());
+        match (text, gpu) {
             ("cpu", _) => Ok(Self::Cpu),
-            (_, Some(number)) => Ok(Self::Cuda(number)),
-            _ => Err("write cpu, or cuda:N for the GPU of that number".to_owned()),
+            #[cfg(any(test, feature = "emulator"))]
+            ("emulated", _) => Ok(Self::Emulated),
+            (_, Some(gpu)) => Ok(Self::Cuda(gpu)),
+            _ => Err("write cpu, or cuda:N for the GPU of that number, or cuda:GPU-... with the UUID that \
+                      `nvidia-smi -L` tells"
+                .to_owned()),
         }
     }
 }
 
 impl Device {
-    /// The device so many numbers further; the CPU is one for all.
+    /// The device so many numbers further; what has no number is one for all.
     #[must_use]
     pub fn after(self, count: usize) -> Self {
         match self {
-            Self::Cuda(number) => Self::Cuda(number + count),
+            Self::Cuda(Gpu::Number(number)) => Self::Cuda(Gpu::Number(number + count)),
             other => other,
         }
     }
@@ -69,7 +126,7 @@ impl Device {
     pub(crate) fn engine(self, model: &spec::Model) -> Result<Option<CudaEngine>, DeviceError> {
         match self {
             Self::Cpu => Ok(None),
-            Self::Cuda(number) => CudaEngine::on_device(number, model).map(Some),
+            Self::Cuda(gpu) => CudaEngine::on_device(gpu, model).map(Some),
             #[cfg(any(test, feature = "emulator"))]
             Self::Emulated => CudaEngine::emulated(model).map(Some),
         }
@@ -276,46 +333,97 @@ impl Trainer {
         matches!(self.place, Place::Device(_))
     }
 
+    /// The lane of the device, in which a collective reaches the sums, with room for so many words; `None` on
+    /// the CPU.
+    ///
+    /// # Errors
+    /// When the device has no memory for that.
+    pub fn exchange(&self, words: usize) -> Result<Option<Exchange>, DeviceError> {
+        match &self.place {
+            Place::Host { .. } => Ok(None),
+            Place::Device(on) => on.engine.exchange(words).map(Some),
+        }
+    }
+
     /// Computes slots and adds their gradients up on the device, one after the other; when `on_slot` gives
-    /// false, the rest is not computed.
+    /// false, the rest is not computed. The sums are also given away in so many parts, from their end to
+    /// their beginning, each as soon as it is queued that it becomes final.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Panics
-    /// On the CPU, without slots, and if no state is held.
+    /// On the CPU, and if no state is held.
     pub fn sum_slots(
         &self,
         settings: &StageSettings,
         batches: &[SlotBatch],
-        sums: DeviceSums,
+        (sums, parts): (DeviceSums, usize),
         cancelled: &AtomicBool,
+        on_part: &mut dyn FnMut(DeviceSpan),
         on_slot: &mut dyn FnMut(SummedSlot) -> bool,
     ) -> Result<(), DeviceError> {
         let on = self.device();
-        assert!(!batches.is_empty(), "whoever is alone has all slots");
-        if matches!(sums, DeviceSums::Fast { .. }) {
-            on.engine.clear()?;
+        let engine = &on.engine;
+        let parts = engine.parts(parts);
+        if batches.is_empty() {
+            engine.clear_sums(sums)?;
+            return parts.into_iter().try_for_each(|part| {
+                on_part(engine.span(sums, part)?);
+                Ok(())
+            });
         }
+        if matches!(sums, DeviceSums::Fast { .. }) {
+            engine.clear()?;
+        }
+        let mut parts = parts.into_iter().peekable();
         for (slot, batch) in batches.iter().enumerate() {
             if cancelled.load(Ordering::Relaxed) {
                 break;
             }
             if matches!(sums, DeviceSums::Exact { .. }) {
-                on.engine.clear()?;
+                engine.clear()?;
             }
-            let queued = on.engine.queue_slot(settings, on.recompute, batch, &mut |_| {})?;
+            engine.begin_adding()?;
+            let (first, last) = (slot == 0, slot + 1 == batches.len());
+            let mut added = Ok(());
+            let queued = engine.queue_slot(settings, on.recompute, batch, &mut |(from, _)| {
+                let final_from = engine.place_of(from);
+                while added.is_ok()
+                    && let Some(part) = parts.next_if(|part| last && part.start >= final_from)
+                {
+                    added = engine.add_part(sums, first, part.clone()).and_then(|()| {
+                        on_part(engine.span(sums, part)?);
+                        Ok(())
+                    });
+                }
+            })?;
+            added?;
+            if !last {
+                engine.add_part(sums, first, 0..engine.places_len())?;
+            }
             let statistics = queued.statistics()?;
-            let outside = on.engine.add_to_sums(sums, slot == 0)?;
-            if outside.is_some() {
+            let outside = engine.fault()?;
+            if outside.is_some() && !last {
                 // What it left must not be taken for that of the slots after it.
-                on.engine.clear()?;
+                engine.clear()?;
             }
             if !on_slot(SummedSlot { slot, statistics, outside }) {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Puts integers beside the sums on the device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// On the CPU, and if there are more than a thousand.
+    pub fn put_integers(&self, integers: &[i64]) -> Result<DeviceSpan, DeviceError> {
+        self.device().engine.put_integers(integers)
     }
 
     /// Makes the mean over `divisor` slots of the sums the gradient that waits for
@@ -683,13 +791,25 @@ mod tests {
 
     #[test]
     fn a_device_is_written_as_it_is_read() {
-        for device in [Device::Cpu, Device::Cuda(0), Device::Cuda(11)] {
+        let number = |number| Device::Cuda(Gpu::Number(number));
+        let uuid = "cuda:GPU-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9";
+        let by_uuid: Device = uuid.parse().expect("a UUID");
+        assert_eq!(by_uuid.to_string(), uuid);
+        for device in [Device::Cpu, Device::Emulated, number(0), number(11), by_uuid] {
             assert_eq!(device.to_string().parse(), Ok(device));
         }
-        assert_eq!(
-            [Device::Cpu.after(2), Device::Cuda(1).after(2)],
-            [Device::Cpu, Device::Cuda(3)]
-        );
+        let moved = [Device::Cpu, number(1), by_uuid].map(|device| device.after(2));
+        assert_eq!(moved, [Device::Cpu, number(3), by_uuid]);
+        for bad in [
+            "cuda:GPU-",
+            "cuda:GPU-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8",
+            "cuda:GPU-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8fg",
+            "cuda:GPU-0a1b2c3d4e5f-6071-8293-a4b5-c6d7e8f9",
+            "cuda:GPU-+a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9",
+            "cuda:MIG-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9",
+        ] {
+            assert!(bad.parse::<Device>().is_err(), "{bad}");
+        }
         for bad in ["gpu", "cuda", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
             assert!(bad.parse::<Device>().is_err(), "{bad}");
         }
@@ -707,7 +827,8 @@ mod tests {
             initializer_range: 0.02,
         };
         // No machine has so many.
-        let error = Trainer::new(Device::Cuda(4095), &model, 1).err().expect("no such device");
+        let error =
+            Trainer::new(Device::Cuda(Gpu::Number(4095)), &model, 1).err().expect("no such device");
         let told = error.to_string();
         assert!(told.contains("--device cpu") || told.contains("cuda:4095"), "{told}");
         let odd = spec::Model { hidden_size: 60, ..model };

@@ -22,6 +22,7 @@ TREES = {
     "gpu": ["gpu"],
     **{f"base with {name}": ["base", name] for name in COMPONENTS},
     "gpu with otlp and spot": ["gpu", "otlp", "spot"],
+    "gpu with nccl": ["gpu", "nccl"],
 }
 
 LABELS = {"type": "object", "additionalProperties": {"type": "string"}}

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use indicatif::{BinaryBytes, HumanCount};
-use looptrain_model::Device;
+use looptrain_model::{Device, Gpu};
 use looptrain_proto::Spec;
 use looptrain_proto::spec::{Decay, Objective, operations_per_token};
 use looptrain_worker::worker_bytes;
@@ -55,7 +55,7 @@ pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value>
             "gpu_hours": flops / per_hour,
             // Kernels for a GPU do not exist for every shape, nor for the gate.
             "gpu_bytes": match stage.objective {
-                Objective::Language => memory(Device::Cuda(0)).unwrap_or(Value::Null),
+                Objective::Language => memory(Device::Cuda(Gpu::Number(0))).unwrap_or(Value::Null),
                 Objective::ExitGate => Value::Null,
             },
             "cpu_bytes": memory(Device::Cpu)?,

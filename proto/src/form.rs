@@ -11,12 +11,13 @@ use prost::bytes::{Buf, BufMut};
 use prost::encoding::{self, DecodeContext, WireType};
 use prost::{DecodeError, Message};
 
-use crate::v1::Member;
+use crate::v1::{Collective, Member};
 
 const GENERATION: u32 = 1;
 const MEMBERS: u32 = 2;
 const RANK: u32 = 3;
 const STEP: u32 = 4;
+const COLLECTIVE: u32 = 6;
 
 /// A new generation. Whatever the worker was doing for an older one is abandoned at once.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,6 +30,8 @@ pub struct Form {
     pub rank: u32,
     /// The committed step whose state every member must hold before it answers Ready.
     pub step: u64,
+    /// What all members reduce with: a [`Collective`].
+    pub collective: i32,
 }
 
 /// A list of members that costs nothing to clone, and is encoded at most once.
@@ -88,6 +91,14 @@ impl PartialEq for Members {
     }
 }
 
+impl Form {
+    /// What all members reduce with; the ring if it is something that this build does not know.
+    #[must_use]
+    pub fn collective(&self) -> Collective {
+        Collective::try_from(self.collective).unwrap_or_default()
+    }
+}
+
 impl Message for Form {
     fn encode_raw(&self, buffer: &mut impl BufMut) {
         if self.generation != 0 {
@@ -99,6 +110,9 @@ impl Message for Form {
         }
         if self.step != 0 {
             encoding::uint64::encode(STEP, &self.step, buffer);
+        }
+        if self.collective != 0 {
+            encoding::int32::encode(COLLECTIVE, &self.collective, buffer);
         }
     }
 
@@ -122,6 +136,11 @@ impl Message for Form {
             }
             RANK => ("rank", encoding::uint32::merge(wire_type, &mut self.rank, buffer, context)),
             STEP => ("step", encoding::uint64::merge(wire_type, &mut self.step, buffer, context)),
+            COLLECTIVE => {
+                let merged =
+                    encoding::int32::merge(wire_type, &mut self.collective, buffer, context);
+                ("collective", merged)
+            }
             _ => return encoding::skip_field(wire_type, tag, buffer, context),
         };
         merged.map_err(|mut error| {
@@ -139,6 +158,10 @@ impl Message for Form {
             + self.members.encoded().len()
             + length(RANK, u64::from(self.rank))
             + length(STEP, self.step)
+            + match self.collective {
+                0 => 0,
+                kind => encoding::int32::encoded_len(COLLECTIVE, &kind),
+            }
     }
 
     fn clear(&mut self) {
@@ -164,6 +187,8 @@ mod tests {
         rank: u32,
         #[prost(uint64, tag = "4")]
         step: u64,
+        #[prost(enumeration = "Collective", tag = "6")]
+        collective: i32,
     }
 
     prop_compose! {
@@ -172,18 +197,19 @@ mod tests {
             names in prop::collection::vec("[a-z0-9.:]{0,20}", 0..5),
             rank in prop_oneof![Just(0), any::<u32>()],
             step in prop_oneof![Just(0), any::<u64>()],
+            collective in prop_oneof![Just(0), Just(1), any::<i32>()],
         ) -> Derived {
             let member = |name: String| Member { peer_address: format!("{name}:1"), name };
             let members = names.into_iter().map(member).collect();
-            Derived { generation, members, rank, step }
+            Derived { generation, members, rank, step, collective }
         }
     }
 
     proptest! {
         #[test]
         fn a_form_is_on_the_wire_what_the_proto_file_says(derived in derived()) {
-            let Derived { generation, members, rank, step } = derived.clone();
-            let form = Form { generation, members: members.into(), rank, step };
+            let Derived { generation, members, rank, step, collective } = derived.clone();
+            let form = Form { generation, members: members.into(), rank, step, collective };
             prop_assert_eq!(form.encode_to_vec(), derived.encode_to_vec());
             prop_assert_eq!(form.encoded_len(), derived.encoded_len());
             prop_assert_eq!(Form::decode(derived.encode_to_vec().as_slice()).unwrap(), form);
@@ -194,7 +220,7 @@ mod tests {
     fn a_shared_list_is_not_changed_by_what_is_decoded_into_a_clone() {
         let member = Member { name: "w0".into(), peer_address: "here:1".into() };
         let members = Members::from(vec![member]);
-        let form = Form { generation: 1, members: members.clone(), rank: 0, step: 0 };
+        let form = Form { generation: 1, members: members.clone(), ..Form::default() };
         let mut other = form.clone();
         other.merge(form.encode_to_vec().as_slice()).unwrap();
         assert_eq!((members.len(), form.members.len(), other.members.len()), (1, 1, 2));

@@ -173,7 +173,8 @@ fn told() -> Vec<Vec<u8>> {
     let members: Vec<v1::Member> = (0..3).map(member).collect();
     let tiny = String::from_utf8_lossy(&specs()[0]).into_owned();
     let welcome = v1::Welcome { spec: tiny, incarnation: 1, worker_id: 1, ..Default::default() };
-    let form = v1::Form { generation: 3, members: members.clone().into(), rank: 1, step: 4 };
+    let members_of = members.clone().into();
+    let form = v1::Form { generation: 3, members: members_of, rank: 1, step: 4, collective: 1 };
     let kinds = [
         Kind::Welcome(welcome),
         Kind::Refused(v1::Refused { reason: "no".into(), for_now: true }),

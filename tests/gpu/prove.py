@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["heads", "curves", "bits", "step", "peer"]
+PARTS = ["heads", "curves", "bits", "nccl", "step", "peer"]
 STEPS = 200
 
 # Ouro-1.4B's own shape and a step of one sequence, and a model of 306 million parameters.
@@ -91,20 +91,24 @@ class Small:
                 steps[record["step"]] = record["loss"]
         return [steps[step] for step in sorted(steps)]
 
-    def two_workers(self):
-        """Two workers on one device, one of which is killed; the last line's fields."""
+    def two_workers(self, *more, kill=True):
+        """Two workers on one device, one of which is killed; the last line's fields, and whether it was."""
         listen = "127.0.0.1:7461"
+        # Several ranks of NCCL on one device, which only a test wants.
+        variables = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
         coordinator = subprocess.Popen(
-            [str(part) for part in [self.looptrain, "coordinator", *self.spec, "--set", "cluster.workers=2", "--listen", listen]],
+            [str(part) for part in [self.looptrain, "coordinator", *self.spec, "--set", "cluster.workers=2", *more, "--listen", listen]],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
         workers = []
-        for fault in (["--fault", "kill@reduce:60"], []):
+        for fault in (["--fault", "kill@reduce:60"] if kill else [], []):
             command = [self.looptrain, "worker", "--coordinator", f"http://{listen}", "--device", self.device, *fault]
-            workers.append(subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            log = (self.folder / f"{self.name}-{len(workers)}.log").open("w")
+            workers.append(subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=log, env=variables))
         try:
             found, _ = coordinator.communicate(timeout=240)
             killed = workers[0].wait(timeout=30) == -9
+            self.over_nccl = "over_nccl=true" in (self.folder / f"{self.name}-1.log").read_text()
         except subprocess.TimeoutExpired:
             return None, False
         finally:
@@ -201,6 +205,41 @@ def bits(arguments, folder, results):
     say(f"bits: {results['bits']}")
     missed = [f"bits: {name} has other weights" for name, right in same.items() if not right]
     return missed + ([] if killed else ["bits: nobody was killed"])
+
+
+def nccl(arguments, folder, results):
+    """Two workers that reduce over NCCL, on one device: the same weights as one, also when one is killed."""
+    def small(name):
+        return Small(arguments.looptrain, folder, name, arguments.device)
+
+    first = results.get("bits") or small("nccl-first").train()
+    if first is None:
+        return ["nccl: no run"]
+    missed, found = [], {}
+    for name, more, kill in [
+        ("exact", [], False),
+        ("killed", [], True),
+        ("fast", ["--set", "cluster.reduction=fast"], False),
+    ]:
+        run_of = small("nccl-" + name)
+        run_of.over_nccl = False
+        start = time.monotonic()
+        end, killed = run_of.two_workers("--set", "cluster.collective=nccl", *more, kill=kill)
+        same = bool(end) and end.get("weights") == first["weights"]
+        found[name] = {"seconds": round(time.monotonic() - start, 1), "over_nccl": run_of.over_nccl, "same": same, "killed": killed, "loss": end and end.get("loss")}
+        if end is None:
+            log = folder / f"nccl-{name}-1.log"
+            say(f"nccl: {name}: {log.read_text()[-1500:] if log.exists() else 'no log'}")
+            missed.append(f"nccl: {name} did not end")
+        elif not run_of.over_nccl or killed != kill or (not same and name != "fast"):
+            missed.append(f"nccl: {name}: {found[name]}")
+    if found["fast"]["loss"] and found["exact"]["loss"]:
+        apart = abs(float(found["fast"]["loss"]) / float(found["exact"]["loss"]) - 1)
+        if apart > FAR:
+            missed.append(f"nccl: the loss of fast sums is {apart:.4f} from that of exact ones")
+    results["nccl"] = found
+    say(f"nccl: {found}")
+    return missed
 
 
 def step(arguments, _folder, results):

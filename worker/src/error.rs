@@ -106,6 +106,10 @@ pub enum WorkerError {
     /// The peer port cannot be had.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// NCCL cannot be used any more by this process.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Nccl(crate::reduce::NcclError),
     /// The compute thread is gone.
     #[error("the compute thread ended unexpectedly; its panic message is above")]
     Compute,

@@ -5,12 +5,15 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use looptrain_proto::metrics::{self, Metric, Series};
 use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSensor};
 use nvml_wrapper::error::NvmlError;
+
+use crate::Stop;
 
 /// The library's name where a driver installs it.
 const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -71,6 +74,42 @@ pub fn gpu_health(uuid: &str) -> Result<Vec<(Metric, String, f64)>, String> {
     Ok(health_with(&library, uuid))
 }
 
+/// How often it is looked whether a GPU is still well.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// What keeps a GPU from being trusted with a run; `None` when it is well, or nothing is known.
+pub(crate) fn ailment(uuid: &str) -> Option<String> {
+    let library = Nvml::builder().lib_path(OsStr::new(LIBRARY)).init().ok()?;
+    ailment_with(&library, uuid)
+}
+
+fn ailment_with(library: &Nvml, uuid: &str) -> Option<String> {
+    let uncorrected = |(metric, of, _): &(Metric, String, f64)| {
+        metric.name == metrics::GPU_ECC_ERRORS.name && of == "uncorrected"
+    };
+    let (_, _, errors) = health_with(library, uuid).into_iter().find(uncorrected)?;
+    (errors > 0.0).then(|| {
+        format!(
+            "{uuid} has had {errors:.0} uncorrected memory errors since its driver started; reset it \
+             (nvidia-smi --gpu-reset), and replace it when they come back"
+        )
+    })
+}
+
+/// Has the worker leave when its GPU turns out not to be well: what it computes may be wrong from then on.
+/// Ends with the process.
+pub(crate) async fn watch(uuid: String, stop: Stop) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let uuid = uuid.clone();
+        let found = tokio::task::spawn_blocking(move || ailment(&uuid)).await;
+        if let Ok(Some(ailment)) = found {
+            tracing::error!(ailment, "this worker leaves");
+            return stop.tell(format!("its GPU is not well: {ailment}"));
+        }
+    }
+}
+
 fn health_with(library: &Nvml, uuid: &str) -> Vec<(Metric, String, f64)> {
     let told = |(metric, read): &(Metric, Read)| {
         let metric = *metric;
@@ -109,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    /// A management library with one GPU, which is hot and does not tell of its ECC memory.
+    /// A management library with one GPU, which is hot.
     const FAKE: &str = r#"
         #include <cstring>
         extern "C" {
@@ -128,7 +167,11 @@ mod tests {
             memory->total = 80000; memory->free = 20000; memory->used = 60000; memory->reserved = 0;
             return 0;
         }
-        int nvmlDeviceGetTotalEccErrors(void*, int, int, unsigned long long*) { return 3; }
+        int nvmlDeviceGetTotalEccErrors(void*, int, int, unsigned long long* count) {
+            if (ERRORS < 0) return 3;
+            *count = ERRORS;
+            return 0;
+        }
         // Software thermal slowdown, and that there is nothing to do, which is no reason for concern.
         int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
             *reasons = 0x20 | 0x1;
@@ -137,17 +180,31 @@ mod tests {
         }
     "#;
 
-    #[test]
-    fn what_the_management_library_tells_is_reported_and_what_it_does_not_is_left_out() {
+    /// The library, of a GPU that has had so many errors in its memory; one that is negative does not tell.
+    fn fake(errors: i32) -> (tempfile::TempDir, Nvml) {
         let folder = tempfile::tempdir().unwrap();
         let [source, library] = ["nvml.cpp", "libnvml.so"].map(|name| folder.path().join(name));
-        std::fs::write(&source, FAKE).unwrap();
+        std::fs::write(&source, FAKE.replace("ERRORS", &errors.to_string())).unwrap();
         let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
         let mut compile = Command::new(compiler);
         compile.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source);
         assert!(compile.status().unwrap().success());
-        let library = Nvml::builder().lib_path(library.as_os_str()).init().unwrap();
+        (folder, Nvml::builder().lib_path(library.as_os_str()).init().unwrap())
+    }
 
+    #[test]
+    fn a_gpu_with_uncorrected_errors_is_not_well() {
+        let (_folder, ill) = fake(2);
+        let told = ailment_with(&ill, "GPU-here").unwrap();
+        assert!(told.starts_with("GPU-here has had 2 uncorrected memory errors"), "{told}");
+        let (_folder, well) = fake(0);
+        assert_eq!(ailment_with(&well, "GPU-here"), None);
+        assert_eq!(ailment_with(&ill, "GPU-gone"), None, "nothing is known");
+    }
+
+    #[test]
+    fn what_the_management_library_tells_is_reported_and_what_it_does_not_is_left_out() {
+        let (_folder, library) = fake(-1);
         let told: Vec<(&str, Vec<Series>)> = OBSERVED
             .iter()
             .map(|(metric, read)| (metric.name, series(&library, "GPU-here", *read)))

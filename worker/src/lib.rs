@@ -33,6 +33,8 @@ mod trace;
 mod transfer;
 
 use std::net::SocketAddr;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -55,13 +57,17 @@ pub use trace::UNTRACED;
 
 /// What [`take_part`] is put together from.
 pub mod parts {
-    pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Memory};
+    pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Memory, Rendezvous};
 }
 
 use audit::Audit;
 use compute::Compute;
 use data::Data;
 use feed::Feed;
+#[cfg(feature = "cuda")]
+use reduce::NcclError;
+#[cfg(feature = "cuda")]
+use reduce::nccl::Nccl;
 use reduce::tcp::PeerListener;
 use session::{Dial, Duties, Link, Memory, Session, Tcp, Work};
 
@@ -82,9 +88,44 @@ pub struct Finished {
 pub async fn run(settings: WorkerSettings) -> Result<Finished, WorkerError> {
     let credentials = settings.credentials.clone();
     let listener = PeerListener::bind(settings.peer_listen).await?.secured(credentials.clone());
-    let introduction = introduce(&settings, listener.address());
-    let furnish = |spec, welcome| furnish(&settings, spec, welcome, listener);
-    take_part(&settings, &Tcp { credentials }, introduction, furnish).await
+    #[cfg(feature = "cuda")]
+    let nccl = nccl_for(settings.device).await;
+    #[cfg(feature = "cuda")]
+    let nccl_version = nccl.as_ref().map_or(0, |library| library.version().0);
+    #[cfg(not(feature = "cuda"))]
+    let nccl_version = 0;
+    #[cfg(feature = "cuda")]
+    let in_use = Arc::new(OnceLock::new());
+    #[cfg(feature = "cuda")]
+    let used = Arc::clone(&in_use);
+    let introduction = introduce(&settings, listener.address(), nccl_version);
+    let furnish = |spec, welcome| async {
+        let work = furnish(&settings, spec, welcome, listener).await?;
+        #[cfg(feature = "cuda")]
+        let work = match nccl {
+            Some(library) => work.reducing_over(library).await?,
+            None => work,
+        };
+        #[cfg(feature = "cuda")]
+        work.nccl.iter().for_each(|nccl| drop(used.set(Arc::clone(nccl))));
+        Ok(work)
+    };
+    let ended = take_part(&settings, &Tcp { credentials }, introduction, furnish).await;
+    #[cfg(feature = "cuda")]
+    if let Some(Err(error)) = resting(&in_use).await {
+        tracing::warn!(%error, "ending all the same");
+    }
+    ended
+}
+
+/// How long the end of a worker waits for NCCL to let go of the device.
+#[cfg(feature = "cuda")]
+const REST: Duration = Duration::from_secs(5);
+
+/// A process that ends while NCCL does may crash in both.
+#[cfg(feature = "cuda")]
+async fn resting(in_use: &OnceLock<Arc<Nccl>>) -> Option<Result<(), NcclError>> {
+    Some(in_use.get()?.let_go(REST).await)
 }
 
 /// What takes part in a run: everything of [`run`] but what listens to peers, computes and reduces.
@@ -217,9 +258,48 @@ fn spec_of(welcome: &Welcome, url: &str) -> Result<Spec, WorkerError> {
     }
 }
 
-async fn introduce(settings: &WorkerSettings, peers: SocketAddr) -> Result<Join, WorkerError> {
+/// What is wrong with a device; `None` when nothing is known.
+#[cfg(feature = "cuda")]
+fn ailment_of(device: Device) -> Option<String> {
+    health::ailment(&looptrain_model::gpu_uuid(device)?)
+}
+
+/// The CPU does not tell.
+#[cfg(not(feature = "cuda"))]
+fn ailment_of(_: Device) -> Option<String> {
+    None
+}
+
+/// NCCL for a worker that computes on a device; without it that is no error, but slower.
+#[cfg(feature = "cuda")]
+async fn nccl_for(device: Device) -> Option<Arc<reduce::nccl::Library>> {
+    if device == Device::Cpu {
+        return None;
+    }
+    let opened = tokio::task::spawn_blocking(|| {
+        let path = looptrain_model::nccl()?;
+        reduce::nccl::Library::open(&path)
+    });
+    match opened.await.ok()? {
+        Ok(library) => {
+            tracing::info!(version = %library.version(), "NCCL is there");
+            Some(Arc::new(library))
+        }
+        Err(error) => {
+            tracing::warn!(%error, "this worker reduces over TCP, through the memory of its host");
+            None
+        }
+    }
+}
+
+async fn introduce(
+    settings: &WorkerSettings,
+    peers: SocketAddr,
+    nccl_version: u32,
+) -> Result<Join, WorkerError> {
     let device = settings.device;
     let numerics = tokio::task::spawn_blocking(move || looptrain_model::numerics(device));
+    let ailment = tokio::task::spawn_blocking(move || ailment_of(device).unwrap_or_default());
     Ok(Join {
         protocol_version: PROTOCOL_VERSION,
         name: settings.name.clone(),
@@ -229,6 +309,9 @@ async fn introduce(settings: &WorkerSettings, peers: SocketAddr) -> Result<Join,
         peer_address: settings::reachable(peers, &settings.coordinator)?.to_string(),
         numerics: numerics.await.map_err(|_| WorkerError::Compute)??,
         held: None,
+        nccl_version,
+        encrypted: settings.credentials.is_some(),
+        ailment: ailment.await.map_err(|_| WorkerError::Compute)?,
     })
 }
 
@@ -260,6 +343,7 @@ async fn furnish(
     #[cfg(feature = "cuda")]
     if let Some(uuid) = looptrain_model::gpu_uuid(device) {
         health::observe(&uuid);
+        tokio::spawn(health::watch(uuid, settings.stop.clone()));
     }
     let compute = Compute::start(Arc::clone(&spec), trainer, memory, moments.clone())?;
     // Ends with the listener, which hands the joiners on.
@@ -276,6 +360,8 @@ async fn furnish(
         store,
         peers,
         streams: spec.cluster.streams.into(),
+        #[cfg(feature = "cuda")]
+        nccl: None,
         spec,
     })
 }

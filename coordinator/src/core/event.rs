@@ -65,6 +65,11 @@ pub(crate) enum Report {
         cause: v1::failed::Cause,
         detail: String,
     },
+    /// What rank 0 of a generation that reduces over NCCL passes on to the others.
+    Communicator {
+        generation: Generation,
+        id: Vec<u8>,
+    },
     Fetched {
         step: Step,
         result: Result<(), String>,
@@ -78,7 +83,7 @@ impl Report {
     /// Whether it answers what the members of a generation are asked to do. Heartbeats come from a
     /// worker that is stuck, too, and uploads go on beside everything.
     pub(crate) fn is_an_answer(&self) -> bool {
-        !matches!(self, Self::Heartbeat | Self::PartSaved { .. })
+        !matches!(self, Self::Heartbeat | Self::PartSaved { .. } | Self::Communicator { .. })
     }
 }
 

@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use looptrain_proto::spec::Collective;
 use looptrain_proto::v1::failed::Cause;
-use looptrain_proto::v1::{Form, Member};
+use looptrain_proto::v1::{self, Communicator, Form, Member};
 use looptrain_proto::{Digest, Generation, Members, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
@@ -23,10 +24,15 @@ const MAX_FRUITLESS: u32 = 10;
 /// Such rings after which workers that were not in the last ring that stood are sent away.
 const NEWCOMER_TRIES: u32 = 2;
 
+/// Such generations over NCCL after which the same members form a ring of TCP connections, where the spec
+/// leaves the choice.
+const NCCL_TRIES: u32 = 2;
+
 /// A generation whose members are getting ready.
 #[derive(Debug)]
 pub(super) struct Forming {
     why: String,
+    collective: v1::Collective,
     ready: BTreeMap<WorkerId, Digest>,
 }
 
@@ -130,6 +136,7 @@ impl Core {
         self.generation = self.generation.next();
         self.set_members(members);
         self.trouble = None;
+        let (collective, because) = self.collective();
         let ring = Members::from(self.addresses());
         for (rank, worker) in self.members.clone().into_iter().enumerate() {
             let form = Form {
@@ -137,14 +144,83 @@ impl Core {
                 members: ring.clone(),
                 rank: rank as u32,
                 step: self.committed.0,
+                collective: collective.into(),
             };
             if !self.anchors.contains(&worker) {
                 self.note_catching_up(worker);
             }
             self.send(worker, Directive::Form(form));
         }
+        let why = because.map_or(why.clone(), |because| format!("{why}; {because}"));
         self.explain(format!("forming generation {}: {why}", self.generation));
-        self.phase = Phase::Forming(Forming { why, ready: BTreeMap::new() });
+        self.phase = Phase::Forming(Forming { why, collective, ready: BTreeMap::new() });
+    }
+
+    /// What the members reduce with, and why it is not what could be expected.
+    fn collective(&mut self) -> (v1::Collective, Option<String>) {
+        // Where it hangs, no step comes to its end.
+        if self.fruitless >= NCCL_TRIES || self.stalls > 0 {
+            self.without_nccl = self.members.iter().copied().collect();
+        } else if self.without_nccl.iter().any(|member| self.roster.get(*member).is_none()) {
+            // Whoever is gone may have been the reason.
+            self.without_nccl.clear();
+        }
+        let joins = self.members.iter().filter_map(|id| Some(&self.roster.get(*id)?.join));
+        let joins: Vec<&v1::Join> = joins.collect();
+        let versions: Vec<(&str, u32)> =
+            joins.iter().map(|join| (join.name.as_str(), join.nccl_version)).collect();
+        let asked = self.spec.cluster.collective;
+        let Some((first, version)) = versions.first().copied().filter(|_| versions.len() > 1)
+        else {
+            return (v1::Collective::Tcp, None);
+        };
+        let odd = versions.iter().find(|(_, other)| *other != version);
+        match (asked, odd) {
+            (Collective::Tcp, _) => (v1::Collective::Tcp, None),
+            (Collective::Auto, None) if version == 0 => (v1::Collective::Tcp, None),
+            (Collective::Auto, None) if joins.iter().any(|join| join.encrypted) => {
+                let because = "over TCP, since NCCL does not encrypt (cluster.collective = \"nccl\" takes \
+                               it all the same)";
+                (v1::Collective::Tcp, Some(because.to_owned()))
+            }
+            (Collective::Auto, None) if !self.without_nccl.is_empty() => {
+                let because = "over TCP, since NCCL did not connect them".to_owned();
+                (v1::Collective::Tcp, Some(because))
+            }
+            (Collective::Auto, Some((name, other))) => {
+                let because = format!(
+                    "over TCP, since {first} has NCCL {} and {name} {}",
+                    nccl(version),
+                    nccl(*other)
+                );
+                (v1::Collective::Tcp, Some(because))
+            }
+            // Different versions may fail to connect, which then says so.
+            (Collective::Auto | Collective::Nccl, _) => (v1::Collective::Nccl, None),
+        }
+    }
+
+    /// Rank 0 tells how the others find it.
+    pub(super) fn on_communicator(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        id: Vec<u8>,
+    ) {
+        let forms_one = |phase: &Phase| match phase {
+            Phase::Forming(forming) => forming.collective == v1::Collective::Nccl,
+            _ => false,
+        };
+        match self.current_rank(worker, generation) {
+            Err(reason) => self.ignore(worker, reason),
+            Ok(0) if forms_one(&self.phase) => {
+                let message = Communicator { generation: generation.0, id };
+                for other in self.members.clone().into_iter().skip(1) {
+                    self.send(other, Directive::Communicator(message.clone()));
+                }
+            }
+            Ok(_) => self.ignore(worker, "nobody waits for a communicator of it"),
+        }
     }
 
     /// The members, in rank order, as workers reach them.
@@ -329,6 +405,14 @@ impl Core {
             ));
         }
         self.reform(&detail);
+    }
+}
+
+/// A version of NCCL as people write it.
+fn nccl(version: u32) -> String {
+    match version {
+        0 => "none".to_owned(),
+        code => format!("{}.{}.{}", code / 10_000, code / 100 % 100, code % 100),
     }
 }
 

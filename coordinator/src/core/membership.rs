@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use looptrain_proto::spec::Collective;
 use looptrain_proto::v1::{self, Finish, Refused, Welcome};
 use looptrain_proto::{Generation, PROTOCOL_VERSION, WorkerId};
 
@@ -173,6 +174,15 @@ impl Core {
                 "there is a worker {name} already (process {} on {}); choose another name, or \
                  wait until that one is gone",
                 there.join.process_id, there.join.host
+            ));
+        }
+        if !join.ailment.is_empty() {
+            return Err(format!("worker {name} is not well: {}", join.ailment));
+        }
+        if self.spec.cluster.collective == Collective::Nccl && join.nccl_version == 0 {
+            return Err(format!(
+                "worker {name} cannot reduce over NCCL, as cluster.collective = \"nccl\" demands: its log \
+                 tells why"
             ));
         }
         match &self.numerics {

@@ -137,6 +137,8 @@ pub(crate) struct Core {
     trouble: Option<forming::Trouble>,
     /// Generations of the same members since the last commit, formed because their ring broke.
     fruitless: u32,
+    /// Members that NCCL did not connect: over TCP as long as all of them are here.
+    without_nccl: BTreeSet<WorkerId>,
     /// Times since the last commit that the members were stuck, and it was not known who is at
     /// fault.
     stalls: u32,
@@ -246,6 +248,7 @@ impl Core {
             formed: false,
             trouble: None,
             fruitless: 0,
+            without_nccl: BTreeSet::new(),
             stalls: 0,
             committed: at,
             last: checkpoint.as_ref().and_then(|mark| mark.record.clone()),
@@ -345,6 +348,9 @@ impl Core {
             }
             Report::Failed { generation, step, cause, detail } => {
                 self.on_failed(worker, generation, step, cause, &detail);
+            }
+            Report::Communicator { generation, id } => {
+                self.on_communicator(worker, generation, id);
             }
             Report::Fetched { step, result } => self.on_fetched(worker, step, result),
             Report::Leave { reason } => self.on_leave(worker, &reason),

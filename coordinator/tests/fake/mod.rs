@@ -115,6 +115,9 @@ pub(crate) fn join(name: &str) -> up::Kind {
         peer_address: format!("127.0.0.1:1/{name}"),
         numerics: "fake".into(),
         held: None,
+        nccl_version: 0,
+        ailment: String::new(),
+        encrypted: false,
     })
 }
 
@@ -192,7 +195,7 @@ pub(crate) async fn work_in(mut session: Session, store: Store, manner: Manner) 
             Some(down::Kind::Refused(refused)) => return refused.reason,
             Some(down::Kind::Finish(finish)) => return finish.reason,
             Some(down::Kind::Commit(_) | down::Kind::Offer(_) | down::Kind::Withdraw(_)) => {}
-            Some(down::Kind::Rejected(_)) => {}
+            Some(down::Kind::Rejected(_) | down::Kind::Communicator(_)) => {}
             Some(down::Kind::Drain(drain)) => {
                 session.say(up::Kind::Leave(v1::Leave { reason: drain.reason })).await;
                 while session.hear().await.is_some() {}

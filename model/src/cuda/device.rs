@@ -17,6 +17,7 @@ use super::driver::{
 };
 use super::kernels::{NAMES, SOURCE, Sizes};
 use super::libraries;
+use crate::Gpu;
 
 /// What products may use beside their matrices, in bytes. It decides how they are summed, so it is
 /// part of what fixes the bits.
@@ -54,6 +55,8 @@ pub(super) struct Device {
     queue: sys::CUstream,
     /// Beside the queue: copies to the host.
     copies: sys::CUstream,
+    /// And what collectives do.
+    lane: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     products: lt_sys::cublasLtHandle_t,
     workspace: Address,
@@ -85,14 +88,34 @@ fn told(device: &str, what: &str, error: result::DriverError) -> DeviceError {
 /// there is no driver that tells.
 #[must_use]
 pub fn gpu_uuid(device: crate::Device) -> Option<String> {
-    let crate::Device::Cuda(ordinal) = device else { return None };
+    let crate::Device::Cuda(gpu) = device else { return None };
     libraries::load().ok()?;
     result::init().ok()?;
-    let device = result::device::get(i32::try_from(ordinal).ok()?).ok()?;
+    match gpu {
+        Gpu::Number(number) => uuid_of(i32::try_from(number).ok()?).map(|uuid| uuid.to_string()),
+        Gpu::Uuid(_) => Some(gpu.to_string()),
+    }
+}
+
+/// The UUID of the device of that number.
+fn uuid_of(number: i32) -> Option<Gpu> {
+    let device = result::device::get(number).ok()?;
     let uuid = result::device::get_uuid(device).ok()?;
-    let hex: Vec<String> = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
-    let parts = [0..4, 4..6, 6..8, 8..10, 10..16].map(|part| hex[part].concat());
-    Some(format!("GPU-{}", parts.join("-")))
+    Some(Gpu::Uuid(uuid.bytes.map(|byte| byte as u8)))
+}
+
+/// The number of a GPU among those that the driver, which has been started, shows this process, and how many
+/// there are.
+fn number_of(gpu: Gpu) -> Result<(i32, usize), DeviceError> {
+    let label = format!("cuda:{gpu}");
+    let counted = result::device::get_count();
+    let count = counted.map_err(|error| told(&label, "cannot count devices", error))?.max(0);
+    let found = match gpu {
+        Gpu::Number(number) => i32::try_from(number).ok().filter(|number| *number < count),
+        Gpu::Uuid(_) => (0..count).find(|number| uuid_of(*number) == Some(gpu)),
+    };
+    let shown = count as usize;
+    found.map(|number| (number, shown)).ok_or_else(|| missing(&label, shown))
 }
 
 /// What a GPU is, before anything is compiled for it.
@@ -116,21 +139,16 @@ pub struct GpuFacts {
     pub count: usize,
 }
 
-/// Asks the driver about the GPU of that number. It makes no context, so it takes no memory there.
+/// Asks the driver about a GPU. It makes no context, so it takes no memory there.
 ///
 /// # Errors
 /// When there is no driver, no library that is needed, or no such GPU.
-pub fn gpu_facts(ordinal: usize) -> Result<GpuFacts, DeviceError> {
+pub fn gpu_facts(gpu: Gpu) -> Result<GpuFacts, DeviceError> {
     libraries::load()?;
-    let label = format!("cuda:{ordinal}");
-    let fail = |what: &'static str| move |error| told(&format!("cuda:{ordinal}"), what, error);
+    let fail = |what: &'static str| move |error| told(&format!("cuda:{gpu}"), what, error);
     result::init().map_err(fail("cannot start the driver"))?;
-    let count = result::device::get_count().map_err(fail("cannot count devices"))?;
-    let count = usize::try_from(count).unwrap_or(0);
-    if ordinal >= count {
-        return Err(missing(&label, count));
-    }
-    let device = result::device::get(ordinal as i32).map_err(fail("cannot open the device"))?;
+    let (number, count) = number_of(gpu)?;
+    let device = result::device::get(number).map_err(fail("cannot open the device"))?;
     let capability = capability(device).map_err(fail("cannot read its compute capability"))?;
     let mut version = 0;
     // SAFETY: the number is written to, and nothing else; the device is one that the driver named.
@@ -142,7 +160,7 @@ pub fn gpu_facts(ordinal: usize) -> Result<GpuFacts, DeviceError> {
     };
     Ok(GpuFacts {
         name: result::device::get_name(device).map_err(fail("cannot read its name"))?,
-        uuid: gpu_uuid(crate::Device::Cuda(ordinal)),
+        uuid: uuid_of(number).map(|uuid| uuid.to_string()),
         driver: format!("{}.{}", version / 1000, version % 1000 / 10),
         compiler: nvrtc_version()?,
         capability,
@@ -170,20 +188,17 @@ fn capability(device: sys::CUdevice) -> Result<(i32, i32), result::DriverError> 
 }
 
 impl Device {
-    /// The device of that number, with kernels compiled for a model of these sizes.
+    /// A device, with kernels compiled for a model of these sizes.
     ///
     /// # Errors
     /// When there is no driver, no such device, no library that is needed, or a device that is too old.
-    pub(super) fn new(ordinal: usize, sizes: &Sizes) -> Result<Self, DeviceError> {
+    pub(super) fn new(gpu: Gpu, sizes: &Sizes) -> Result<Self, DeviceError> {
         libraries::load()?;
-        let label = format!("cuda:{ordinal}");
-        let fail = |what: &'static str| move |error| told(&format!("cuda:{ordinal}"), what, error);
+        let label = format!("cuda:{gpu}");
+        let fail = |what: &'static str| move |error| told(&format!("cuda:{gpu}"), what, error);
         result::init().map_err(fail("cannot start the driver"))?;
-        let count = result::device::get_count().map_err(fail("cannot count devices"))?;
-        if ordinal >= count.max(0) as usize {
-            return Err(missing(&label, count.max(0) as usize));
-        }
-        let device = result::device::get(ordinal as i32).map_err(fail("cannot open the device"))?;
+        let (number, _) = number_of(gpu)?;
+        let device = result::device::get(number).map_err(fail("cannot open the device"))?;
         let model_name = result::device::get_name(device).map_err(fail("cannot read its name"))?;
         let name = format!("{label} ({model_name})");
         use sys::CUdevice_attribute as Attribute;
@@ -246,6 +261,7 @@ impl Device {
             context,
             queue: stream()?,
             copies: stream()?,
+            lane: stream()?,
             functions,
             products,
             // SAFETY: given back when this is dropped; nothing reads it before it is written.
@@ -660,6 +676,52 @@ impl Driver for Device {
         }
         Ok(())
     }
+
+    fn enter(&self) -> Result<(), DeviceError> {
+        self.call("has no context", || Ok(()))
+    }
+
+    fn lane(&self) -> u64 {
+        self.lane as u64
+    }
+
+    fn lane_waits(&self, after: Mark) -> Result<(), DeviceError> {
+        let event = self.marks.lock().unwrap_or_else(PoisonError::into_inner).1[after.0];
+        // SAFETY: event and stream live as long as the device.
+        self.call("cannot wait for the queue", || unsafe {
+            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            result::stream::wait_event(self.lane, event, flags)
+        })
+    }
+
+    fn lane_is_idle(&self) -> Result<bool, DeviceError> {
+        // SAFETY: the stream lives as long as the device.
+        let state = || unsafe { sys::cuStreamQuery(self.lane) };
+        self.call("fails", || match state() {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            state => state.result().map(|()| true),
+        })
+    }
+
+    fn lane_write(&self, to: Address, words: &[u32]) -> Result<(), DeviceError> {
+        // As fills of one word each: a copy would have to wait for the lane before it may read them.
+        for (place, word) in words.iter().enumerate() {
+            let to = to.plus(place * size_of::<u32>());
+            // SAFETY: whoever asks has the memory.
+            self.call("cannot write to memory", || unsafe {
+                sys::cuMemsetD32Async(to.0, *word, 1, self.lane).result()
+            })?;
+        }
+        Ok(())
+    }
+
+    fn lane_read(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError> {
+        // SAFETY: whoever asks has the memory; the copy is waited for before the bytes are looked at.
+        self.call("cannot copy from the device", || unsafe {
+            result::memcpy_dtoh_async(to, from.0, self.lane)?;
+            result::stream::synchronize(self.lane)
+        })
+    }
 }
 
 impl Drop for Device {
@@ -669,6 +731,7 @@ impl Drop for Device {
             result::stream::synchronize(self.queue)?;
             result::stream::destroy(self.queue)?;
             result::stream::destroy(self.copies)?;
+            result::stream::destroy(self.lane)?;
             result::free_sync(self.workspace.0)?;
             let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
             for memory in stage.memory.into_iter().filter(|memory| !memory.is_null()) {

@@ -172,6 +172,24 @@ pub(super) trait Driver: Send + Sync {
     /// Copies from the device once that moment has come, beside whatever else is queued; returns when
     /// the copy is done.
     fn download(&self, after: Mark, from: Address, to: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Makes the device that of the calling thread, for libraries that ask which it is.
+    fn enter(&self) -> Result<(), DeviceError>;
+
+    /// The handle of a second queue, the lane, for what goes on beside the kernels.
+    fn lane(&self) -> u64;
+
+    /// What is put in the lane from now on waits for that moment of the queue.
+    fn lane_waits(&self, after: Mark) -> Result<(), DeviceError>;
+
+    /// Whether all that was put in the lane is done.
+    fn lane_is_idle(&self) -> Result<bool, DeviceError>;
+
+    /// Puts words into the lane; they need not stay.
+    fn lane_write(&self, to: Address, words: &[u32]) -> Result<(), DeviceError>;
+
+    /// Copies from the device, behind what is in the lane; returns when the copy is done.
+    fn lane_read(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError>;
 }
 
 /// Marks that a driver tells apart.

@@ -7,16 +7,23 @@ use std::time::{Duration, Instant};
 use looptrain_proto::spec;
 
 use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
+use super::exchange::{DeviceSpan, Exchange, Numbers};
 use super::kernels::{MOST_LOOPS, Sizes};
-use super::memory::{Memory, Places, SlotSizes, Workspace};
+use super::memory::{ALIGNED, Memory, Places, SlotSizes, Workspace};
 use super::slot::{Buffers, Final, Task};
 use crate::optimizer::StepSize;
-use crate::{Layout, Recompute, SlotBatch, SlotStatistics, StageSettings, TrainState};
+use crate::{Gpu, Layout, Recompute, SlotBatch, SlotStatistics, StageSettings, TrainState};
 
-/// Blocks of kernels over flat buffers: enough for any device to be busy, and always as many, for the
+/// Blocks of kernels over flat buffers: enough for any device to be busy, and as many for every device, for the
 /// sums' sake.
-const FLAT_BLOCKS: u32 = 1024;
+const MOST_FLAT_BLOCKS: usize = 1024;
 const FLAT_THREADS: u32 = 256;
+
+/// Integers that there is room for beside the sums: a few a loop.
+const MOST_INTEGERS: usize = 1024;
+
+/// The note of the first element without a place in the sums: there is none.
+const NO_FAULT: u64 = u64::MAX;
 
 /// How slots are summed on a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,6 +57,8 @@ pub(crate) struct CudaEngine {
     squares: Memory,
     /// The sums of slots in fixed point.
     fixed_sums: OnceLock<Memory>,
+    /// What is summed beside them, while other ranks' are added.
+    beside: OnceLock<Memory>,
     /// Two words: the first value without a place in the sums, or their digest.
     notes: Memory,
     /// Memory of the last slot, for the next one.
@@ -65,6 +74,10 @@ impl CudaEngine {
     ) -> Result<Self, DeviceError> {
         let layout = Layout::new(model);
         let places = Places::new(&layout, model.num_hidden_layers);
+        if u32::try_from(places.len).is_err() {
+            let error = format!("{} parameters: a GPU takes up to 2^32", layout.parameters());
+            return Err(DeviceError(error));
+        }
         let floats = |len: usize| {
             let memory = Memory::new(&driver, len * size_of::<f32>())?;
             driver.zero(memory.base, len * size_of::<f32>())?;
@@ -76,8 +89,9 @@ impl CudaEngine {
             second_moment: floats(places.len)?,
             gradient: floats(places.len)?,
             narrow: Memory::new(&driver, places.len * size_of::<u16>())?,
-            squares: Memory::new(&driver, FLAT_BLOCKS as usize * size_of::<f64>())?,
+            squares: Memory::new(&driver, MOST_FLAT_BLOCKS * size_of::<f64>())?,
             fixed_sums: OnceLock::new(),
+            beside: OnceLock::new(),
             notes: Memory::new(&driver, 2 * size_of::<u64>())?,
             driver,
             model: model.clone(),
@@ -88,14 +102,14 @@ impl CudaEngine {
         })
     }
 
-    /// On the device of that number.
+    /// On a GPU.
     ///
     /// # Errors
     /// As [`Device::new`], and when the model has sizes that the kernels do not take or does not fit.
     #[cfg(feature = "cuda")]
-    pub(crate) fn on_device(ordinal: usize, model: &spec::Model) -> Result<Self, DeviceError> {
+    pub(crate) fn on_device(gpu: Gpu, model: &spec::Model) -> Result<Self, DeviceError> {
         let sizes = Sizes::of(model)?;
-        Self::new(Arc::new(super::device::Device::new(ordinal, &sizes)?), model, sizes)
+        Self::new(Arc::new(super::device::Device::new(gpu, &sizes)?), model, sizes)
     }
 
     /// There are none.
@@ -103,9 +117,9 @@ impl CudaEngine {
     /// # Errors
     /// Always.
     #[cfg(not(feature = "cuda"))]
-    pub(crate) fn on_device(ordinal: usize, _model: &spec::Model) -> Result<Self, DeviceError> {
+    pub(crate) fn on_device(gpu: Gpu, _model: &spec::Model) -> Result<Self, DeviceError> {
         Err(DeviceError(format!(
-            "cuda:{ordinal}: this program was built without GPUs; build it with --features cuda"
+            "cuda:{gpu}: this program was built without GPUs; build it with --features cuda"
         )))
     }
 
@@ -201,49 +215,122 @@ impl CudaEngine {
         self.driver.zero(self.gradient.base, self.places.len * size_of::<f32>())
     }
 
-    /// Adds the gradient of a slot, the step's first or another, to the step's sums; gives the first
-    /// element, in layout order, that has no place there, and its value. In single precision the slots'
-    /// gradients are one sum already, which is looked at.
-    pub(crate) fn add_to_sums(
+    /// Sets the sums of a step to zero, for a rank without slots.
+    pub(crate) fn clear_sums(&self, sums: DeviceSums) -> Result<(), DeviceError> {
+        match sums {
+            DeviceSums::Exact { .. } => {
+                self.driver.zero(self.fixed()?, self.places.len * size_of::<i64>())
+            }
+            DeviceSums::Fast { .. } => self.clear(),
+        }
+    }
+
+    /// A slot is about to be added, part by part.
+    pub(crate) fn begin_adding(&self) -> Result<(), DeviceError> {
+        self.driver.upload(self.notes.base, &NO_FAULT.to_le_bytes())
+    }
+
+    /// Queues the addition of a part of a slot's gradient, which is final by then. In single precision the
+    /// slots' gradients are one sum already, which is looked at.
+    pub(crate) fn add_part(
         &self,
         sums: DeviceSums,
         first: bool,
-    ) -> Result<Option<(usize, f32)>, DeviceError> {
-        let none = u64::MAX;
-        self.driver.upload(self.notes.base, &none.to_le_bytes())?;
-        let count = self.padded();
+        part: Range<usize>,
+    ) -> Result<(), DeviceError> {
+        let (from, until) = (Argument::Count(part.start as u64), Argument::Count(part.end as u64));
         let (gradient, fault) = (self.gradient.base.into(), self.notes.base.into());
         match sums {
             DeviceSums::Exact { scale, limit } => self.driver.launch(
                 self.flat("exact_add"),
                 &[
                     gradient,
-                    count,
+                    from,
+                    until,
                     scale.into(),
                     limit.into(),
                     Argument::Int(first.into()),
                     self.fixed()?.into(),
                     fault,
                 ],
-            )?,
+            ),
             DeviceSums::Fast { limit } => self
                 .driver
-                .launch(self.flat("check_sums"), &[gradient, count, limit.into(), fault])?,
+                .launch(self.flat("check_sums"), &[gradient, from, until, limit.into(), fault]),
         }
+    }
+
+    /// The first element of the slot, in layout order, that has no place in the sums, and its value.
+    pub(crate) fn fault(&self) -> Result<Option<(usize, f32)>, DeviceError> {
         let mut found = [0u8; 8];
         let after = self.driver.mark()?;
         self.driver.download(after, self.notes.base, &mut found)?;
         let found = u64::from_le_bytes(found);
-        if found == none {
+        if found == NO_FAULT {
             return Ok(None);
         }
-        let mut value = [0f32];
-        let from = self.gradient.base.plus(found as usize * size_of::<f32>());
-        self.driver.download(after, from, bytemuck::cast_slice_mut(&mut value))?;
+        // The place, and below it the value: the sums themselves may be on their way to other devices.
+        let (place, value) = ((found >> 32) as usize, f32::from_bits(found as u32));
         let shift = self.places.head - self.places.head_in_layout;
-        let found = found as usize;
-        let element = if found >= self.places.head { found - shift } else { found };
-        Ok(Some((element, value[0])))
+        let element = if place >= self.places.head { place - shift } else { place };
+        Ok(Some((element, value)))
+    }
+
+    /// So many parts of the sums, from their end to their beginning, in places of the device's buffers.
+    pub(crate) fn parts(&self, count: usize) -> Vec<Range<usize>> {
+        let rows = self.places.len / ALIGNED;
+        let edge = |part: usize| rows * (count - part) / count * ALIGNED;
+        (0..count).map(|part| edge(part + 1)..edge(part)).collect()
+    }
+
+    /// Places of the device's buffers.
+    pub(crate) fn places_len(&self) -> usize {
+        self.places.len
+    }
+
+    /// The place of an element of the layout.
+    pub(crate) fn place_of(&self, element: usize) -> usize {
+        match element >= self.places.head_in_layout {
+            true => element + self.places.head - self.places.head_in_layout,
+            false => element,
+        }
+    }
+
+    /// A part of the sums, as all that is queued up to now leaves it.
+    pub(crate) fn span(
+        &self,
+        sums: DeviceSums,
+        part: Range<usize>,
+    ) -> Result<DeviceSpan, DeviceError> {
+        let (base, bytes, numbers) = match sums {
+            DeviceSums::Exact { .. } => (self.fixed()?, size_of::<i64>(), Numbers::Integers),
+            DeviceSums::Fast { .. } => (self.gradient.base, size_of::<f32>(), Numbers::Floats),
+        };
+        let (at, len) = (base.plus(part.start * bytes), part.len());
+        Ok(DeviceSpan { at, len, numbers, after: self.driver.mark()? })
+    }
+
+    /// Puts integers beside the sums.
+    ///
+    /// # Panics
+    /// If there are more than there is room for.
+    pub(crate) fn put_integers(&self, integers: &[i64]) -> Result<DeviceSpan, DeviceError> {
+        assert!(integers.len() <= MOST_INTEGERS, "{} integers beside the sums", integers.len());
+        let at = match self.beside.get() {
+            Some(beside) => beside.base,
+            None => {
+                let memory = Memory::new(&self.driver, MOST_INTEGERS * size_of::<i64>())?;
+                self.beside.get_or_init(|| memory).base
+            }
+        };
+        self.driver.upload(at, bytemuck::cast_slice(integers))?;
+        let (len, numbers) = (integers.len(), Numbers::Integers);
+        Ok(DeviceSpan { at, len, numbers, after: self.driver.mark()? })
+    }
+
+    /// The device's lane, with so many words.
+    pub(crate) fn exchange(&self, words: usize) -> Result<Exchange, DeviceError> {
+        Exchange::new(&self.driver, words)
     }
 
     /// Makes the mean over `divisor` slots of the step's sums the gradient; gives their digest.
@@ -346,7 +433,7 @@ impl CudaEngine {
                 self.squares.base.into(),
             ],
         )?;
-        let mut sums = vec![0f64; FLAT_BLOCKS as usize];
+        let mut sums = vec![0f64; self.flat_blocks()];
         let after = self.driver.mark()?;
         self.driver.download(after, self.squares.base, bytemuck::cast_slice_mut(&mut sums))?;
         Ok(sums.iter().sum::<f64>().sqrt())
@@ -440,7 +527,13 @@ impl CudaEngine {
     }
 
     fn flat(&self, kernel: &'static str) -> Launch {
-        Launch { kernel, grid: [FLAT_BLOCKS, 1, 1], threads: FLAT_THREADS, shared: 0 }
+        let blocks = self.flat_blocks() as u32;
+        Launch { kernel, grid: [blocks, 1, 1], threads: FLAT_THREADS, shared: 0 }
+    }
+
+    /// As many as have something to do, four elements a thread.
+    fn flat_blocks(&self) -> usize {
+        self.places.len.div_ceil(4 * FLAT_THREADS as usize).min(MOST_FLAT_BLOCKS)
     }
 
     fn upload(&self, to: &Memory, values: &[f32]) -> Result<(), DeviceError> {

@@ -33,7 +33,8 @@ const OTHERS: [Wanted; 2] = [
 const NCCL: Wanted = Wanted {
     what: "NCCL (libnccl.so.2)",
     names: &["libnccl.so.2"],
-    remedy: "nothing needs it yet",
+    remedy: "install libnccl2, or nvidia-nccl-cu13 from PyPI, and name the library's folder in LD_LIBRARY_PATH if it is an \
+             unusual one; without it workers reduce over TCP",
 };
 
 /// Loads driver, NVRTC and cuBLASLt, so that whoever asks for them by name later finds them loaded.
@@ -46,16 +47,28 @@ pub(super) fn load() -> Result<(), DeviceError> {
     OTHERS.iter().try_for_each(|wanted| find(wanted, &folders))
 }
 
-/// What of NVIDIA's is found on this machine: driver, NVRTC and cuBLASLt, without each of which no GPU is
-/// used, and NCCL, without which all works. What is found stays loaded.
+/// What of NVIDIA's is found on this machine, of what no GPU is used without: driver, NVRTC and cuBLASLt. What
+/// is found stays loaded.
 #[must_use]
 pub fn gpu_libraries() -> Vec<(&'static str, Result<(), DeviceError>)> {
     let folders = folders();
-    let all = [&DRIVER].into_iter().chain(&OTHERS).chain([&NCCL]);
+    let all = [&DRIVER].into_iter().chain(&OTHERS);
     all.map(|wanted| (wanted.what, find(wanted, &folders))).collect()
 }
 
+/// NCCL, by a name or a path that it can be loaded by.
+///
+/// # Errors
+/// Says what helps when it cannot be.
+pub fn nccl() -> Result<PathBuf, DeviceError> {
+    locate(&NCCL, &folders())
+}
+
 fn find(wanted: &Wanted, folders: &[PathBuf]) -> Result<(), DeviceError> {
+    locate(wanted, folders).map(drop)
+}
+
+fn locate(wanted: &Wanted, folders: &[PathBuf]) -> Result<PathBuf, DeviceError> {
     let by_name = wanted.names.iter().map(PathBuf::from);
     let in_folders = folders
         .iter()
@@ -66,7 +79,7 @@ fn find(wanted: &Wanted, folders: &[PathBuf]) -> Result<(), DeviceError> {
         if let Ok(library) = unsafe { libloading::Library::new(&path) } {
             // It stays for as long as the process does.
             std::mem::forget(library);
-            return Ok(());
+            return Ok(path);
         }
     }
     Err(DeviceError(format!("{} cannot be loaded: {}", wanted.what, wanted.remedy)))

@@ -7,7 +7,7 @@ use super::kernels::Sizes;
 use crate::{Layout, Recompute};
 
 /// Elements that a flat buffer is shifted by from the head on, so that its rows are aligned.
-const ALIGNED: usize = 128;
+pub(super) const ALIGNED: usize = 128;
 
 /// Places of tensors in the device's flat buffers, in elements. They are those of [`Layout`], but for
 /// the head, which begins a few elements later.

@@ -4,7 +4,7 @@
 //!   cuBLASLt, all of which are looked for when a device is asked for and not before.
 //! - [`kernels`]: the kernels' source and the sizes that they are compiled for.
 //! - [`memory`]: what lies where; [`slot`]: a slot from tokens to gradient, as a queue of kernels.
-//! - [`engine`]: the training state on the device.
+//! - [`engine`]: the training state on the device; [`exchange`]: its sums, for a collective.
 //!
 //! Matrices and activations are bf16; weights, moments, the residual stream, norms, softmax, losses and
 //! all sums are f32 or wider. No two blocks add floats to the same place (what they share are sums of
@@ -16,6 +16,7 @@ mod driver;
 #[cfg(any(test, feature = "emulator"))]
 mod emulator;
 mod engine;
+mod exchange;
 mod kernels;
 #[cfg(feature = "cuda")]
 mod libraries;
@@ -29,5 +30,8 @@ pub use device::{GpuFacts, gpu_facts, gpu_uuid};
 pub use driver::DeviceError;
 pub(crate) use engine::CudaEngine;
 pub use engine::DeviceSums;
+#[cfg(any(test, feature = "emulator"))]
+pub use exchange::DeviceMemory;
+pub use exchange::{DeviceSpan, Exchange};
 #[cfg(feature = "cuda")]
-pub use libraries::gpu_libraries;
+pub use libraries::{gpu_libraries, nccl};

@@ -104,6 +104,19 @@ pub enum Reduction {
     Fast,
 }
 
+/// What carries the gradients from rank to rank. It changes no bit of what an exact reduction gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Collective {
+    /// NCCL when all members of a generation can, with the same version of it, and TCP otherwise.
+    Auto,
+    /// A ring of TCP connections, through the memory of the hosts.
+    Tcp,
+    /// NCCL, from device to device; a worker that cannot is refused.
+    Nccl,
+}
+
 /// Membership and its time-outs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(JsonSchema))]
@@ -134,6 +147,8 @@ pub struct Cluster {
     /// 2^-fraction_bits. A fast reduction has no use for them.
     #[cfg_attr(test, schemars(range(min = 16, max = 52)))]
     pub fraction_bits: u32,
+    /// What carries the gradients.
+    pub collective: Collective,
     /// TCP connections from each rank to the next, which share out the gradient and change no bit of
     /// it. While one waits the other sends; more help where two do not fill the network, as on long
     /// or busy ways.
@@ -155,6 +170,7 @@ impl Default for Cluster {
             drain_below: 0.0,
             reduction: Reduction::Exact,
             fraction_bits: 40,
+            collective: Collective::Auto,
             streams: 2,
             peak_tflops: 0.0,
         }

@@ -61,6 +61,7 @@ fn contradictions_name_the_key_and_the_remedy() {
         ("cluster.reduction=\"best\"", "unknown variant `best`"),
         ("cluster.fraction_bits=60", "cluster.fraction_bits: must be between 16 and 52"),
         ("cluster.streams=0", "cluster.streams: must be between 1 and 16, not 0"),
+        ("cluster.collective=mpi", "unknown variant `mpi`"),
         ("cluster.streams=17", "cluster.streams: must be between 1 and 16, not 17"),
         ("cluster.workers=0", "cluster.workers: must be between 1 and 4096, not 0"),
         ("cluster.workers=1000000000", "cluster.workers: must be between 1 and 4096"),
@@ -104,6 +105,7 @@ fn what_decides_the_weights_changes_the_trajectory_and_nothing_else_does() {
     let same = [
         "cluster.workers=5",
         "cluster.streams=4",
+        "cluster.collective=nccl",
         "run.name=other",
         "checkpoint.every_steps=7",
         "sample.tokens=1",

@@ -133,6 +133,14 @@ impl Cluster {
         Running::start(command)
     }
 
+    /// Starts another worker that has more variables in its environment than the others.
+    pub(crate) fn worker_exporting(&self, more: &[(String, String)], given: &[&str]) -> Running {
+        let worker = ["worker", "--coordinator", &self.url, "--threads", "1"];
+        let mut command = self.scratch.command(&[&worker[..], given].concat());
+        command.envs(self.variables.clone()).envs(more.to_vec());
+        Running::start(command)
+    }
+
     /// What `looptrain status` says.
     pub(crate) fn status(&self) -> Value {
         let status = ["status", "--coordinator", &self.url, "--json"];

@@ -21,6 +21,7 @@ mod http;
 mod kills;
 mod left_behind;
 mod moments;
+mod nccl;
 mod network;
 mod operate;
 mod others;

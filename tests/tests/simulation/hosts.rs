@@ -109,6 +109,9 @@ pub(crate) async fn work(shared: Arc<Shared>, host: &'static str) -> turmoil::Re
             peer_address: format!("{host}:{PEER_PORT}"),
             numerics: "simulated".into(),
             held: None,
+            nccl_version: 0,
+            ailment: String::new(),
+            encrypted: false,
         };
         let outlet = Outlet { worker: host, shared: Arc::clone(&shared) };
         let furnish =

@@ -15,7 +15,7 @@ use looptrain_proto::v1::{
 use looptrain_proto::{Digest, EVALUATION_FRACTION_BITS, Incarnation, Spec, Step};
 use looptrain_storage::Checkpoints;
 use looptrain_worker::WorkerError;
-use looptrain_worker::parts::{Duties, Failure, Holding, Membership, Memory};
+use looptrain_worker::parts::{Duties, Failure, Holding, Membership, Memory, Rendezvous};
 use looptrain_worker::reduce::tcp::Peer;
 use tokio::time::sleep;
 
@@ -235,7 +235,11 @@ impl Duties for Mime {
         Ok(Holding { held, prepared })
     }
 
-    async fn form(&self, membership: &Membership) -> Result<(Ring, Ready), Failure> {
+    async fn form(
+        &self,
+        membership: &Membership,
+        _: &mut Rendezvous,
+    ) -> Result<(Ring, Ready), Failure> {
         let Membership { ring, step, .. } = membership;
         self.shared.witness().forms(&self.life, *ring, *step, self.held());
         let (collective, weights) =

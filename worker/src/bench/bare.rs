@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use crate::compute::{Bench, Compute, ComputeError};
 use crate::data::{Data, DataError, Slot};
 use crate::machine::memory_of;
-use crate::reduce::Sums;
+use crate::reduce::{Route, Sums};
 use crate::{Moments, WorkerError};
 
 /// What a step took.
@@ -154,7 +154,7 @@ fn take(bench: &mut Bench, work: Vec<(Step, Vec<Slot>)>) -> Result<Vec<BareStep>
     for (step, slots) in work {
         let start = Instant::now();
         let (sender, ready) = mpsc::unbounded_channel();
-        bench.contribute(step, 0, slots, true, &never, &sender)?;
+        bench.contribute(step, 0, slots, Route::Stay, &never, &sender)?;
         let sums = Sums::from_ready(ready).expect("a contribution has all buckets");
         let computed = Instant::now();
         let loss = bench.prepare(step, sums)?.statistics.loss;

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "cuda")]
+use looptrain_model::Exchange;
 use looptrain_model::{
     DeviceError, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings,
     SummedSlot, TrainState, Trainer,
@@ -22,7 +24,7 @@ use super::gather::Gathering;
 use super::{recompute, sums};
 use crate::audit;
 use crate::data::Slot;
-use crate::reduce::{Arithmetic, Bucket, OutOfRange, Sums};
+use crate::reduce::{Arithmetic, Bucket, OutOfRange, Route, Sums};
 use crate::state::{self, Part};
 use crate::transfer::Shelf;
 use crate::{Moment, Moments};
@@ -138,6 +140,12 @@ impl Bench {
         self.trainer.take_sections()
     }
 
+    /// See [`Trainer::exchange`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn exchange(&self, words: usize) -> Result<Option<Exchange>, DeviceError> {
+        self.trainer.exchange(words)
+    }
+
     /// See [`Trainer::measure`].
     pub(crate) fn measure(&self, on: bool) {
         self.trainer.measure(on);
@@ -229,22 +237,22 @@ impl Bench {
 
     /// Sums the gradients and statistics of some slots of the step after the held one. Each bucket of
     /// the sums goes to `ready` when it is complete, while the last slots are still under way; the
-    /// last bucket does when this returns a contribution, and only then. A rank that is alone leaves the
-    /// gradient on its device, if it has one.
+    /// last bucket does when this returns a contribution, and only then. What is summed on a device stays
+    /// there if the route is not by the host.
     pub(crate) fn contribute(
         &mut self,
         step: Step,
         first_slot: u32,
         given: Vec<Slot>,
-        alone: bool,
+        route: Route,
         cancelled: &AtomicBool,
         ready: &UnboundedSender<Bucket>,
     ) -> Result<Contribution, ComputeError> {
         // What waits on the device is about to be written over.
         self.prepared =
             self.prepared.take().filter(|old| matches!(old.gradient, Gradient::Here(_)));
-        if alone && self.trainer.can_sum() {
-            return self.contribute_on_device(step, first_slot, given, cancelled, ready);
+        if route != Route::Host && self.trainer.can_sum() {
+            return self.contribute_on_device(step, first_slot, given, route, cancelled, ready);
         }
         let start = Instant::now();
         self.must_hold(step.0.checked_sub(1).map(Step), "compute", step)?;
@@ -329,6 +337,7 @@ impl Bench {
         step: Step,
         first_slot: u32,
         given: Vec<Slot>,
+        route: Route,
         cancelled: &AtomicBool,
         ready: &UnboundedSender<Bucket>,
     ) -> Result<Contribution, ComputeError> {
@@ -345,7 +354,15 @@ impl Bench {
         };
         let arithmetic = arithmetic(&self.spec, stage);
         let (parameters, beside) = (self.layout.parameters(), sums::tail_len(stage.loops));
-        let mut sums = Sums::beside_device(arithmetic, parameters, beside);
+        let parts = match route {
+            Route::Device => Sums::buckets(arithmetic, parameters),
+            Route::Stay | Route::Host => 1,
+        };
+        let mut integers = vec![0; beside];
+        let sums = Sums::beside_device(arithmetic, parameters, beside, parts);
+        let mut buckets = sums.into_buckets().into_iter();
+        // The last one waits for the integers.
+        let mut last = None;
         let bad = Mutex::new(Vec::new());
         let adding =
             Adding { spec: &self.spec, layout: &self.layout, step, stage, first_slot, bad: &bad };
@@ -354,14 +371,19 @@ impl Bench {
         self.trainer.sum_slots(
             &StageSettings::from(stage),
             &batches,
-            Sums::on_device(arithmetic, stage.slots),
+            (Sums::on_device(arithmetic, stage.slots), parts),
             cancelled,
+            &mut |span| match buckets.next() {
+                // When nobody reduces any more, the step is abandoned.
+                Some(bucket) if buckets.len() > 0 => drop(ready.send(bucket.on_device(vec![span]))),
+                bucket => last = bucket.map(|bucket| (bucket, span)),
+            },
             &mut |SummedSlot { slot: place, statistics, outside }| {
                 self.moments.at(Moment::Compute(step));
                 let outside = outside.map(|(index, value)| OutOfRange { index, value });
                 let added = outside.map_or(Ok(()), Err);
                 result = adding.take_note(place, &statistics, added, |change| {
-                    change(sums.integers_mut());
+                    change(&mut integers);
                 });
                 done += 1;
                 result.is_ok()
@@ -371,10 +393,13 @@ impl Bench {
         if done < batches.len() {
             return Err(ComputeError::Cancelled);
         }
-        for bucket in sums.into_buckets() {
-            // When nobody reduces any more, the step is abandoned.
-            let _ = ready.send(bucket);
-        }
+        let (mut bucket, span) = last.expect("the sums of all slots have a last part");
+        bucket.integers_mut().copy_from_slice(&integers);
+        let spans = match route {
+            Route::Device => vec![span, self.trainer.put_integers(&integers)?],
+            Route::Stay | Route::Host => Vec::new(),
+        };
+        let _ = ready.send(bucket.on_device(spans));
         let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
         bad.sort_unstable();
         let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");

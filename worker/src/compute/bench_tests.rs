@@ -39,20 +39,20 @@ fn contributed(
     given: Vec<Slot>,
     cancelled: &AtomicBool,
 ) -> Result<(Contribution, Sums), ComputeError> {
-    contributed_by(bench, false, step, first_slot, given, cancelled)
+    contributed_by(bench, Route::Host, step, first_slot, given, cancelled)
 }
 
-/// The same of a rank that is alone, or is not.
+/// The same by a route.
 fn contributed_by(
     bench: &mut Bench,
-    alone: bool,
+    route: Route,
     step: u64,
     first_slot: u32,
     given: Vec<Slot>,
     cancelled: &AtomicBool,
 ) -> Result<(Contribution, Sums), ComputeError> {
     let (sender, ready) = mpsc::unbounded_channel();
-    let contribution = bench.contribute(Step(step), first_slot, given, alone, cancelled, &sender);
+    let contribution = bench.contribute(Step(step), first_slot, given, route, cancelled, &sender);
     let sums = Sums::from_ready(ready);
     assert_eq!(contribution.is_ok(), sums.is_some(), "the last bucket is a sign of success");
     Ok((contribution?, sums.unwrap()))
@@ -425,7 +425,7 @@ fn on_a_device_any_split_and_any_new_start_lead_to_the_same_bits() {
 /// The sums of a rank that is alone with its device, where they stay.
 fn alone(bench: &mut Bench, step: u64, slots: Vec<Slot>) -> Result<Sums, ComputeError> {
     let on = AtomicBool::new(false);
-    let sums = contributed_by(bench, true, step, 0, slots, &on)?.1;
+    let sums = contributed_by(bench, Route::Stay, step, 0, slots, &on)?.1;
     assert!(sums.is_beside_device());
     Ok(sums)
 }
@@ -461,7 +461,7 @@ fn alone_with_its_device_a_rank_comes_to_the_bits_of_ranks_that_are_not() {
 
 #[test]
 fn what_waits_on_a_device_is_given_up_when_another_try_takes_its_place() {
-    for alone_again in [true, false] {
+    for again in [Route::Stay, Route::Host] {
         let mut bench = on_device(Reduction::Exact);
         bench.initialise().unwrap();
         let sums = alone(&mut bench, 1, batches(0..4)).unwrap();
@@ -470,7 +470,7 @@ fn what_waits_on_a_device_is_given_up_when_another_try_takes_its_place() {
         // A try that ends before it has sums of its own.
         let at_once = AtomicBool::new(true);
         let slots = batches(0..4);
-        contributed_by(&mut bench, alone_again, 1, 0, slots, &at_once).unwrap_err();
+        contributed_by(&mut bench, again, 1, 0, slots, &at_once).unwrap_err();
         assert_eq!(bench.prepared(), None);
         assert!(!bench.reach(Step(1)).unwrap());
     }

@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use looptrain_model::DeviceSpan;
+
 use super::range::OutOfRange;
 use super::sums::Arithmetic;
 
@@ -43,9 +45,14 @@ impl Cut {
         )
     }
 
-    /// One bucket for a gradient that is summed on a device, and the integers.
-    pub(super) fn elsewhere(arithmetic: Arithmetic, elements: usize, integers: usize) -> Self {
-        Self { elsewhere: true, ..Self::with_buckets(arithmetic, elements, integers, 1) }
+    /// Of a gradient that is summed on a device, where its words stay; the integers are here.
+    pub(super) fn elsewhere(
+        arithmetic: Arithmetic,
+        elements: usize,
+        integers: usize,
+        buckets: usize,
+    ) -> Self {
+        Self { elsewhere: true, ..Self::with_buckets(arithmetic, elements, integers, buckets) }
     }
 
     /// Into so many buckets, at least one.
@@ -73,12 +80,20 @@ impl Cut {
 }
 
 /// The sums of a range of the flat gradient; the last bucket has the integers beside it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Bucket {
     pub(super) cut: Cut,
     number: usize,
     /// Those of the gradient, then the integers.
     words: Vec<i64>,
+    /// Where a device has them: those of the gradient, and in the last bucket the integers.
+    spans: Vec<DeviceSpan>,
+}
+
+impl PartialEq for Bucket {
+    fn eq(&self, other: &Self) -> bool {
+        (self.cut, self.number, &self.words) == (other.cut, other.number, &other.words)
+    }
 }
 
 impl Bucket {
@@ -87,7 +102,27 @@ impl Bucket {
         let mut words = memory.map(|bucket| bucket.words).unwrap_or_default();
         words.clear();
         words.resize(cut.words(number).len() + cut.integers(number), 0);
-        Self { cut, number, words }
+        Self { cut, number, words, spans: Vec::new() }
+    }
+
+    /// The same, whose numbers a device has.
+    #[must_use]
+    pub fn on_device(self, spans: Vec<DeviceSpan>) -> Self {
+        Self { spans, ..self }
+    }
+
+    /// Where a device has its numbers: those of the gradient, and in the last bucket the integers.
+    #[must_use]
+    pub fn spans(&self) -> &[DeviceSpan] {
+        &self.spans
+    }
+
+    /// Elements of the whole gradient, buckets, and integers of a step, and whether the gradient is one of
+    /// floats, as a number.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the ring compares words"))]
+    pub(super) fn shape(&self) -> (usize, usize, usize, u32) {
+        let Cut { arithmetic, elements, integers, buckets, .. } = self.cut;
+        (elements, buckets, integers, matches!(arithmetic, Arithmetic::Fast(_)).into())
     }
 
     /// Its place in the order in which backward finishes them, from 0.

@@ -8,8 +8,12 @@
 //! drops it, with whatever it is doing, when a newer generation arrives.
 
 mod bucket;
+#[cfg(test)]
+mod conformance;
 pub mod exact;
 pub mod fast;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 mod range;
 mod sums;
 pub mod tcp;
@@ -19,6 +23,8 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use bucket::Bucket;
+#[cfg(feature = "cuda")]
+pub use nccl::NcclError;
 pub use range::OutOfRange;
 pub use sums::{Arithmetic, Sums};
 pub use tcp::PeerError;
@@ -30,6 +36,20 @@ pub enum Collective {
     Alone,
     /// A ring of TCP connections.
     Tcp(Box<tcp::Ring>),
+    /// A communicator of NCCL.
+    #[cfg(feature = "cuda")]
+    Nccl(Box<nccl::Group>),
+}
+
+/// Where a collective wants a rank's sums to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// In this process's memory.
+    Host,
+    /// Where they are summed: nobody else has any.
+    Stay,
+    /// On the device that sums them, each bucket as it becomes final.
+    Device,
 }
 
 impl Collective {
@@ -39,6 +59,19 @@ impl Collective {
         match self {
             Self::Alone => 1,
             Self::Tcp(ring) => ring.world(),
+            #[cfg(feature = "cuda")]
+            Self::Nccl(group) => group.world(),
+        }
+    }
+
+    /// Where it wants a rank's sums to be.
+    #[must_use]
+    pub fn route(&self) -> Route {
+        match self {
+            Self::Alone => Route::Stay,
+            Self::Tcp(_) => Route::Host,
+            #[cfg(feature = "cuda")]
+            Self::Nccl(_) => Route::Device,
         }
     }
 
@@ -74,6 +107,12 @@ impl Collective {
                 Ok(Sums::from_buckets(buckets).map(alone))
             }
             Self::Tcp(ring) => ring.all_reduce(tag, ready, under_way).await,
+            #[cfg(feature = "cuda")]
+            Self::Nccl(group) => {
+                let sums = group.all_reduce(tag, ready, under_way).await?;
+                // NCCL does not tell who waits for whom.
+                Ok(sums.map(|sums| Reduced { sums, blocked: Duration::ZERO }))
+            }
         }
     }
 

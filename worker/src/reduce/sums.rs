@@ -91,11 +91,21 @@ impl Sums {
         Self::cut(Cut::new(arithmetic, elements, integers), memory)
     }
 
-    /// The integers beside a gradient that is summed on the device that computes it: in a world of one it
-    /// never leaves it.
+    /// The integers beside a gradient that is summed on the device that computes it, in so many buckets.
     #[must_use]
-    pub fn beside_device(arithmetic: Arithmetic, elements: usize, integers: usize) -> Self {
-        Self::cut(Cut::elsewhere(arithmetic, elements, integers), None)
+    pub fn beside_device(
+        arithmetic: Arithmetic,
+        elements: usize,
+        integers: usize,
+        buckets: usize,
+    ) -> Self {
+        Self::cut(Cut::elsewhere(arithmetic, elements, integers, buckets), None)
+    }
+
+    /// Buckets that a gradient is cut into.
+    #[must_use]
+    pub fn buckets(arithmetic: Arithmetic, elements: usize) -> usize {
+        Cut::new(arithmetic, elements, 0).buckets
     }
 
     /// Whether the gradient is on a device, and only the integers are here.

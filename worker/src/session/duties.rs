@@ -12,6 +12,7 @@ use looptrain_proto::{Incarnation, Rank, Spec, Step};
 
 use super::failure::Failure;
 use super::memory::Memory;
+use super::rendezvous::Rendezvous;
 use crate::reduce::tcp::{Peer, RingId};
 use crate::{Moment, WorkerError};
 
@@ -26,6 +27,8 @@ pub struct Membership {
     pub members: Vec<Peer>,
     /// The committed step whose state every member needs.
     pub step: Step,
+    /// Whether all of them reduce over NCCL.
+    pub over_nccl: bool,
 }
 
 /// What a worker has of the run's state.
@@ -67,6 +70,7 @@ pub trait Duties: Send + Sync + 'static {
     fn form(
         &self,
         membership: &Membership,
+        rendezvous: &mut Rendezvous,
     ) -> impl Future<Output = Result<(Self::Collective, Ready), Failure>> + Send;
 
     /// Computes this rank's slots, reduces and prepares.

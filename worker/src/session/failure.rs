@@ -6,6 +6,8 @@ use looptrain_proto::{Generation, Step};
 use crate::WorkerError;
 use crate::compute::ComputeError;
 use crate::data::DataError;
+#[cfg(feature = "cuda")]
+use crate::reduce::NcclError;
 use crate::reduce::PeerError;
 use crate::state::StateError;
 
@@ -45,8 +47,23 @@ impl From<WorkerError> for Failure {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl From<NcclError> for Failure {
+    fn from(error: NcclError) -> Self {
+        match error.is_fatal() {
+            true => Self::Fatal(WorkerError::Nccl(error)),
+            false => Self::Told(Cause::Peer, error.to_string()),
+        }
+    }
+}
+
 impl From<PeerError> for Failure {
     fn from(error: PeerError) -> Self {
+        #[cfg(feature = "cuda")]
+        let error = match error {
+            PeerError::Nccl(error) => return (*error).into(),
+            error => error,
+        };
         Self::Told(Cause::Peer, error.to_string())
     }
 }

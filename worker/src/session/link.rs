@@ -4,19 +4,20 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
-use looptrain_proto::Digest;
 use looptrain_proto::transport::{self, Credentials, innermost};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::worker_message::Kind;
 use looptrain_proto::v1::{CoordinatorMessage, Heartbeat, Join, Refused, Welcome, WorkerMessage};
 use looptrain_proto::v1::{Failed, coordinator_message};
-use tokio::sync::mpsc;
+use looptrain_proto::{Digest, Generation};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use super::rendezvous::Rendezvous;
 use crate::WorkerError;
 
 /// Messages that may wait for the coordinator to read them: more votes than a worker has to give
@@ -187,6 +188,15 @@ impl Link {
             };
             WorkerError::Broken { url: self.url.clone(), reason: reason.into() }
         })
+    }
+
+    /// What the ranks of a generation find each other by, once that comes in.
+    pub(crate) fn rendezvous(
+        &self,
+        generation: Generation,
+        heard: oneshot::Receiver<Vec<u8>>,
+    ) -> Rendezvous {
+        Rendezvous::new(generation, self.outgoing.clone(), heard)
     }
 
     /// Says why a directive could not be carried out.

@@ -11,6 +11,7 @@ mod failure;
 mod link;
 mod memory;
 mod orphan;
+mod rendezvous;
 mod work;
 
 #[cfg(test)]
@@ -29,6 +30,7 @@ use looptrain_proto::v1::worker_message::Kind as Vote;
 use looptrain_proto::v1::{self, PartSaved, failed::Cause};
 use looptrain_proto::{Generation, Incarnation, Rank, Step};
 use opentelemetry::Context;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
@@ -39,6 +41,7 @@ pub use self::link::Dial;
 pub(crate) use self::link::{Link, Tcp};
 pub use self::memory::Memory;
 pub(crate) use self::memory::brought;
+pub use self::rendezvous::Rendezvous;
 pub(crate) use self::work::Work;
 use crate::reduce::tcp::{Peer, RingId};
 use crate::{Finished, Moment, Stop, WorkerError, trace};
@@ -76,6 +79,8 @@ pub(crate) struct Session<W: Duties> {
     generation: Generation,
     collective: Option<W::Collective>,
     activity: Option<Activity<W::Collective>>,
+    /// Who forms a generation and waits for what rank 0 passes on.
+    awaits_communicator: Option<oneshot::Sender<Vec<u8>>>,
     /// A step was prepared and nothing has been heard of it since.
     owes_commit: bool,
     commits: FuturesUnordered<Committing>,
@@ -97,6 +102,7 @@ impl<W: Duties> Session<W> {
             generation: Generation(0),
             collective: None,
             activity: None,
+            awaits_communicator: None,
             owes_commit: false,
             commits: FuturesUnordered::new(),
             saves: JoinSet::new(),
@@ -194,6 +200,14 @@ impl<W: Duties> Session<W> {
                     Ok(())
                 })
             }
+            Directive::Communicator(v1::Communicator { generation, id }) => {
+                let current = generation == self.generation.0;
+                if let Some(waits) = self.awaits_communicator.take_if(|_| current) {
+                    // It may have given up by now.
+                    let _ = waits.send(id);
+                }
+                Ok(())
+            }
             Directive::Withdraw(withdraw) => {
                 self.work.withdraw(withdraw.keep_updates);
                 Ok(())
@@ -250,14 +264,20 @@ impl<W: Duties> Session<W> {
             return self.fail(step, Failure::senseless(detail));
         }
         let ring = RingId { incarnation: self.incarnation, generation };
+        let over_nccl = form.collective() == v1::Collective::Nccl;
+        let (hear, heard) = oneshot::channel();
+        self.awaits_communicator = Some(hear);
+        let mut rendezvous = self.link.rendezvous(generation, heard);
         self.work.memory().remember_generation(generation, rank, form.members.len());
-        let membership = Membership { ring, rank, members: peers(form.members.to_vec()), step };
-        tracing::info!(%generation, %rank, world = membership.members.len(), %step, "forming");
+        let members = peers(form.members.to_vec());
+        let membership = Membership { ring, rank, members, step, over_nccl };
+        let world = membership.members.len();
+        tracing::info!(%generation, %rank, world, %step, over_nccl, "forming");
         let work = Arc::clone(&self.work);
         let span = self.span(tracing::info_span!("join generation", %generation, %step));
         self.begin(step, false, move |_| {
             async move {
-                match work.form(&membership).await {
+                match work.form(&membership, &mut rendezvous).await {
                     Ok((collective, ready)) => (Some(collective), Ok(Vote::Ready(ready))),
                     Err(failure) => (None, Err(failure)),
                 }

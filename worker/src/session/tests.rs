@@ -106,6 +106,96 @@ async fn the_reduction_begins_while_the_last_slot_is_under_way() {
     assert!(overlapped.load(Ordering::Relaxed));
 }
 
+/// A rig whose workers compute on emulated devices, with the stand-in for NCCL.
+#[cfg(feature = "cuda")]
+async fn on_devices(collective: v1::Collective) -> Rig {
+    let mut rig = Rig::start().await;
+    let mut spec = (*rig.spec).clone();
+    (spec.model.hidden_size, spec.model.intermediate_size) = (32, 40);
+    spec.model.vocab_size = 304;
+    // Emulated kernels take their time.
+    spec.cluster.worker_timeout = 20.0;
+    rig.spec = Arc::new(spec);
+    (rig.device, rig.collective) = (looptrain_model::Device::Emulated, collective);
+    rig
+}
+
+#[cfg(feature = "cuda")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_nccl_any_number_of_workers_ends_at_the_weights_of_one() {
+    let _stand_in = crate::reduce::nccl::StandIn::take();
+    let mut weights = Vec::new();
+    // Five workers share out four slots.
+    for (world, collective) in [
+        (1, v1::Collective::Tcp),
+        (2, v1::Collective::Tcp),
+        (3, v1::Collective::Nccl),
+        (5, v1::Collective::Nccl),
+    ] {
+        let mut rig = on_devices(collective).await;
+        let (_workers, mut guests) = rig.cluster(world).await;
+        assert!(guests.iter().all(|guest| guest.join.nccl_version == 23_203));
+        steps(&mut guests, 1, 1..=2).await;
+        weights.push(rig::reform(&mut guests, 2, 2).await);
+    }
+    assert!(weights.iter().all(|digest| *digest == weights[0]), "{weights:?}");
+}
+
+#[cfg(feature = "cuda")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_nccl_too_a_new_generation_interrupts_a_reduction_that_would_never_end() {
+    let stand_in = crate::reduce::nccl::StandIn::take();
+    let undisturbed = {
+        let mut rig = on_devices(v1::Collective::Tcp).await;
+        let (_workers, mut guests) = rig.cluster(1).await;
+        steps(&mut guests, 1, 1..=2).await;
+        rig::reform(&mut guests, 2, 2).await
+    };
+    let mut rig = on_devices(v1::Collective::Nccl).await;
+    let (mut workers, mut guests) = rig.cluster(3).await;
+    steps(&mut guests, 1, 1..=1).await;
+    // One of the three is never told to compute, so the others wait for it, and then it is gone.
+    stand_in.calls();
+    guests[0].plan(1, 2, 0..2);
+    guests[1].plan(1, 2, 2..4);
+    let sums = stand_in.until_called("ncclAllReduce", 2).await;
+    assert!(sums >= 2, "both have begun");
+    workers.remove(2).abort();
+    drop(guests.remove(2));
+    rig::reform(&mut guests, 2, 1).await;
+    steps(&mut guests, 2, 2..=2).await;
+    assert_eq!(rig::reform(&mut guests, 3, 2).await, undisturbed);
+}
+
+#[cfg(feature = "cuda")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_is_alone_after_an_abort_has_the_device_to_itself() {
+    let stand_in = crate::reduce::nccl::StandIn::take();
+    let undisturbed = {
+        let mut rig = on_devices(v1::Collective::Tcp).await;
+        let (_workers, mut guests) = rig.cluster(1).await;
+        steps(&mut guests, 1, 1..=1).await;
+        rig::reform(&mut guests, 2, 1).await
+    };
+    let mut rig = on_devices(v1::Collective::Nccl).await;
+    let (mut workers, mut guests) = rig.cluster(2).await;
+    stand_in.calls();
+    // Rank 1 agrees to the step, and its sums never come; until rank 0 has aborted, which takes it a second,
+    // there is nonsense in the place of its own.
+    stand_in.fail("ncclAllReduce", 1, 2, -2);
+    stand_in.fail("ncclCommAbort", 0, 1, -2);
+    guests[0].plan(1, 1, 0..2);
+    guests[1].plan(1, 1, 2..4);
+    assert!(stand_in.until_called("ncclAllReduce", 6).await >= 6, "all sums are queued");
+    workers.remove(1).abort();
+    drop(guests.remove(1));
+    let begin = std::time::Instant::now();
+    rig::reform(&mut guests, 2, 0).await;
+    assert!(begin.elapsed() > Duration::from_millis(900), "it waited for the abort");
+    steps(&mut guests, 2, 1..=1).await;
+    assert_eq!(rig::reform(&mut guests, 3, 1).await, undisturbed);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_neighbour_that_dies_is_reported_by_name() {
     let mut rig = Rig::start().await;

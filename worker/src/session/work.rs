@@ -24,9 +24,12 @@ use tracing::Instrument;
 use super::duties::{Duties, Holding, Membership};
 use super::failure::Failure;
 use super::memory::Memory;
+use super::rendezvous::Rendezvous;
 use crate::audit::Audit;
 use crate::compute::{Bench, Compute, ComputeError};
 use crate::feed::Feed;
+#[cfg(feature = "cuda")]
+use crate::reduce::nccl::{self, Library, Nccl};
 use crate::reduce::tcp::{Peer, Peers, Ring};
 use crate::reduce::{Collective, Reduced};
 use crate::state::{self, Part, StateError};
@@ -58,6 +61,9 @@ pub(crate) struct Work {
     pub(crate) peers: Peers,
     /// Of the next ring, to each neighbour.
     pub(crate) streams: AtomicU32,
+    /// When it is there, and the state on a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) nccl: Option<Arc<Nccl>>,
     /// From whom the held state was fetched: they have the updates that it lacks.
     pub(crate) sources: Mutex<Vec<Peer>>,
     pub(crate) memory: Memory,
@@ -113,6 +119,54 @@ impl Work {
             }
         }
         Ok(self.compute.submit(move |bench| bench.weights_digest(step)).await??)
+    }
+
+    /// The same, which can reduce over NCCL.
+    #[cfg(feature = "cuda")]
+    pub(crate) async fn reducing_over(self, library: Arc<Library>) -> Result<Self, WorkerError> {
+        let exchange = self.compute.submit(|bench| bench.exchange(nccl::ROOM)).await??;
+        let nccl = exchange.map(|exchange| Arc::new(Nccl::new(library, exchange)));
+        Ok(Self { nccl, ..self })
+    }
+
+    /// Waits until NCCL has let go of the device.
+    #[cfg(feature = "cuda")]
+    async fn let_go(&self, within: Duration) -> Result<(), Failure> {
+        match &self.nccl {
+            Some(nccl) => Ok(nccl.let_go(within).await?),
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    async fn let_go(&self, _: Duration) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    async fn form_over_nccl(
+        &self,
+        membership: &Membership,
+        rendezvous: &mut Rendezvous,
+    ) -> Result<Collective, Failure> {
+        let Membership { ring, rank, members, .. } = membership;
+        // Whoever still connects for an older ring is told that it is.
+        self.peers.advance(*ring);
+        match &self.nccl {
+            Some(nccl) => Ok(nccl.form(*ring, *rank, members, rendezvous, FORM_TIME).await?),
+            None => {
+                Err(Failure::senseless("this worker cannot reduce over NCCL, and did not say so"))
+            }
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    async fn form_over_nccl(
+        &self,
+        _: &Membership,
+        _: &mut Rendezvous,
+    ) -> Result<Collective, Failure> {
+        Err(Failure::senseless("this worker was built without GPUs, and cannot reduce over NCCL"))
     }
 
     async fn fetch_state(&self, step: Step, sources: &mut Vec<Peer>) -> Result<(), Fault> {
@@ -278,16 +332,25 @@ impl Duties for Work {
         self.compute.submit(holding).await
     }
 
-    async fn form(&self, membership: &Membership) -> Result<(Collective, Ready), Failure> {
-        let Membership { ring, rank, members, step } = membership;
+    async fn form(
+        &self,
+        membership: &Membership,
+        rendezvous: &mut Rendezvous,
+    ) -> Result<(Collective, Ready), Failure> {
+        let Membership { ring, rank, members, step, over_nccl } = membership;
         let streams = self.streams.load(Ordering::Relaxed);
-        let ring_formed = async {
+        // Whatever comes next, also without NCCL, has the device to itself.
+        self.let_go(FORM_TIME).await?;
+        let formed = async {
+            if *over_nccl {
+                return self.form_over_nccl(membership, rendezvous).await;
+            }
             let formed = Ring::form(&self.peers, *ring, *rank, members, streams, FORM_TIME);
             Ok::<_, Failure>(formed.await?)
         };
-        let ring_formed = ring_formed.instrument(tracing::info_span!("ring", streams));
+        let formed = formed.instrument(tracing::info_span!("ring", streams, over_nccl));
         let reached = self.reach(*step).instrument(tracing::info_span!("reach state", %step));
-        let (collective, digest) = tokio::try_join!(ring_formed, reached)?;
+        let (collective, digest) = tokio::try_join!(formed, reached)?;
         if let Some(audit) = &self.audit {
             audit.take_place(*ring, *rank);
         }
@@ -310,13 +373,13 @@ impl Duties for Work {
         let data_wait = start.elapsed().as_secs_f64();
 
         // What is complete is reduced while the rest is computed.
-        let alone = collective.world() == 1;
+        let route = collective.route();
         let (sender, ready) = mpsc::unbounded_channel();
         let compute = tracing::info_span!("compute", slots = batches.len());
         let computed = compute.in_scope(|| {
             let (first, cancelled) = (plan.slot_begin, Arc::clone(&cancelled));
             self.compute.submit(move |bench| {
-                bench.contribute(step, first, batches, alone, &cancelled, &sender)
+                bench.contribute(step, first, batches, route, &cancelled, &sender)
             })
         });
         let computed = async {

@@ -30,6 +30,18 @@ fn a_worker_of_another_protocol_is_refused_naming_both_versions() {
 }
 
 #[test]
+fn a_worker_whose_gpu_is_not_well_is_refused_and_the_operator_hears_why() {
+    let mut rig = Rig::new(&[]);
+    let ailment = "GPU-1 has had 2 uncorrected memory errors".to_owned();
+    let worker = rig.join_as(v1::Join { ailment, ..introduction("ill") });
+    assert!(refusal(&rig, worker).contains("worker ill is not well: GPU-1 has had 2"));
+    let told = rig.published.iter().any(
+        |event| matches!(event, RunEvent::WorkerRefused { reason, .. } if reason.contains("GPU-1")),
+    );
+    assert!(told, "{:?}", rig.published);
+}
+
+#[test]
 fn a_second_worker_of_the_same_name_is_refused_until_the_first_is_gone() {
     let mut rig = Rig::new(&[]);
     let first = rig.join("w0");

@@ -2,6 +2,7 @@
 //! the runtime and the workers.
 #![allow(clippy::unwrap_used)]
 
+mod collective;
 mod commit;
 mod evaluate;
 mod fail;
@@ -74,6 +75,9 @@ pub(super) fn introduction(name: &str) -> v1::Join {
         peer_address: format!("{name}:1"),
         numerics: "avx2".into(),
         held: None,
+        nccl_version: 0,
+        ailment: String::new(),
+        encrypted: false,
     }
 }
 

@@ -355,7 +355,7 @@ impl Fake {
     ) {
         match message {
             Directive::Welcome(_) | Directive::Finish(_) | Directive::Refused(_) => {}
-            Directive::Rejected(_) | Directive::Drain(_) => {}
+            Directive::Rejected(_) | Directive::Drain(_) | Directive::Communicator(_) => {}
             Directive::Form(form) => {
                 assert!(form.generation > self.generation, "generations only grow");
                 self.generation = form.generation;

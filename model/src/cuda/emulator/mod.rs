@@ -19,8 +19,11 @@ type Run = unsafe extern "C" fn(
 /// Memory is the process's own, and everything is done at once.
 pub(super) struct Emulator {
     /// Keeps the code.
-    _library: libloading::Library,
-    run: Run,
+    _library: Option<libloading::Library>,
+    /// There is none on a device without kernels.
+    run: Option<Run>,
+    /// What a collective has put in the lane and not done yet.
+    lane: std::sync::atomic::AtomicU64,
     allocations: Mutex<Vec<(u64, Vec<u128>)>>,
     /// Kernels that have run.
     pub(super) launched: Mutex<std::collections::BTreeSet<&'static str>>,
@@ -29,54 +32,86 @@ pub(super) struct Emulator {
 /// One at a time: the emulator's own memory is global.
 static TURN: Mutex<()> = Mutex::new(());
 
+/// Names a folder for compiled kernels, which processes of one test then share.
+const KEPT: &str = "LOOPTRAIN_EMULATED_KERNELS";
+
+/// The kernels as a library, compiled once for these sizes.
+fn compiled(sizes: &Sizes) -> PathBuf {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    let own = || FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder"));
+    let kept = std::env::var_os(KEPT).map(PathBuf::from);
+    let folder = kept.unwrap_or_else(|| own().path().to_owned());
+    let Sizes { hidden, inner, vocab, heads, .. } = sizes;
+    let library = folder.join(format!("{hidden}-{inner}-{vocab}-{heads}.so"));
+    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if library.exists() {
+        return library;
+    }
+    // Another process may be at the same.
+    let [source, part] = ["cpp", "part"]
+        .map(|kind| library.with_extension(format!("{}.{kind}", std::process::id())));
+    let mut text = String::from(include_str!("emulator.h"));
+    text.push_str(SOURCE);
+    text.push_str(
+        "extern \"C\" void run(int kernel, const u32* grid, u32 threads, size_t shared, void** arguments) {\n",
+    );
+    text.push_str("    switch (kernel) {\n");
+    for (number, name) in NAMES.iter().enumerate() {
+        let _ = writeln!(
+            text,
+            "    case {number}: emulator::launch(emulator::Entry<{name}>::enter, grid, threads, shared, arguments); break;"
+        );
+    }
+    text.push_str("    }\n}\n");
+    std::fs::write(&source, text).expect("the folder can be written to");
+    let compiler: PathBuf = std::env::var_os("CXX").map_or("c++".into(), PathBuf::from);
+    let compiled = Command::new(&compiler)
+        .args([
+            "-std=c++17",
+            "-O1",
+            "-U_FORTIFY_SOURCE",
+            "-shared",
+            "-fPIC",
+            "-w",
+            "-ffp-contract=off",
+        ])
+        .args(sizes.definitions())
+        .arg(&source)
+        .arg("-o")
+        .arg(&part)
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run the C++ compiler {compiler:?}: {error}"));
+    assert!(
+        compiled.status.success(),
+        "the kernels do not compile as C++:\n{}",
+        String::from_utf8_lossy(&compiled.stderr)
+    );
+    std::fs::rename(&part, &library).expect("the folder can be written to");
+    std::fs::remove_file(&source).expect("the source is there");
+    library
+}
+
 impl Emulator {
+    /// Without kernels.
+    pub(super) fn bare() -> Self {
+        Self {
+            _library: None,
+            run: None,
+            lane: std::sync::atomic::AtomicU64::new(0),
+            allocations: Mutex::default(),
+            launched: Mutex::default(),
+        }
+    }
+
     /// Compiles the kernels for these sizes.
     pub(super) fn new(sizes: &Sizes) -> Self {
-        static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-        let folder = FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder"));
-        let Sizes { hidden, inner, vocab, heads, .. } = sizes;
-        let name = format!("{hidden}-{inner}-{vocab}-{heads}");
-        let (source, library) =
-            (folder.path().join(format!("{name}.cpp")), folder.path().join(format!("{name}.so")));
-        let mut text = String::from(include_str!("emulator.h"));
-        text.push_str(SOURCE);
-        text.push_str("extern \"C\" void run(int kernel, const u32* grid, u32 threads, size_t shared, void** arguments) {\n");
-        text.push_str("    switch (kernel) {\n");
-        for (number, name) in NAMES.iter().enumerate() {
-            let _ = writeln!(
-                text,
-                "    case {number}: emulator::launch(emulator::Entry<{name}>::enter, grid, threads, shared, arguments); break;"
-            );
-        }
-        text.push_str("    }\n}\n");
-        std::fs::write(&source, text).expect("the folder can be written to");
-        let compiler: PathBuf = std::env::var_os("CXX").map_or("c++".into(), PathBuf::from);
-        let compiled = Command::new(&compiler)
-            .args([
-                "-std=c++17",
-                "-O1",
-                "-U_FORTIFY_SOURCE",
-                "-shared",
-                "-fPIC",
-                "-w",
-                "-ffp-contract=off",
-            ])
-            .args(sizes.definitions())
-            .arg(&source)
-            .arg("-o")
-            .arg(&library)
-            .output()
-            .unwrap_or_else(|error| panic!("cannot run the C++ compiler {compiler:?}: {error}"));
-        assert!(
-            compiled.status.success(),
-            "the kernels do not compile as C++:\n{}",
-            String::from_utf8_lossy(&compiled.stderr)
-        );
-        // SAFETY: the library has just been made from our own source, and runs nothing when loaded.
+        let library = compiled(sizes);
+        // SAFETY: the library has been made from our own source, and runs nothing when loaded.
         let library = unsafe { libloading::Library::new(&library) }.expect("the library loads");
         // SAFETY: `run` has this type in the source above.
         let run = unsafe { *library.get::<Run>(b"run\0").expect("the library has `run`") };
-        Self { _library: library, run, allocations: Mutex::default(), launched: Mutex::default() }
+        Self { _library: Some(library), run: Some(run), ..Self::bare() }
     }
 }
 
@@ -147,7 +182,7 @@ impl Driver for Emulator {
         // SAFETY: as on a GPU, the arguments are those that the kernel is declared with, and name memory
         // of the engine.
         unsafe {
-            (self.run)(
+            self.run.expect("a device with kernels")(
                 kernel as i32,
                 launch.grid.as_ptr(),
                 launch.threads,
@@ -234,5 +269,32 @@ impl Driver for Emulator {
         // SAFETY: as in `zero`.
         to.copy_from_slice(unsafe { at::<u8>(from, to.len()) });
         Ok(())
+    }
+
+    fn enter(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn lane(&self) -> u64 {
+        // The stand-in for NCCL counts there what it has to do.
+        std::ptr::from_ref(&self.lane) as u64
+    }
+
+    fn lane_waits(&self, _after: Mark) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn lane_is_idle(&self) -> Result<bool, DeviceError> {
+        Ok(self.lane.load(std::sync::atomic::Ordering::Acquire) == 0)
+    }
+
+    fn lane_write(&self, to: Address, words: &[u32]) -> Result<(), DeviceError> {
+        assert!(self.lane_is_idle()?, "the emulator does at once what waits in a lane");
+        self.upload(to, bytemuck::cast_slice(words))
+    }
+
+    fn lane_read(&self, from: Address, to: &mut [u8]) -> Result<(), DeviceError> {
+        assert!(self.lane_is_idle()?, "the lane is waited for before it is read");
+        self.download(Mark(0), from, to)
     }
 }

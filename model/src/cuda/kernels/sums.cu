@@ -1,16 +1,17 @@
 // Sums over the slots of a step: in 64-bit fixed point, whose order does not matter, or in f32.
 
-// Notes the first value that has no place in the sum.
+// Notes the first value that has no place in the sum: its place, which fits in 32 bits, and its bits.
 __device__ __forceinline__ bool within(float value, float limit, u64 at, u64* fault) {
     if (fabsf(value) <= limit) return true;
-    atomicMin(fault, at);
+    atomicMin(fault, at << 32 | __float_as_uint(value));
     return false;
 }
 
-// sums += round(gradient * scale), to the nearest even integer; the first of a step's slots sets them.
-extern "C" __global__ void exact_add(const float* gradient, u64 count, double scale, float limit, int first, long long* sums, u64* fault) {
+// sums += round(gradient * scale), to the nearest even integer, from one element to before another; the first of
+// a step's slots sets them.
+extern "C" __global__ void exact_add(const float* gradient, u64 from, u64 until, double scale, float limit, int first, long long* sums, u64* fault) {
     const u64 stride = static_cast<u64>(gridDim.x) * blockDim.x * 4;
-    for (u64 at = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; at < count; at += stride) {
+    for (u64 at = from + (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; at < until; at += stride) {
         const float4 g = *reinterpret_cast<const float4*>(gradient + at);
         const float values[4] = {g.x, g.y, g.z, g.w};
         longlong2* to = reinterpret_cast<longlong2*>(sums + at);
@@ -32,9 +33,9 @@ extern "C" __global__ void exact_add(const float* gradient, u64 count, double sc
 }
 
 // The same check for sums in f32.
-extern "C" __global__ void check_sums(const float* sums, u64 count, float limit, u64* fault) {
+extern "C" __global__ void check_sums(const float* sums, u64 from, u64 until, float limit, u64* fault) {
     const u64 stride = static_cast<u64>(gridDim.x) * blockDim.x * 4;
-    for (u64 at = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; at < count; at += stride) {
+    for (u64 at = from + (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; at < until; at += stride) {
         const float4 g = *reinterpret_cast<const float4*>(sums + at);
         within(g.x, limit, at, fault);
         within(g.y, limit, at + 1, fault);

@@ -33,26 +33,31 @@ fn examine(_: Device) -> Gpu {
 #[cfg(feature = "cuda")]
 fn examine(device: Device) -> Gpu {
     use indicatif::BinaryBytes;
+    use looptrain_worker::reduce::nccl;
 
     let mut gpu = Gpu::default();
     let findings = &mut gpu.findings;
     let libraries = looptrain_model::gpu_libraries();
-    let needed = libraries.len() - 1;
-    for (place, (what, found)) in libraries.iter().enumerate() {
+    for (what, found) in &libraries {
         findings.push(match found {
             Ok(()) => Finding::well("library", format!("{what} is there")),
-            Err(error) if place < needed => Finding::error("library", error),
-            Err(_) => {
-                Finding::not_checked("library", format!("{what} is not there, nor needed yet"))
-            }
+            Err(error) => Finding::error("library", error),
         });
     }
-    let Device::Cuda(ordinal) = device else { return gpu };
-    if libraries[..needed].iter().any(|(_, found)| found.is_err()) {
+    findings.push(match nccl::version() {
+        Ok(version) => Finding::well("nccl", format!("NCCL {version}: workers can reduce with it")),
+        Err(error) => {
+            let remedy = "workers with GPUs reduce over TCP without it, which is slower: install a release that \
+                          works, the same one on all machines (nvidia-nccl-cu13 from PyPI has it)";
+            Finding::warning("nccl", error.to_string(), remedy)
+        }
+    });
+    let Device::Cuda(wanted) = device else { return gpu };
+    if libraries.iter().any(|(_, found)| found.is_err()) {
         findings.push(Finding::not_checked("device", "without these libraries"));
         return gpu;
     }
-    let facts = match looptrain_model::gpu_facts(ordinal) {
+    let facts = match looptrain_model::gpu_facts(wanted) {
         Ok(facts) => facts,
         Err(error) => {
             let remedy =

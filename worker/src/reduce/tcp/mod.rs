@@ -110,8 +110,14 @@ pub enum PeerError {
         /// This worker's operation.
         ours: String,
     },
-    /// An earlier operation of this ring failed or was abandoned.
-    #[error("the ring was abandoned in the middle of an operation; a new generation is needed")]
+    /// NCCL failed; what it says names the rank where it knows it.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Nccl(Box<crate::reduce::NcclError>),
+    /// An earlier operation of this collective failed or was abandoned.
+    #[error(
+        "the collective was abandoned in the middle of an operation; a new generation is needed"
+    )]
     Spent,
     /// The membership makes no sense.
     #[error("no ring can be formed of {world} members with this worker as rank {rank}")]

@@ -107,7 +107,7 @@ impl Ring {
                     .set_send_buffer_size(SEND_BUFFER_WITHIN_A_MACHINE);
             }
             let scratch = vec![0; SCRATCH];
-            Ok(Stream { number, previous: incoming, next: outgoing, scratch })
+            Ok::<_, PeerError>(Stream { number, previous: incoming, next: outgoing, scratch })
         }));
         let streams = streams.await?;
         let place = Place {

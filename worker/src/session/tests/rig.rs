@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
+use looptrain_model::Device;
 use looptrain_proto::v1::coordinator_message::Kind as Directive;
 use looptrain_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use looptrain_proto::v1::worker_message::Kind as Vote;
@@ -83,6 +84,9 @@ pub(super) struct Rig {
     pub(super) reconnect: Duration,
     /// Of the workers to come.
     pub(super) moments: Moments,
+    /// Where they compute, and what they are told to reduce with.
+    pub(super) device: Device,
+    pub(super) collective: v1::Collective,
     url: String,
     guests: mpsc::Receiver<(Streaming<WorkerMessage>, Line)>,
     server: JoinSet<()>,
@@ -104,7 +108,8 @@ impl Rig {
         });
         let (stop, reconnect) = (Stop::default(), Duration::ZERO);
         let moments = Moments::default();
-        Self { spec, stop, reconnect, moments, url, guests, server }
+        let (device, collective) = (Device::Cpu, v1::Collective::Tcp);
+        Self { spec, stop, reconnect, moments, device, collective, url, guests, server }
     }
 
     /// Tells when a worker to come has been at this moment.
@@ -146,13 +151,15 @@ impl Rig {
         settings.stop = self.stop.clone();
         settings.reconnect_timeout = self.reconnect;
         settings.moments = self.moments.clone();
+        settings.device = self.device;
         tokio::spawn(crate::run(settings))
     }
 
     /// The next worker's session, its join heard.
     pub(super) async fn guest(&mut self) -> Guest {
         let (votes, line) = self.guests.recv().await.unwrap();
-        let mut guest = Guest { votes, line, join: v1::Join::default(), parts: VecDeque::new() };
+        let (join, parts) = (v1::Join::default(), VecDeque::new());
+        let mut guest = Guest { votes, line, join, collective: self.collective, parts };
         match guest.hear().await {
             Some(Vote::Join(join)) => guest.join = join,
             other => panic!("the first message is {other:?}"),
@@ -184,6 +191,12 @@ pub(super) async fn reform(guests: &mut [Guest], generation: u64, step: u64) -> 
     let joins: Vec<v1::Join> = guests.iter().map(|guest| guest.join.clone()).collect();
     for (rank, guest) in guests.iter().enumerate() {
         guest.form(generation, rank as u32, &joins.iter().collect::<Vec<_>>(), step);
+    }
+    if guests.len() > 1 && guests[0].collective == v1::Collective::Nccl {
+        let communicator = guests[0].communicator().await;
+        assert_eq!(communicator.generation, generation);
+        let others = guests.iter().skip(1);
+        others.for_each(|guest| guest.say(Directive::Communicator(communicator.clone())));
     }
     let all = join_all(guests.iter_mut().map(Guest::ready)).await;
     assert!(all.iter().all(|ready| *ready == all[0] && ready.step == step), "{all:?}");
@@ -227,6 +240,7 @@ pub(super) struct Guest {
     votes: Streaming<WorkerMessage>,
     line: Line,
     pub(super) join: v1::Join,
+    collective: v1::Collective,
     /// Parts that were saved while the test waited for something else.
     parts: VecDeque<v1::PartSaved>,
 }
@@ -273,7 +287,8 @@ impl Guest {
     }
 
     hears!(
-        ready: Ready, prepared: Prepared, evaluated: Evaluated, failed: Failed, fetched: Fetched
+        ready: Ready, prepared: Prepared, evaluated: Evaluated, failed: Failed, fetched: Fetched,
+        communicator: Communicator
     );
 
     pub(super) async fn saved(&mut self) -> v1::PartSaved {
@@ -316,7 +331,10 @@ impl Guest {
 
     pub(super) fn form(&self, generation: u64, rank: u32, joins: &[&v1::Join], step: u64) {
         let members = members(joins).into();
-        self.say(Directive::Form(v1::Form { generation, members, rank, step }));
+        // A rank that is alone has nobody to reduce with.
+        let collective = if joins.len() == 1 { v1::Collective::Tcp } else { self.collective };
+        let collective = collective.into();
+        self.say(Directive::Form(v1::Form { generation, members, rank, step, collective }));
     }
 
     pub(super) fn offer(&self, generation: u64, step: u64) {

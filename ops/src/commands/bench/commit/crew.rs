@@ -205,6 +205,9 @@ impl Worker {
             peer_address: format!("127.0.0.1:{}", 10_000 + index),
             numerics: "none".into(),
             held: None,
+            nccl_version: 0,
+            ailment: String::new(),
+            encrypted: false,
         };
         outgoing.send(v1::WorkerMessage { kind: Some(up::Kind::Join(join)) }).await?;
         let incoming = client.session(ReceiverStream::new(messages)).await?.into_inner();
