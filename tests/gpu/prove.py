@@ -98,7 +98,7 @@ class Small:
         variables = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
         coordinator = subprocess.Popen(
             [str(part) for part in [self.looptrain, "coordinator", *self.spec, "--set", "cluster.workers=2", *more, "--listen", listen]],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdout=subprocess.PIPE, stderr=(self.folder / f"{self.name}.log").open("w"), text=True,
         )
         workers = []
         for fault in (["--fault", "kill@reduce:60"] if kill else [], []):
@@ -108,7 +108,7 @@ class Small:
         try:
             found, _ = coordinator.communicate(timeout=240)
             killed = workers[0].wait(timeout=30) == -9
-            self.over_nccl = "over_nccl=true" in (self.folder / f"{self.name}-1.log").read_text()
+            self.over_nccl = "over NCCL" in (self.folder / f"{self.name}.log").read_text()
         except subprocess.TimeoutExpired:
             return None, False
         finally:

@@ -156,7 +156,7 @@ impl Core {
         self.phase = Phase::Forming(Forming { why, collective, ready: BTreeMap::new() });
     }
 
-    /// What the members reduce with, and why it is not what could be expected.
+    /// What the members reduce with, and what is said of it: NCCL, or why it is not that where it could be.
     fn collective(&mut self) -> (v1::Collective, Option<String>) {
         // Where it hangs, no step comes to its end.
         if self.fruitless >= NCCL_TRIES || self.stalls > 0 {
@@ -196,7 +196,9 @@ impl Core {
                 (v1::Collective::Tcp, Some(because))
             }
             // Different versions may fail to connect, which then says so.
-            (Collective::Auto | Collective::Nccl, _) => (v1::Collective::Nccl, None),
+            (Collective::Auto | Collective::Nccl, _) => {
+                (v1::Collective::Nccl, Some("over NCCL".to_owned()))
+            }
         }
     }
 
