@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use flate2::bufread::MultiGzDecoder;
-use parquet::basic::Compression;
+use parquet::basic::{Compression, Encoding};
+use parquet::column::page::{Page, PageMetadata, PageReader};
 use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::reader::{ChunkReader, Length};
 
@@ -19,6 +20,10 @@ const GZIP_EXPANDS: u64 = 1032;
 const LZ4_EXPANDS: u64 = 255;
 /// How a frame of LZ4 begins; other forms of it keep to a size.
 const LZ4_FRAME: [u8; 4] = [0x04, 0x22, 0x4d, 0x18];
+
+/// Values of a page whose lengths are written as differences. The library makes room for as many as the page
+/// says, and of differences that are all the same no byte is the proof; writers keep to thousands.
+const MOST_VALUES: u64 = 2 << 20;
 
 /// A page that is not unpacked because it is too large.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -81,6 +86,126 @@ impl Pages {
         }
         Ok(bytes)
     }
+}
+
+/// Pages that are unpacked, of which those are refused whose values say that there are more of them than a
+/// page may have.
+pub(super) struct Counted<R> {
+    pages: R,
+    /// The highest definition level; pages have levels before their values unless it is 0.
+    levels: i16,
+}
+
+impl<R> Counted<R> {
+    pub(super) fn new(pages: R, levels: i16) -> Self {
+        Self { pages, levels }
+    }
+
+    fn check(&self, page: &Page) -> ParquetResult<()> {
+        let (buffer, encoding, start) = match page {
+            Page::DataPage { buf, num_values, encoding, def_level_encoding, .. } => {
+                let start = match (self.levels, def_level_encoding) {
+                    (0, _) => Some(0),
+                    // Of the deprecated encoding: as many bits as they take.
+                    #[allow(deprecated)]
+                    (levels, Encoding::BIT_PACKED) => {
+                        let bits = u64::from(i16::BITS - levels.leading_zeros());
+                        usize::try_from((u64::from(*num_values) * bits).div_ceil(8)).ok()
+                    }
+                    _ => buf.first_chunk().map(|length| u32::from_le_bytes(*length) as usize + 4),
+                };
+                (buf, encoding, start)
+            }
+            Page::DataPageV2 {
+                buf, encoding, def_levels_byte_len, rep_levels_byte_len, ..
+            } => {
+                let start = u64::from(*def_levels_byte_len) + u64::from(*rep_levels_byte_len);
+                (buf, encoding, usize::try_from(start).ok())
+            }
+            Page::DictionaryPage { .. } => return Ok(()),
+        };
+        // The library says what is wrong with levels beyond the end.
+        let Some(values) = start.and_then(|start| buffer.get(start..)) else { return Ok(()) };
+        let sequences = match encoding {
+            Encoding::DELTA_LENGTH_BYTE_ARRAY => 1,
+            Encoding::DELTA_BYTE_ARRAY => 2,
+            _ => 0,
+        };
+        let mut rest = values;
+        for _ in 0..sequences {
+            let Some((count, behind)) = differences(rest) else { return Ok(()) };
+            if count > MOST_VALUES {
+                return Err(ParquetError::General(format!(
+                    "a page of its text column says that it has {count} values, and the limit is {MOST_VALUES}"
+                )));
+            }
+            rest = behind;
+        }
+        Ok(())
+    }
+}
+
+impl<R: PageReader> Iterator for Counted<R> {
+    type Item = ParquetResult<Page>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.get_next_page().transpose()
+    }
+}
+
+impl<R: PageReader> PageReader for Counted<R> {
+    fn get_next_page(&mut self) -> ParquetResult<Option<Page>> {
+        let page = self.pages.get_next_page()?;
+        page.iter().try_for_each(|page| self.check(page))?;
+        Ok(page)
+    }
+
+    fn peek_next_page(&mut self) -> ParquetResult<Option<PageMetadata>> {
+        self.pages.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> ParquetResult<()> {
+        self.pages.skip_next_page()
+    }
+}
+
+/// How many numbers a sequence of differences says that it has, and what comes after it; `None` when it
+/// cannot be followed, or has too many to be. The format is Parquet's DELTA_BINARY_PACKED.
+fn differences(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let mut rest = bytes;
+    let (block, parts, count) = (vlq(&mut rest)?, vlq(&mut rest)?, vlq(&mut rest)?);
+    let _first = vlq(&mut rest)?;
+    if count > MOST_VALUES {
+        return Some((count, rest));
+    }
+    let (parts, values) = (usize::try_from(parts).ok()?, block.checked_div(parts)?);
+    let mut left = count.saturating_sub(1);
+    while left > 0 && values > 0 {
+        let _least = vlq(&mut rest)?;
+        let (widths, packed) = rest.split_at_checked(parts)?;
+        rest = packed;
+        // The widths of parts without values mean nothing.
+        for width in widths.iter().take(usize::try_from(left.div_ceil(values)).ok()?) {
+            let bytes = u64::from(*width).checked_mul(values)? / 8;
+            rest = rest.get(usize::try_from(bytes).ok()?..)?;
+            left = left.saturating_sub(values);
+        }
+    }
+    Some((count, rest))
+}
+
+/// A number in seven bits a byte.
+fn vlq(bytes: &mut &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(number);
+        }
+    }
+    None
 }
 
 /// Bytes that gzip makes of these, counted to one more than the limit.
@@ -212,6 +337,56 @@ mod tests {
             10, 0x15, 6, 0x11, 0,
         ];
         assert_eq!(Told::of(&second), Some(Told { unpacked: 10, levels: 8 }));
+    }
+
+    #[test]
+    fn differences_are_followed_to_their_end() {
+        // Blocks of 128 in 4 parts of 32: 40 numbers from 7 on, in parts of 2 bits and 1 bit; the other
+        // widths mean nothing.
+        let head = [0x80, 1, 4, 40, 14];
+        let block = [3, 2, 1, 99, 99];
+        let packed = [0xaa; 8 + 4];
+        let all = [&head[..], &block, &packed, &[1, 2, 3]].concat();
+        assert_eq!(differences(&all), Some((40, &[1, 2, 3][..])));
+        // One number, and none, have no block.
+        assert_eq!(differences(&[0x80, 1, 4, 1, 14, 9]), Some((1, &[9][..])));
+        assert_eq!(differences(&[0x80, 1, 4, 0, 0]), Some((0, &[][..])));
+        // Cut off, or without parts.
+        assert_eq!(differences(&all[..12]), None);
+        assert_eq!(differences(&[0x80, 1, 0, 40, 14, 3]), None);
+        // More than anybody writes is told as it is.
+        let most = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f];
+        let count = differences(&[&[0x80, 1, 4][..], &most, &[0]].concat()).map(|found| found.0);
+        assert_eq!(count, Some(u64::MAX >> 1));
+    }
+
+    #[test]
+    fn a_page_that_says_that_it_has_more_values_than_any_is_refused() {
+        let claim = [0x80, 1, 4, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 1, 0];
+        let honest = [0x80, 1, 4, 1, 0];
+        let page = |buf: Vec<u8>, encoding| Page::DataPage {
+            buf: buf.into(),
+            num_values: 8,
+            encoding,
+            def_level_encoding: Encoding::RLE,
+            rep_level_encoding: Encoding::RLE,
+            statistics: None,
+        };
+        let levels = [2, 0, 0, 0, 16, 1];
+        for (before, highest) in [(&[][..], 0), (&levels[..], 1)] {
+            let check = |parts: &[&[u8]], encoding| {
+                let buf = [before, &parts.concat()].concat();
+                Counted::new((), highest).check(&page(buf, encoding))
+            };
+            let (lengths, prefixes) =
+                (Encoding::DELTA_LENGTH_BYTE_ARRAY, Encoding::DELTA_BYTE_ARRAY);
+            assert!(check(&[&honest, b"text"], lengths).is_ok());
+            assert!(check(&[&honest, &honest, b"text"], prefixes).is_ok());
+            assert!(check(&[&claim], lengths).is_err());
+            assert!(check(&[&claim, &honest], prefixes).is_err());
+            assert!(check(&[&honest, &claim], prefixes).is_err());
+            assert!(check(&[&claim], Encoding::PLAIN).is_ok(), "it is text");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use parquet::schema::types::SchemaDescriptor;
 
 use super::blocks::Blocks;
-use super::pages::{Pages, Rest, TooLarge};
+use super::pages::{Counted, Pages, Rest, TooLarge};
 use super::{LARGEST_RECORD, Raw, Sink};
 use crate::error::one_line;
 use crate::{Error, Result};
@@ -63,7 +63,7 @@ pub(super) fn read(
         });
         let pages = pages.map_err(|error| damaged(row, error))?;
         let ColumnReader::ByteArrayColumnReader(mut reader) =
-            get_column_reader(schema.column(index), Box::new(pages))
+            get_column_reader(schema.column(index), Box::new(Counted::new(pages, levels)))
         else {
             return Err(malformed(format!("its column `{column}` holds no strings")));
         };
