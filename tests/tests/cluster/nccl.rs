@@ -101,6 +101,7 @@ fn a_worker_that_freezes_in_an_all_reduce_over_nccl_is_left_behind() {
     let mut two = cluster(2, &["--set", "cluster.worker_timeout=6.0"]);
     let mut frozen = worker(&two, &["--fault", "stop@reduce:5"]);
     let _other = worker(&two, &[]);
+    assert!(two.formed(1).contains("over NCCL"));
     assert_eq!(frozen_at(&mut frozen, "reduce"), 5);
     two.coordinator.wait_for(|line| line.contains("lost: "));
     let end = two.coordinator.end().done();
