@@ -9,6 +9,7 @@ mod batch;
 pub mod composite;
 mod cpu;
 mod cuda;
+mod device;
 mod engine;
 mod evaluation;
 mod exit;
@@ -26,6 +27,7 @@ pub use cuda::DeviceMemory;
 pub use cuda::{DeviceError, DeviceSpan, DeviceSums, Exchange};
 #[cfg(feature = "cuda")]
 pub use cuda::{GpuFacts, gpu_facts, gpu_libraries, gpu_uuid, nccl};
+pub use device::{Device, Gpu};
 pub use engine::{Engine, Recompute, SlotOutput, StageSettings, TokenMeasures};
 pub use evaluation::{DepthReport, DepthSums, Quality};
 pub use exit::{
@@ -35,4 +37,4 @@ pub use generate::{Decoder, Exit, Generated, Next, Sampling, generate};
 pub use layout::{Layout, TensorEntry};
 pub use numerics::numerics;
 pub use state::TrainState;
-pub use trainer::{Device, Gpu, MemoryNeed, SummedSlot, Trainer, slot_bytes};
+pub use trainer::{MemoryNeed, SummedSlot, Trainer, slot_bytes};
