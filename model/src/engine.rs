@@ -59,7 +59,7 @@ pub enum Recompute {
 /// What the computation of one slot gives.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SlotOutput {
-    /// Gradient of the slot's mean loss, flat, in [`Layout`] order.
+    /// Gradient of the slot's mean loss by what is trained, flat, in [`Layout`] order.
     pub gradient: Vec<f32>,
     /// Means over the slot's tokens.
     pub statistics: SlotStatistics,
@@ -137,7 +137,7 @@ impl Engine {
     ) -> u64 {
         let shape = shape_of(model, settings, sequences, sequence_length);
         Workspace::bytes(&shape, recompute, settings.objective)
-            + size_of::<f32>() as u64 * model.parameters()
+            + (size_of::<f32>() * Layout::new(model).trained(settings.objective).len()) as u64
     }
 
     /// The table of the model's tensors.
@@ -371,7 +371,7 @@ impl Engine {
         let spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut gradient = spare.unwrap_or_default();
         gradient.clear();
-        gradient.resize(self.layout.parameters(), 0.0);
+        gradient.resize(self.layout.trained(settings.objective).len(), 0.0);
         let size = [sequences, sequence_length];
         let statistics = self.with_task(settings, size, &batch.starts, |task, workspace| {
             task.gradient(settings, batch, self.recompute, workspace, &mut gradient, on_final)

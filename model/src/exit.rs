@@ -177,9 +177,9 @@ pub fn stage_one(losses: &[f32], gates: &[f32], loops: usize, entropy_weight: f6
 }
 
 /// Steepness of the Stage II labels, k (Ouro, section 3.4).
-const LABEL_SLOPE: f64 = 50.0;
+pub(crate) const LABEL_SLOPE: f64 = 50.0;
 /// Improvement at which a label is one half, gamma, in nats.
-const LABEL_MARGIN: f64 = 0.005;
+pub(crate) const LABEL_MARGIN: f64 = 0.005;
 
 /// The Stage II loss of N tokens, from cross-entropies and gate logits as [`stage_one`] takes them: how
 /// well the gate after loop t says whether that loop has helped (Ouro, section 3.4). With the

@@ -4,7 +4,9 @@
 //! where. Its order is the order of the fields of [`LoopLm`](crate::LoopLm), so it is the same in
 //! every process. Names are those of the published Ouro checkpoints.
 
-use looptrain_proto::spec;
+use std::ops::Range;
+
+use looptrain_proto::spec::{self, Objective};
 
 /// One tensor's place in a flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +26,7 @@ pub struct TensorEntry {
 impl TensorEntry {
     /// The tensor's elements within a flat buffer.
     #[must_use]
-    pub fn range(&self) -> std::ops::Range<usize> {
+    pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len
     }
 
@@ -89,6 +91,22 @@ impl Layout {
     #[must_use]
     pub fn parameters(&self) -> usize {
         self.parameters
+    }
+
+    /// The elements that an objective trains. Gradients have these and no others.
+    ///
+    /// # Panics
+    /// Never: the exit gate's tensors follow each other.
+    #[must_use]
+    pub fn trained(&self, objective: Objective) -> Range<usize> {
+        let of_gate = self.tensors.iter().filter(|tensor| tensor.is_exit_gate());
+        match objective {
+            Objective::Language => 0..self.parameters,
+            Objective::ExitGate => of_gate
+                .map(TensorEntry::range)
+                .reduce(|first, next| first.start..next.end)
+                .expect("every model has an exit gate"),
+        }
     }
 
     /// The tensor that owns an element of the flat buffer, and the element's place in it; `None`
@@ -173,6 +191,17 @@ mod tests {
             let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
             assert_eq!(8 + header.len().next_multiple_of(8) + end, file_bytes);
         }
+    }
+
+    #[test]
+    fn a_language_stage_trains_all_and_a_gate_stage_the_two_tensors_of_the_gate() {
+        let layout = Layout::new(&ouro(2));
+        assert_eq!(layout.trained(Objective::Language), 0..layout.parameters());
+        let gate = layout.trained(Objective::ExitGate);
+        let inside = layout.tensors().iter().filter(|tensor| gate.contains(&tensor.offset));
+        let names: Vec<&str> = inside.map(|tensor| tensor.name.as_str()).collect();
+        assert_eq!(names, ["model.early_exit_gate.weight", "model.early_exit_gate.bias"]);
+        assert_eq!(gate.len(), 2048 + 1);
     }
 
     #[test]

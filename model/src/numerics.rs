@@ -43,7 +43,7 @@ fn probe_of_device(device: Device) -> Result<(String, Digest), DeviceError> {
     };
     let engine = device.engine(&model)?.expect("this device is not the CPU");
     engine.put(&TrainState::initial(&model, 1))?;
-    engine.clear()?;
+    engine.clear(Objective::Language)?;
     let (sequences, sequence_length) = (1, 80);
     let tokens = (0..=80).map(|i| (i * 7919 + 13) % 264).collect();
     let settings = StageSettings {
@@ -54,10 +54,10 @@ fn probe_of_device(device: Device) -> Result<(String, Digest), DeviceError> {
     };
     let batch = SlotBatch { tokens, sequences, sequence_length, ..SlotBatch::default() };
     engine.queue_slot(&settings, Recompute::None, &batch, &mut |_| {})?.statistics()?;
-    let norm = engine.norm()?;
+    let norm = engine.norm(Objective::Language)?;
     let optimizer = spec::Optimizer::default();
     let size = StepSize { settings: &optimizer, step: Step(12_345), learning_rate: 1e-3 };
-    engine.update(&size, norm, 1.0)?;
+    engine.update(&size, Objective::Language, norm, 1.0)?;
     let parameters = Layout::new(&model).parameters();
     let mut weights = vec![0f32; parameters];
     engine.read(0..parameters, [&mut weights, &mut [], &mut []])?;

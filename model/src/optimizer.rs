@@ -50,11 +50,11 @@ impl StepSize<'_> {
 }
 
 /// One update in place: clip by global norm, then decoupled weight decay and Adam with bias
-/// correction (Loshchilov and Hutter, arXiv 1711.05101). What the objective does not train stays to the
-/// bit, moments too. Advances `state.step` and returns the norm before clipping.
+/// correction (Loshchilov and Hutter, arXiv 1711.05101), of what the objective trains; the rest stays to
+/// the bit, moments too. Advances `state.step` and returns the norm before clipping.
 ///
 /// # Panics
-/// If the buffers and the layout differ in length.
+/// If the gradient has other elements than the objective trains.
 pub(crate) fn update(
     layout: &Layout,
     state: &mut TrainState,
@@ -63,18 +63,20 @@ pub(crate) fn update(
     objective: Objective,
     learning_rate: f64,
 ) -> f64 {
-    assert_eq!(gradient.len(), layout.parameters(), "gradient and layout differ in length");
+    let trained = layout.trained(objective);
+    assert_eq!(gradient.len(), trained.len(), "a gradient has the elements that are trained");
     let norm = global_norm(gradient);
     state.step = state.step.next();
     let size = StepSize { settings, step: state.step, learning_rate };
     let base = size.clipped(norm);
-    let trained = |tensor: &&TensorEntry| objective == Objective::Language || tensor.is_exit_gate();
-    for tensor in layout.tensors().iter().filter(trained) {
+    let is_trained = |tensor: &&TensorEntry| trained.contains(&tensor.offset);
+    for tensor in layout.tensors().iter().filter(is_trained) {
         let update = size.of_tensor(&base, tensor.decay);
         let range = tensor.range();
+        let gradient = &gradient[range.start - trained.start..range.end - trained.start];
         state.weights[range.clone()]
             .par_chunks_mut(CHUNK)
-            .zip(gradient[range.clone()].par_chunks(CHUNK))
+            .zip(gradient.par_chunks(CHUNK))
             .zip(
                 state.first_moment[range.clone()]
                     .par_chunks_mut(CHUNK)

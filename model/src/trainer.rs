@@ -1,6 +1,7 @@
 //! The training state, where it is computed with: in this process's memory, or on a device.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -176,14 +177,10 @@ impl Trainer {
                 engine.gradients_as_final(settings, batches, cancelled, on_final, on_slot);
                 Ok(())
             }
-            Place::Device(on) => on.gradients(
-                self.layout.parameters(),
-                settings,
-                batches,
-                cancelled,
-                on_final,
-                on_slot,
-            ),
+            Place::Device(on) => {
+                let trained = self.layout.trained(settings.objective);
+                on.gradients(trained, settings, batches, cancelled, on_final, on_slot)
+            }
         }
     }
 
@@ -250,16 +247,17 @@ impl Trainer {
     ) -> Result<(), DeviceError> {
         let on = self.device();
         let engine = &on.engine;
-        let parts = engine.parts(parts);
+        let objective = settings.objective;
+        let parts = engine.parts(objective, parts);
         if batches.is_empty() {
-            engine.clear_sums(sums)?;
+            engine.clear_sums(sums, objective)?;
             return parts.into_iter().try_for_each(|part| {
                 on_part(engine.span(sums, part)?);
                 Ok(())
             });
         }
         if matches!(sums, DeviceSums::Fast { .. }) {
-            engine.clear()?;
+            engine.clear(objective)?;
         }
         let mut parts = parts.into_iter().peekable();
         for (slot, batch) in batches.iter().enumerate() {
@@ -267,7 +265,7 @@ impl Trainer {
                 break;
             }
             if matches!(sums, DeviceSums::Exact { .. }) {
-                engine.clear()?;
+                engine.clear(objective)?;
             }
             engine.begin_adding()?;
             let (first, last) = (slot == 0, slot + 1 == batches.len());
@@ -285,13 +283,17 @@ impl Trainer {
             })?;
             added?;
             if !last {
-                engine.add_part(sums, first, 0..engine.places_len())?;
+                engine
+                    .parts(objective, 1)
+                    .into_iter()
+                    .try_for_each(|all| engine.add_part(sums, first, all))?;
             }
             let statistics = queued.statistics()?;
-            let outside = engine.fault()?;
+            let first_element = self.layout.trained(objective).start;
+            let outside = engine.fault()?.map(|(at, value)| (at - first_element, value));
             if outside.is_some() && !last {
                 // What it left must not be taken for that of the slots after it.
-                engine.clear()?;
+                engine.clear(objective)?;
             }
             if !on_slot(SummedSlot { slot, statistics, outside }) {
                 break;
@@ -322,10 +324,11 @@ impl Trainer {
     pub fn settle_sums(
         &self,
         sums: DeviceSums,
+        objective: Objective,
         divisor: f64,
     ) -> Result<([u64; 2], f64), DeviceError> {
         let on = self.device();
-        Ok((on.engine.settle(sums, divisor)?, on.engine.norm()?))
+        Ok((on.engine.settle(sums, objective, divisor)?, on.engine.norm(objective)?))
     }
 
     /// As [`Trainer::update`], with the gradient that waits on the device.
@@ -339,28 +342,29 @@ impl Trainer {
         &mut self,
         norm: f64,
         settings: &spec::Optimizer,
+        objective: Objective,
         learning_rate: f64,
     ) -> Result<(), DeviceError> {
         let Place::Device(on) = &mut self.place else { panic!("the gradient is on a device") };
         let step = on.held.take().expect("a state has been adopted").next();
-        on.engine.update(&StepSize { settings, step, learning_rate }, norm, 1.0)?;
+        on.engine.update(&StepSize { settings, step, learning_rate }, objective, norm, 1.0)?;
         on.engine.finish()?;
         on.held = Some(step);
         Ok(())
     }
 
-    /// The gradient that waits on the device.
+    /// The gradient by what is trained that waits on the device.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Panics
     /// On the CPU.
-    pub fn waiting_gradient(&self) -> Result<Vec<f32>, DeviceError> {
+    pub fn waiting_gradient(&self, objective: Objective) -> Result<Vec<f32>, DeviceError> {
         let on = self.device();
-        let mut gradient = vec![0.0; self.layout.parameters()];
-        let all = 0..gradient.len();
-        on.pool.install(|| on.engine.gradient(all, &mut gradient))?;
+        let trained = self.layout.trained(objective);
+        let mut gradient = vec![0.0; trained.len()];
+        on.pool.install(|| on.engine.gradient(trained, &mut gradient))?;
         Ok(gradient)
     }
 
@@ -388,16 +392,17 @@ impl Trainer {
     ) -> Result<Option<f64>, DeviceError> {
         let Place::Device(on) = &mut self.place else { return Ok(None) };
         let step = on.held.take().expect("a state has been adopted").next();
-        on.engine.clear()?;
+        let objective = settings.objective;
+        on.engine.clear(objective)?;
         let mut loss = 0.0;
         for batch in batches {
             let slot = on.engine.queue_slot(settings, on.recompute, batch, &mut |_| {})?;
             loss += slot.statistics()?.loss;
         }
         let share = 1.0 / batches.len() as f64;
-        let norm = share * on.engine.norm()?;
+        let norm = share * on.engine.norm(objective)?;
         let size = StepSize { settings: optimizer, step, learning_rate };
-        on.engine.update(&size, norm, share)?;
+        on.engine.update(&size, objective, norm, share)?;
         on.engine.finish()?;
         on.held = Some(step);
         Ok(Some(loss * share))
@@ -410,7 +415,7 @@ impl Trainer {
     /// When the device fails; the state is then lost.
     ///
     /// # Panics
-    /// If no state is held, or a device is to train the exit gate alone, for which it has no kernels.
+    /// If no state is held, or the gradient has other elements than the objective trains.
     pub fn update(
         &mut self,
         gradient: &[f32],
@@ -426,11 +431,13 @@ impl Trainer {
                 Ok(norm)
             }
             Place::Device(on) => {
-                assert_eq!(objective, Objective::Language, "devices train everything");
+                let trained = self.layout.trained(objective).len();
+                assert_eq!(gradient.len(), trained, "a gradient has the elements that are trained");
                 let step = on.held.take().expect("a state has been adopted").next();
-                on.engine.put_gradient(gradient)?;
-                let norm = on.engine.norm()?;
-                on.engine.update(&StepSize { settings, step, learning_rate }, norm, 1.0)?;
+                on.engine.put_gradient(objective, gradient)?;
+                let norm = on.engine.norm(objective)?;
+                let size = StepSize { settings, step, learning_rate };
+                on.engine.update(&size, objective, norm, 1.0)?;
                 on.engine.finish()?;
                 on.held = Some(step);
                 Ok(norm)
@@ -608,7 +615,7 @@ impl OnDevice {
 
     fn gradients(
         &self,
-        parameters: usize,
+        trained: Range<usize>,
         settings: &StageSettings,
         batches: &[SlotBatch],
         cancelled: &AtomicBool,
@@ -629,10 +636,12 @@ impl OnDevice {
                 }
                 let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
                 let mut gradient = spare.unwrap_or_default();
-                gradient.resize(parameters, 0.0);
-                let statistics = self.slot(settings, batch, &mut gradient, &|gradient, from| {
-                    on_final(slot, gradient, from);
-                })?;
+                gradient.resize(trained.len(), 0.0);
+                let first = trained.start;
+                let statistics =
+                    self.slot(settings, batch, (first, &mut gradient), &|gradient, from| {
+                        on_final(slot, gradient, from);
+                    })?;
                 // The receiver is gone only when it has panicked, which the scope passes on.
                 let _ = done.send((slot, SlotOutput { gradient, statistics }));
             }
@@ -641,24 +650,27 @@ impl OnDevice {
         })
     }
 
-    /// One slot's gradient, read from the device from its end to its beginning as it becomes final.
+    /// One slot's gradient, whose first element is that one of the layout, read from the device from its end
+    /// to its beginning as it becomes final.
     fn slot(
         &self,
         settings: &StageSettings,
         batch: &SlotBatch,
-        gradient: &mut [f32],
+        (first, gradient): (usize, &mut [f32]),
         on_final: &(dyn Fn(&[f32], usize) + Sync),
     ) -> Result<SlotStatistics, DeviceError> {
-        self.engine.clear()?;
+        self.engine.clear(settings.objective)?;
         // All is queued before anything is waited for.
         let mut finals = Vec::new();
         let queued = self.engine.queue_slot(settings, self.recompute, batch, &mut |part| {
             finals.push(part);
         })?;
         let mut end = gradient.len();
-        for (from, after) in finals {
+        for (element, after) in finals {
+            let from = element - first;
+            let elements = element..first + end;
             self.pool.install(|| {
-                self.engine.read_gradient(after, from..end, &mut gradient[from..end])?;
+                self.engine.read_gradient(after, elements, &mut gradient[from..end])?;
                 if from > 0 {
                     on_final(gradient, from);
                 }

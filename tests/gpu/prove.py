@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["heads", "curves", "bits", "nccl", "step", "peer"]
+PARTS = ["heads", "curves", "gate", "bits", "nccl", "step", "peer"]
 STEPS = 200
+GATE_STEPS = 100
 
 # Ouro-1.4B's own shape and a step of one sequence, and a model of 306 million parameters.
 SHAPES = {
@@ -82,10 +83,19 @@ class Small:
         found = run([self.looptrain, "train", *self.spec, "--device", self.device, *more])
         return fields(found)
 
-    def losses(self):
+    def gate(self, device):
+        """Trains its gate there; the gate's losses, and the losses at equal depth before and after."""
+        name = f"{self.name}-gate-{device.replace(':', '')}"
+        source = ["--from", f"file://{self.folder}/runs/{self.name}", "--run", name, "--workers", 1]
+        found = run([self.looptrain, "gate", *source, "--steps", GATE_STEPS, "--device", device, "--json"])
+        if found is None:
+            return None
+        return self.losses(name), json.loads(found)["at_equal_depth"]
+
+    def losses(self, name=None):
         """Loss by step."""
         steps = {}
-        for file in sorted((self.folder / "runs" / self.name / "metrics").glob("*.jsonl")):
+        for file in sorted((self.folder / "runs" / (name or self.name) / "metrics").glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 record = json.loads(line)
                 steps[record["step"]] = record["loss"]
@@ -166,6 +176,22 @@ def curves(arguments, folder, results):
     say(f"curves: {results['curves']}")
     right = len(ours) == len(exact) == STEPS and far < FAR
     return [] if right else [f"curves: {far:.4f} apart"]
+
+
+def gate(arguments, folder, results):
+    """The gate of one trained model, trained on the CPU and on the GPU."""
+    small = Small(arguments.looptrain, folder, "gated", "cpu")
+    if small.train() is None:
+        return ["gate: no run"]
+    exact, ours = (small.gate(device) for device in ("cpu", arguments.device))
+    if exact is None or ours is None:
+        return ["gate: no gate"]
+    far = max(abs(a / b - 1) for a, b in zip(means(ours[0]), means(exact[0])))
+    depths = max(abs(a["after"] / b["after"] - 1) for a, b in zip(ours[1], exact[1]))
+    results["gate"] = {"steps": len(ours[0]), "last_ten": [means(exact[0])[-1], means(ours[0])[-1]], "farthest_ten_steps": round(far, 5), "farthest_at_equal_depth": round(depths, 5)}
+    say(f"gate: {results['gate']}")
+    right = len(ours[0]) == len(exact[0]) == GATE_STEPS and far < FAR and depths < NEAR
+    return [] if right else [f"gate: {results['gate']}"]
 
 
 def draw(path, exact, ours):

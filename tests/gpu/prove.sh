@@ -7,6 +7,7 @@
 #
 # - heads: some steps on one batch with heads of 16 to 128 numbers, whose kernels differ, beside the CPU's;
 # - curves: 200 steps of a small run on the CPU and on the GPU, from the same tokens;
+# - gate: the exit gate of a small model, trained on the CPU and on the GPU;
 # - bits: the same run on the GPU again, computing layers again, stopped and resumed, and by two
 #   workers on one GPU of which one is killed: the weights must be the same, bit for bit;
 # - nccl: the same by two workers on one GPU that reduce over NCCL 2.31 or newer, exact and fast, and with

@@ -18,14 +18,6 @@ pub enum WorkerError {
         /// What is wrong.
         reason: String,
     },
-    /// There are no kernels for what a stage trains.
-    #[error(
-        "stage `{stage}` trains the exit gate, which GPUs cannot yet; start this worker with --device cpu"
-    )]
-    GateOnDevice {
-        /// Its name.
-        stage: String,
-    },
     /// The device where it computes cannot be used, or has failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

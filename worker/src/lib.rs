@@ -39,7 +39,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use looptrain_model::{Device, Trainer};
-use looptrain_proto::spec::Objective;
 use looptrain_proto::v1::{Join, Welcome};
 use looptrain_proto::{Digest, Incarnation, PROTOCOL_VERSION, Spec};
 use looptrain_storage::{Checkpoints, Store};
@@ -333,10 +332,6 @@ async fn furnish(
     metrics::observe(&reading);
     let moments = settings.moments.clone();
     let memory = machine::memory_of(settings.memory, &spec);
-    let gate = spec.stages.iter().find(|stage| stage.objective == Objective::ExitGate);
-    if let Some(stage) = gate.filter(|_| settings.device != Device::Cpu) {
-        return Err(WorkerError::GateOnDevice { stage: stage.name.clone() });
-    }
     let (device, threads, model) = (settings.device, settings.threads, spec.model.clone());
     let trainer = tokio::task::spawn_blocking(move || Trainer::new(device, &model, threads));
     let trainer = trainer.await.map_err(|_| WorkerError::Compute)??;

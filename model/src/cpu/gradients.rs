@@ -44,7 +44,7 @@ const OF_A_LAYER: usize = 11;
 impl<'a> Gradients<'a> {
     /// Those in a flat buffer of as many elements as the layout has.
     pub(super) fn new(layout: &'a Layout, layers: usize, flat: &'a mut [f32]) -> Self {
-        assert_eq!(flat.len(), layout.parameters(), "a gradient has the layout's elements");
+        assert_eq!(flat.len(), layout.parameters(), "a gradient of all has the layout's elements");
         Self { layout, layers, flat }
     }
 

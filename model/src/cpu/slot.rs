@@ -207,8 +207,8 @@ pub(crate) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// The gradient of the slot's mean loss, added to `gradient` (flat, in layout order), and
-    /// means over the slot's tokens. Calls `on_final` with the gradient whenever more of it is final:
+    /// The gradient of the slot's mean loss by what is trained, added to `gradient` (flat, in layout
+    /// order), and means over the slot's tokens. Calls `on_final` with the gradient whenever more of it is final:
     /// its elements from that one on. Weights of the layers have theirs from all loops, so all but
     /// the head become final in the backward pass of the first loop.
     pub(crate) fn gradient(
@@ -224,14 +224,15 @@ impl Task<'_> {
         let dims = self.shape.dims();
         let places = Places { keep: Keep::of(recompute, settings.objective), loops, layers };
         workspace.resize(&self.shape, &places, settings.objective == Objective::Language);
-        let mut gradients = Gradients::new(self.layout, layers, gradient);
         let [inputs, targets] = batch.ids();
         self.forward(&places, &inputs, workspace);
 
         let clock = self.clock;
         if settings.objective == Objective::ExitGate {
-            return self.gate_gradient(&targets, workspace, &mut gradients);
+            let (weight, bias) = gradient.split_at_mut(d);
+            return self.gate_gradient(&targets, workspace, [weight, bias]);
         }
+        let mut gradients = Gradients::new(self.layout, layers, gradient);
         let mut shares = clock.time(Section::Head, || exit::exit_shares(&workspace.gates, loops));
         let Workspace { states, dstates, gates, logits, losses, likeliest, .. } = &mut *workspace;
         let rows = head::Rows { states, targets: &targets, hidden: d, vocab };
@@ -248,7 +249,7 @@ impl Task<'_> {
         let loss = clock
             .time(Section::Head, || exit::stage_one(losses, gates, loops, settings.entropy_weight));
         let Workspace { states, dstates, .. } = &mut *workspace;
-        self.exit_gate_backward(&loss.dgates, states, &mut gradients);
+        self.exit_gate_backward(&loss.dgates, states, gradients.exit_gate());
         self.exit_gate_input_backward(&loss.dgates, dstates);
         on_final(gradients.flat(), gradients.start_of_exit_gate());
 
@@ -304,7 +305,7 @@ impl Task<'_> {
         &self,
         targets: &[u32],
         workspace: &mut Workspace,
-        gradients: &mut Gradients<'_>,
+        gate: [&mut [f32]; 2],
     ) -> SlotStatistics {
         let Shape { hidden, vocab, loops, .. } = self.shape;
         let (clock, head) = (self.clock, &self.weights.head);
@@ -312,7 +313,7 @@ impl Task<'_> {
         let rows = head::Rows { states, targets, hidden, vocab };
         head::cross_entropy(clock, head, &rows, logits, losses, likeliest, None);
         let loss = clock.time(Section::Head, || exit::stage_two(losses, gates, loops));
-        self.exit_gate_backward(&loss.dgates, states, gradients);
+        self.exit_gate_backward(&loss.dgates, states, gate);
         workspace.of_loops(loss.statistics, &[])
     }
 
@@ -422,7 +423,12 @@ impl Task<'_> {
     }
 
     /// Gradients of the exit gate's weight and bias.
-    fn exit_gate_backward(&self, dgates: &[f32], states: &[f32], gradients: &mut Gradients<'_>) {
+    fn exit_gate_backward(
+        &self,
+        dgates: &[f32],
+        states: &[f32],
+        [exit_weight, exit_bias]: [&mut [f32]; 2],
+    ) {
         let (d, size) = (self.shape.hidden, self.shape.dims().block());
         let blocks = states.par_chunks(size * d).zip(dgates.par_chunks(size));
         let partial: Vec<(Vec<f32>, f32)> = blocks
@@ -437,7 +443,6 @@ impl Task<'_> {
                 })
             })
             .collect();
-        let [exit_weight, exit_bias] = gradients.exit_gate();
         for (dweight, dbias) in &partial {
             simd::add(exit_weight, dweight);
             exit_bias[0] += dbias;

@@ -4,15 +4,17 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use looptrain_proto::spec;
+use looptrain_proto::spec::{self, Objective};
 
 use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
 use super::exchange::{DeviceSpan, Exchange, Numbers};
 use super::kernels::{MOST_LOOPS, Sizes};
-use super::memory::{ALIGNED, Memory, Places, SlotSizes, Workspace};
+use super::memory::{ALIGNED, Memory, Places, Purpose, SlotSizes, Workspace};
 use super::slot::{Buffers, Final, Task};
 use crate::optimizer::StepSize;
-use crate::{Gpu, Layout, Recompute, SlotBatch, SlotStatistics, StageSettings, TrainState};
+use crate::{
+    Gpu, Layout, Recompute, SlotBatch, SlotStatistics, StageSettings, TensorEntry, TrainState,
+};
 
 /// Blocks of kernels over flat buffers: enough for any device to be busy, and as many for every device, for the
 /// sums' sake.
@@ -162,7 +164,8 @@ impl CudaEngine {
         recompute: Recompute,
     ) -> u64 {
         let (loops, layers) = (settings.loops, self.model.num_hidden_layers);
-        let slot = SlotSizes { sequences, length, loops, layers, recompute, forward_only: false };
+        let purpose = Purpose::Gradient(settings.objective);
+        let slot = SlotSizes { sequences, length, loops, layers, recompute, purpose };
         Workspace::bytes(slot, &self.sizes) as u64
     }
 
@@ -177,15 +180,17 @@ impl CudaEngine {
         recompute: Recompute,
     ) -> Result<u64, DeviceError> {
         let (loops, layers) = (settings.loops, model.num_hidden_layers);
-        let slot = SlotSizes { sequences, length, loops, layers, recompute, forward_only: false };
+        let purpose = Purpose::Gradient(settings.objective);
+        let slot = SlotSizes { sequences, length, loops, layers, recompute, purpose };
         Ok(Workspace::bytes(slot, &Sizes::of(model)?) as u64)
     }
 
     /// Puts a state on the device.
     pub(crate) fn put(&self, state: &TrainState) -> Result<(), DeviceError> {
-        self.upload(&self.weights, &state.weights)?;
-        self.upload(&self.first_moment, &state.first_moment)?;
-        self.upload(&self.second_moment, &state.second_moment)?;
+        let all = || 0..self.layout.parameters();
+        self.upload(&self.weights, all(), &state.weights)?;
+        self.upload(&self.first_moment, all(), &state.first_moment)?;
+        self.upload(&self.second_moment, all(), &state.second_moment)?;
         self.driver.launch(
             self.flat("as_bf16"),
             &[
@@ -211,18 +216,34 @@ impl CudaEngine {
     }
 
     /// Sets the sum of gradients to zero.
-    pub(crate) fn clear(&self) -> Result<(), DeviceError> {
-        self.driver.zero(self.gradient.base, self.places.len * size_of::<f32>())
+    pub(crate) fn clear(&self, objective: Objective) -> Result<(), DeviceError> {
+        let trained = self.places.trained(objective);
+        self.driver.zero(self.gradient_at(&trained), trained.len() * size_of::<f32>())
     }
 
     /// Sets the sums of a step to zero, for a rank without slots.
-    pub(crate) fn clear_sums(&self, sums: DeviceSums) -> Result<(), DeviceError> {
+    pub(crate) fn clear_sums(
+        &self,
+        sums: DeviceSums,
+        objective: Objective,
+    ) -> Result<(), DeviceError> {
+        let trained = self.places.trained(objective);
         match sums {
             DeviceSums::Exact { .. } => {
-                self.driver.zero(self.fixed()?, self.places.len * size_of::<i64>())
+                self.driver.zero(self.fixed_at(&trained)?, trained.len() * size_of::<i64>())
             }
-            DeviceSums::Fast { .. } => self.clear(),
+            DeviceSums::Fast { .. } => self.clear(objective),
         }
+    }
+
+    /// Where the sum of gradients has those places.
+    fn gradient_at(&self, places: &Range<usize>) -> Address {
+        self.gradient.base.plus(places.start * size_of::<f32>())
+    }
+
+    /// Where the sums in fixed point have them.
+    fn fixed_at(&self, places: &Range<usize>) -> Result<Address, DeviceError> {
+        Ok(self.fixed()?.plus(places.start * size_of::<i64>()))
     }
 
     /// A slot is about to be added, part by part.
@@ -260,7 +281,7 @@ impl CudaEngine {
         }
     }
 
-    /// The first element of the slot, in layout order, that has no place in the sums, and its value.
+    /// The first element of the layout that has no place in the sums, and its value.
     pub(crate) fn fault(&self) -> Result<Option<(usize, f32)>, DeviceError> {
         let mut found = [0u8; 8];
         let after = self.driver.mark()?;
@@ -276,16 +297,16 @@ impl CudaEngine {
         Ok(Some((element, value)))
     }
 
-    /// So many parts of the sums, from their end to their beginning, in places of the device's buffers.
-    pub(crate) fn parts(&self, count: usize) -> Vec<Range<usize>> {
-        let rows = self.places.len / ALIGNED;
-        let edge = |part: usize| rows * (count - part) / count * ALIGNED;
+    /// So many parts of the sums of what is trained, from their end to their beginning, in places of the
+    /// device's buffers.
+    pub(crate) fn parts(&self, objective: Objective, count: usize) -> Vec<Range<usize>> {
+        let trained = self.places.trained(objective);
+        let rows = trained.len() / ALIGNED;
+        let edge = |part: usize| match part {
+            0 => trained.end,
+            part => trained.start + rows * (count - part) / count * ALIGNED,
+        };
         (0..count).map(|part| edge(part + 1)..edge(part)).collect()
-    }
-
-    /// Places of the device's buffers.
-    pub(crate) fn places_len(&self) -> usize {
-        self.places.len
     }
 
     /// The place of an element of the layout.
@@ -334,14 +355,28 @@ impl CudaEngine {
     }
 
     /// Makes the mean over `divisor` slots of the step's sums the gradient; gives their digest.
-    pub(crate) fn settle(&self, sums: DeviceSums, divisor: f64) -> Result<[u64; 2], DeviceError> {
+    pub(crate) fn settle(
+        &self,
+        sums: DeviceSums,
+        objective: Objective,
+        divisor: f64,
+    ) -> Result<[u64; 2], DeviceError> {
         self.driver.zero(self.notes.base, 2 * size_of::<u64>())?;
-        let (gradient, digest) = (self.gradient.base.into(), self.notes.base.into());
-        let count = self.padded();
+        // A multiple of four, as kernels take that many at a time.
+        let trained = self.places.trained(objective);
+        let (gradient, digest) = (self.gradient_at(&trained).into(), self.notes.base.into());
+        let count = Argument::Count(trained.len() as u64);
         match sums {
             DeviceSums::Exact { scale, .. } => self.driver.launch(
                 self.flat("exact_settle"),
-                &[self.fixed()?.into(), count, scale.into(), divisor.into(), gradient, digest],
+                &[
+                    self.fixed_at(&trained)?.into(),
+                    count,
+                    scale.into(),
+                    divisor.into(),
+                    gradient,
+                    digest,
+                ],
             )?,
             DeviceSums::Fast { .. } => self.driver.launch(
                 self.flat("fast_settle"),
@@ -352,11 +387,6 @@ impl CudaEngine {
         let after = self.driver.mark()?;
         self.driver.download(after, self.notes.base, bytemuck::cast_slice_mut(&mut found))?;
         Ok(found)
-    }
-
-    /// Elements of the flat buffers, for kernels that take four at a time: the buffers are so long.
-    fn padded(&self) -> Argument {
-        Argument::Count(self.places.len as u64)
     }
 
     /// Where the sums in fixed point are; there is room from the first step on that needs it.
@@ -370,9 +400,13 @@ impl CudaEngine {
         Ok(self.fixed_sums.get_or_init(|| sums).base)
     }
 
-    /// Puts a gradient in the place of the sum.
-    pub(crate) fn put_gradient(&self, gradient: &[f32]) -> Result<(), DeviceError> {
-        self.upload(&self.gradient, gradient)
+    /// Puts a gradient of what is trained in the place of the sum.
+    pub(crate) fn put_gradient(
+        &self,
+        objective: Objective,
+        gradient: &[f32],
+    ) -> Result<(), DeviceError> {
+        self.upload(&self.gradient, self.layout.trained(objective), gradient)
     }
 
     /// Queues a slot, whose gradient is added to the sum. `on_final` is called with the first element of
@@ -384,7 +418,8 @@ impl CudaEngine {
         batch: &SlotBatch,
         on_final: &mut dyn FnMut(Final),
     ) -> Result<Queued<'_>, DeviceError> {
-        self.with_task(settings, recompute, batch, false, |task| {
+        let purpose = Purpose::Gradient(settings.objective);
+        self.with_task(settings, recompute, batch, purpose, |task| {
             task.gradient(settings, batch, on_final)?;
             self.queued(task)
         })
@@ -396,7 +431,7 @@ impl CudaEngine {
         settings: &StageSettings,
         batch: &SlotBatch,
     ) -> Result<SlotStatistics, DeviceError> {
-        self.with_task(settings, Recompute::None, batch, true, |task| {
+        self.with_task(settings, Recompute::None, batch, Purpose::Losses, |task| {
             task.losses(settings, batch)?;
             self.queued(task)
         })?
@@ -424,12 +459,13 @@ impl CudaEngine {
     }
 
     /// Euclidean norm of the sum of gradients.
-    pub(crate) fn norm(&self) -> Result<f64, DeviceError> {
+    pub(crate) fn norm(&self, objective: Objective) -> Result<f64, DeviceError> {
+        let trained = self.places.trained(objective);
         self.driver.launch(
             self.flat("squares"),
             &[
-                self.gradient.base.into(),
-                Argument::Count(self.places.len as u64),
+                self.gradient_at(&trained).into(),
+                Argument::Count(trained.len() as u64),
                 self.squares.base.into(),
             ],
         )?;
@@ -439,21 +475,21 @@ impl CudaEngine {
         Ok(sums.iter().sum::<f64>().sqrt())
     }
 
-    /// One step of AdamW with `share` of the sum of gradients, which makes a gradient of that norm.
+    /// One step of AdamW, of what is trained, with `share` of the sum of gradients, which makes a gradient
+    /// of that norm.
     pub(crate) fn update(
         &self,
         step: &StepSize<'_>,
+        objective: Objective,
         norm: f64,
         share: f64,
     ) -> Result<(), DeviceError> {
         let base = step.clipped(norm);
         let float = size_of::<f32>();
-        for tensor in self.layout.tensors() {
-            let shift = match tensor.offset >= self.places.head_in_layout {
-                true => self.places.head - self.places.head_in_layout,
-                false => 0,
-            };
-            let (at, count) = (tensor.offset + shift, tensor.len as u64);
+        let trained = self.layout.trained(objective);
+        let is_trained = |tensor: &&TensorEntry| trained.contains(&tensor.offset);
+        for tensor in self.layout.tensors().iter().filter(is_trained) {
+            let (at, count) = (self.place_of(tensor.offset), tensor.len as u64);
             let update = step.of_tensor(&base, tensor.decay);
             let blocks = tensor.len.div_ceil(8 * FLAT_THREADS as usize).min(8192) as u32;
             self.driver.launch(
@@ -536,10 +572,17 @@ impl CudaEngine {
         self.places.len.div_ceil(4 * FLAT_THREADS as usize).min(MOST_FLAT_BLOCKS)
     }
 
-    fn upload(&self, to: &Memory, values: &[f32]) -> Result<(), DeviceError> {
-        for (run, at) in self.places.runs() {
-            let to = to.base.plus(at * size_of::<f32>());
-            self.driver.upload(to, bytemuck::cast_slice(&values[run]))?;
+    /// Those elements of the layout, which are `values`.
+    fn upload(
+        &self,
+        to: &Memory,
+        elements: Range<usize>,
+        values: &[f32],
+    ) -> Result<(), DeviceError> {
+        for (part, place) in self.places.runs_of(&elements) {
+            let to = to.base.plus(place * size_of::<f32>());
+            let values = &values[part.start - elements.start..part.end - elements.start];
+            self.driver.upload(to, bytemuck::cast_slice(values))?;
         }
         Ok(())
     }
@@ -551,13 +594,10 @@ impl CudaEngine {
         elements: Range<usize>,
         to: &mut [f32],
     ) -> Result<(), DeviceError> {
-        for (run, at) in self.places.runs() {
-            let (first, end) = (run.start.max(elements.start), run.end.min(elements.end));
-            if first < end {
-                let from = from.base.plus((at + first - run.start) * size_of::<f32>());
-                let to = &mut to[first - elements.start..end - elements.start];
-                self.driver.download(after, from, bytemuck::cast_slice_mut(to))?;
-            }
+        for (part, place) in self.places.runs_of(&elements) {
+            let from = from.base.plus(place * size_of::<f32>());
+            let to = &mut to[part.start - elements.start..part.end - elements.start];
+            self.driver.download(after, from, bytemuck::cast_slice_mut(to))?;
         }
         Ok(())
     }
@@ -567,7 +607,7 @@ impl CudaEngine {
         settings: &StageSettings,
         recompute: Recompute,
         batch: &SlotBatch,
-        forward_only: bool,
+        purpose: Purpose,
         work: impl FnOnce(&Task<'_>) -> Result<R, DeviceError>,
     ) -> Result<R, DeviceError> {
         let SlotBatch { sequences, sequence_length: length, .. } = *batch;
@@ -575,7 +615,7 @@ impl CudaEngine {
         if loops > MOST_LOOPS {
             return Err(DeviceError(format!("{loops} loops: the GPU takes up to {MOST_LOOPS}")));
         }
-        let sizes = SlotSizes { sequences, length, loops, layers, recompute, forward_only };
+        let sizes = SlotSizes { sequences, length, loops, layers, recompute, purpose };
         let mut spare = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let workspace = match spare.take() {
             Some(workspace) if workspace.sizes == sizes => workspace,

@@ -16,7 +16,7 @@ pub(super) const SOURCE: &str = concat!(
 );
 
 /// All kernels' names.
-pub(super) const NAMES: [&str; 29] = [
+pub(super) const NAMES: [&str; 31] = [
     "embed",
     "stream_norm",
     "residual_norm",
@@ -37,7 +37,9 @@ pub(super) const NAMES: [&str; 29] = [
     "cross_entropy",
     "exit_shares",
     "stage_one",
+    "stage_two",
     "loop_sums",
+    "gate_weight_backward",
     "gate_bias_backward",
     "squares",
     "adamw",

@@ -1,6 +1,9 @@
 //! What lies where in the device's memory.
 
+use std::ops::Range;
 use std::sync::Arc;
+
+use looptrain_proto::spec::Objective;
 
 use super::driver::{Address, DeviceError, Driver, Parts};
 use super::kernels::Sizes;
@@ -74,10 +77,45 @@ impl Places {
         }
     }
 
-    /// The two runs of elements of a buffer in layout order, and where each begins on the device.
-    pub(super) fn runs(&self) -> [(std::ops::Range<usize>, usize); 2] {
+    /// The places of what an objective trains, in whole rows: between the gate and the head there is
+    /// nothing.
+    pub(super) fn trained(&self, objective: Objective) -> Range<usize> {
+        match objective {
+            Objective::Language => 0..self.len,
+            Objective::ExitGate => self.exit_weight..self.head,
+        }
+    }
+
+    /// The parts of some elements of the layout that lie beside each other, and where each begins on the
+    /// device: up to the head, and of the head.
+    pub(super) fn runs_of(
+        &self,
+        elements: &Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, usize)> {
         let parameters = self.head_in_layout + self.head_len;
-        [(0..self.head_in_layout, 0), (self.head_in_layout..parameters, self.head)]
+        let runs = [(0..self.head_in_layout, 0), (self.head_in_layout..parameters, self.head)];
+        let elements = elements.clone();
+        runs.into_iter().filter_map(move |(run, place)| {
+            let part = run.start.max(elements.start)..run.end.min(elements.end);
+            let place = place + part.start - run.start;
+            (!part.is_empty()).then_some((part, place))
+        })
+    }
+}
+
+/// What a slot is computed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Its losses alone.
+    Losses,
+    /// The gradient of an objective.
+    Gradient(Objective),
+}
+
+impl Purpose {
+    /// Whether what forward leaves is of use: there is no way back where the gate alone is trained.
+    fn goes_back(self) -> bool {
+        self == Self::Gradient(Objective::Language)
     }
 }
 
@@ -89,8 +127,7 @@ pub(super) struct SlotSizes {
     pub(super) loops: usize,
     pub(super) layers: usize,
     pub(super) recompute: Recompute,
-    /// Without a backward pass, for losses alone.
-    pub(super) forward_only: bool,
+    pub(super) purpose: Purpose,
 }
 
 impl SlotSizes {
@@ -100,17 +137,22 @@ impl SlotSizes {
 
     /// Whether all that forward leaves is kept.
     pub(super) fn keeps_all(&self) -> bool {
-        !self.forward_only && self.recompute == Recompute::None
+        self.purpose.goes_back() && self.recompute == Recompute::None
     }
 
     /// Sets of what layers leave for backward.
     fn kept(&self) -> usize {
-        match (self.forward_only, self.recompute) {
-            (false, Recompute::None) => self.loops * self.layers,
-            (false, Recompute::Loop) => self.layers,
+        match (self.purpose.goes_back(), self.recompute) {
+            (true, Recompute::None) => self.loops * self.layers,
+            (true, Recompute::Loop) => self.layers,
             // A layer's norms are taken back together with the branch of the one before it.
             _ => 2.min(self.layers),
         }
+    }
+
+    /// Whether there is a backward pass through the layers.
+    pub(super) fn goes_back(&self) -> bool {
+        self.purpose.goes_back()
     }
 
     /// The set of a layer of a loop.
@@ -278,7 +320,7 @@ impl Workspace {
         let ends = (0..ends).map(|_| (narrow(n * d), narrow(2 * n))).collect();
         let (normed, inner) = (narrow(n * d), narrow(n * f));
         let states = narrow(sizes.loops * n * d);
-        let again = !sizes.forward_only && sizes.recompute != Recompute::None;
+        let again = sizes.goes_back() && sizes.recompute != Recompute::None;
         let by_layer = again && sizes.recompute == Recompute::Layer;
         let mut floats = |len: usize| part(len * single);
         let starts = (0..if again { sizes.loops } else { 0 }).map(|_| floats(n * d)).collect();
@@ -296,13 +338,19 @@ impl Workspace {
         let logits = floats(logit_rows * model.vocab);
         let width = 3 + 2 * sizes.loops;
         let sums = floats(2 * n.div_ceil(Self::EXIT_THREADS) * width);
-        let backward = usize::from(!sizes.forward_only);
+        let backward = usize::from(sizes.goes_back());
         let dgate_logits = floats(of_loops);
         let gradient_squares = floats(backward * of_loops);
         let dstates = floats(backward * of_loops * d);
         let dstream = floats(backward * n * d);
         let means = floats(backward * n * model.heads);
-        let parts = floats(backward * 3 * NORM_BLOCKS * d);
+        // Sums over rows: a norm's, a branch's and the gate's; or the gate's alone.
+        let row_sums = match sizes.purpose {
+            Purpose::Losses => 0,
+            Purpose::Gradient(Objective::ExitGate) => 1,
+            Purpose::Gradient(Objective::Language) => 3,
+        };
+        let parts = floats(row_sums * NORM_BLOCKS * d);
         let occurring = floats(backward * n);
         let (position_starts, positions) = (floats(backward * (n + 1)), floats(backward * n));
         let mut narrow = |len: usize| part(backward * len * half);

@@ -8,10 +8,13 @@
 
 use std::collections::BTreeMap;
 
+use looptrain_proto::spec::Objective;
+
 use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
 use super::kernels::{ATTENTION_ROWS, ATTENTION_THREADS, Sizes};
 use super::memory::{Kept, NORM_BLOCKS, Places, SlotSizes, Workspace};
 use crate::batch::assert_starts;
+use crate::exit::{LABEL_MARGIN, LABEL_SLOPE};
 use crate::{Recompute, SlotBatch, StageSettings};
 
 /// Flat buffers on the device, each of [`Places::len`] elements.
@@ -84,7 +87,7 @@ impl Task<'_> {
         self.driver.upload(self.work.seen_until, bytemuck::cast_slice(&seen_until))?;
         self.driver.upload(self.work.cosines, bytemuck::cast_slice(&table(f64::cos)))?;
         self.driver.upload(self.work.sines, bytemuck::cast_slice(&table(f64::sin)))?;
-        if !self.work.sizes.forward_only {
+        if self.work.sizes.goes_back() {
             // Each id's positions in their order, so that rows are always summed in the same order.
             let mut positions = BTreeMap::<u32, Vec<u32>>::new();
             for (position, id) in inputs.iter().enumerate() {
@@ -112,7 +115,7 @@ impl Task<'_> {
         inputs.len()
     }
 
-    /// Queues the gradient of the slot's mean Stage I loss, added to the sum of gradients; calls
+    /// Queues the gradient of the slot's mean loss by what is trained, added to the sum of gradients; calls
     /// `on_final` as its parts become final.
     pub(super) fn gradient(
         &self,
@@ -120,22 +123,73 @@ impl Task<'_> {
         batch: &SlotBatch,
         on_final: &mut dyn FnMut(Final),
     ) -> Result<(), DeviceError> {
-        let SlotSizes { loops, layers, .. } = self.work.sizes;
-        let (work, d) = (self.work, self.model.hidden);
         self.prepare(settings, batch)?;
         self.forward()?;
-        self.head(true)?;
-        on_final((self.places.head_in_layout, self.driver.mark()?));
-        self.stage_one(settings)?;
+        match settings.objective {
+            Objective::Language => self.language_gradient(settings, batch, on_final),
+            Objective::ExitGate => self.gate_gradient(on_final),
+        }
+    }
+
+    /// The rest of a slot that trains the exit gate: there is no backward pass, for nothing before the gate
+    /// is trained.
+    fn gate_gradient(&self, on_final: &mut dyn FnMut(Final)) -> Result<(), DeviceError> {
+        self.head(false)?;
+        self.gate_backward()?;
+        on_final((self.places.exit_weight, self.driver.mark()?));
+        self.loop_sums(Address::NONE)
+    }
+
+    /// From the losses and states of all loops to the gradient of the gate.
+    pub(super) fn gate_backward(&self) -> Result<(), DeviceError> {
+        let work = self.work;
+        let (tokens, loops) = (work.sizes.tokens(), work.sizes.loops);
+        self.driver.launch(
+            over("stage_two", self.exit_blocks(), Workspace::EXIT_THREADS as u32),
+            arguments![
+                work.losses,
+                work.gate_logits,
+                tokens,
+                loops,
+                LABEL_SLOPE,
+                LABEL_MARGIN,
+                work.dgate_logits,
+                work.sums,
+            ],
+        )?;
+        self.driver.launch(
+            self.norm_launch("gate_weight_backward"),
+            arguments![loops * tokens, work.states, work.dgate_logits, work.parts],
+        )?;
+        self.add_parts(&[self.places.exit_weight])?;
+        self.gate_bias_backward()
+    }
+
+    fn gate_bias_backward(&self) -> Result<(), DeviceError> {
+        let work = self.work;
         self.driver.launch(
             over("gate_bias_backward", 1, 1),
             arguments![
                 work.sums,
                 self.exit_blocks(),
-                3 + 2 * loops,
+                3 + 2 * work.sizes.loops,
                 self.gradient_at(self.places.exit_bias),
             ],
-        )?;
+        )
+    }
+
+    fn language_gradient(
+        &self,
+        settings: &StageSettings,
+        batch: &SlotBatch,
+        on_final: &mut dyn FnMut(Final),
+    ) -> Result<(), DeviceError> {
+        let SlotSizes { loops, layers, .. } = self.work.sizes;
+        let (work, d) = (self.work, self.model.hidden);
+        self.head(true)?;
+        on_final((self.places.head_in_layout, self.driver.mark()?));
+        self.stage_one(settings)?;
+        self.gate_bias_backward()?;
 
         self.driver.zero(work.dstream, work.sizes.tokens() * d * size_of::<f32>())?;
         let again = work.sizes.recompute != Recompute::None;

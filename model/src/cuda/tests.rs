@@ -1,18 +1,22 @@
 //! The kernels as the CPU runs them, beside the model on the CPU in f32.
 
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use looptrain_proto::spec::{self, Objective};
 
 use super::CudaEngine;
-use super::driver::{DeviceError, Driver};
+use super::driver::{Address, DeviceError, Driver, Mark};
 use super::emulator::Emulator;
 use super::engine::DeviceSums;
 use super::kernels::{NAMES, Sizes};
+use super::memory::{Memory, Places, Purpose, SlotSizes, Workspace};
+use super::slot::{Buffers, Task};
 use crate::optimizer::StepSize;
 use crate::{
     Engine, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings, TrainState,
+    stage_two,
 };
 
 const SETTINGS: StageSettings = StageSettings {
@@ -55,40 +59,50 @@ fn add_to_sums(
     first: bool,
 ) -> Result<Option<(usize, f32)>, DeviceError> {
     engine.begin_adding()?;
-    engine.parts(2).into_iter().try_for_each(|part| engine.add_part(sums, first, part))?;
+    engine
+        .parts(Objective::Language, 2)
+        .into_iter()
+        .try_for_each(|part| engine.add_part(sums, first, part))?;
     engine.fault()
 }
 
 fn slot(
     engine: &CudaEngine,
+    settings: &StageSettings,
     recompute: Recompute,
     batch: &SlotBatch,
-    parameters: usize,
+    trained: Range<usize>,
 ) -> SlotOutput {
-    engine.clear().expect("zeros");
-    let mut gradient = vec![f32::NAN; parameters];
-    let mut end = parameters;
-    let queued = engine.queue_slot(&SETTINGS, recompute, batch, &mut |(from, mark)| {
+    engine.clear(settings.objective).expect("zeros");
+    let mut gradient = vec![f32::NAN; trained.len()];
+    let mut end = trained.end;
+    let queued = engine.queue_slot(settings, recompute, batch, &mut |(from, mark)| {
         // What is final must be so now, not only at the end.
-        engine.read_gradient(mark, from..end, &mut gradient[from..end]).expect("a gradient");
+        let to = &mut gradient[from - trained.start..end - trained.start];
+        engine.read_gradient(mark, from..end, to).expect("a gradient");
         end = from;
     });
     let statistics = queued.and_then(|queued| queued.statistics()).expect("a slot");
-    assert_eq!(end, 0, "all becomes final");
-    let mut whole = vec![f32::NAN; parameters];
+    assert_eq!(end, trained.start, "all becomes final");
+    let mut whole = vec![f32::NAN; trained.len()];
     let all = engine.read(0..0, [&mut [], &mut [], &mut []]);
     all.expect("nothing");
-    engine.read_gradient(super::driver::Mark(0), 0..parameters, &mut whole).expect("a gradient");
+    engine.read_gradient(Mark(0), trained, &mut whole).expect("a gradient");
     assert!(whole == gradient, "what was final did not change");
     SlotOutput { gradient, statistics }
 }
 
-fn on_the_cpu(model: &spec::Model, state: &TrainState, batch: &SlotBatch) -> SlotOutput {
+fn on_the_cpu(
+    model: &spec::Model,
+    settings: &StageSettings,
+    state: &TrainState,
+    batch: &SlotBatch,
+) -> SlotOutput {
     let mut engine = Engine::new(model, 2);
     engine.load(&state.weights);
     let found = Mutex::new(None);
     let one = std::slice::from_ref(batch);
-    engine.gradients(&SETTINGS, one, &AtomicBool::new(false), &|_, output| {
+    engine.gradients(settings, one, &AtomicBool::new(false), &|_, output| {
         *found.lock().expect("no panic") = Some(output);
     });
     found.into_inner().expect("no panic").expect("a slot")
@@ -137,8 +151,9 @@ fn compare_batch(head_dim: usize, batch: &SlotBatch) {
     let (engine, emulator) = emulated(&model);
     engine.put(&state).expect("weights");
     let layout = Layout::new(&model);
-    let found = slot(&engine, Recompute::None, batch, layout.parameters());
-    let exact = on_the_cpu(&model, &state, batch);
+    let all = layout.trained(Objective::Language);
+    let found = slot(&engine, &SETTINGS, Recompute::None, batch, all.clone());
+    let exact = on_the_cpu(&model, &SETTINGS, &state, batch);
     assert_near(&found.statistics, &exact.statistics);
     assert_loops_near(&found.statistics, &exact.statistics);
     for tensor in layout.tensors() {
@@ -153,25 +168,99 @@ fn compare_batch(head_dim: usize, batch: &SlotBatch) {
     }
     assert_near(&engine.evaluate(&SETTINGS, batch).expect("losses"), &found.statistics);
     for recompute in [Recompute::Loop, Recompute::Layer] {
-        let again = slot(&engine, recompute, batch, layout.parameters());
+        let again = slot(&engine, &SETTINGS, recompute, batch, all.clone());
         assert!(again == found, "{recompute:?} has other bits");
     }
-    engine.norm().expect("a norm");
+    compare_gate(&engine, &model, &state, batch);
+    engine.norm(Objective::Language).expect("a norm");
     let settings = spec::Optimizer::default();
     let size = StepSize { settings: &settings, step: state.step.next(), learning_rate: 1e-2 };
-    engine.update(&size, 1.0, 1.0).expect("an update");
+    engine.update(&size, Objective::Language, 1.0, 1.0).expect("an update");
     for sums in [
         DeviceSums::Exact { scale: 2f64.powi(40), limit: 1e3 },
         DeviceSums::Fast { limit: f32::MAX },
     ] {
         assert_eq!(add_to_sums(&engine, sums, true).expect("sums"), None);
-        engine.settle(sums, 1.0).expect("means");
+        engine.settle(sums, Objective::Language, 1.0).expect("means");
     }
     let unused: Vec<_> = {
         let launched = emulator.launched.lock().expect("no panic");
         NAMES.into_iter().filter(|name| !launched.contains(name)).collect()
     };
     assert!(unused.is_empty(), "never launched: {unused:?}");
+}
+
+/// A slot that trains the gate alone.
+fn compare_gate(engine: &CudaEngine, model: &spec::Model, state: &TrainState, batch: &SlotBatch) {
+    let settings = StageSettings { objective: Objective::ExitGate, ..SETTINGS };
+    let trained = Layout::new(model).trained(Objective::ExitGate);
+    let found = slot(engine, &settings, Recompute::None, batch, trained.clone());
+    let exact = on_the_cpu(model, &settings, state, batch);
+    assert_near(&found.statistics, &exact.statistics);
+    assert!(found.statistics.gradient_norm_per_loop.iter().all(|norm| *norm == 0.0));
+    // The label of a loop that helps a little is steep in losses that are rounded.
+    let apart = distance(&found.gradient, &exact.gradient);
+    assert!(apart < 0.2, "the gate's gradient is {apart} apart");
+    let again = slot(engine, &settings, Recompute::Layer, batch, trained);
+    assert!(again == found, "nothing is computed again");
+}
+
+#[test]
+fn the_loss_of_the_second_stage_and_its_gradient_are_those_in_double_precision() {
+    let model = model(16);
+    let (loops, tokens, d) = (4, 300, model.hidden_size);
+    let model_sizes = Sizes::of(&model).expect("sizes that the kernels take");
+    let driver: Arc<dyn Driver> = Arc::new(Emulator::new(&model_sizes));
+    let purpose = Purpose::Gradient(Objective::ExitGate);
+    let recompute = Recompute::None;
+    let sizes = SlotSizes { sequences: 3, length: 100, loops, layers: 3, recompute, purpose };
+    let work = Workspace::new(&driver, sizes, &model_sizes).expect("memory");
+    let gradient = Memory::new(&driver, (d + 1) * size_of::<f32>()).expect("memory");
+    driver.zero(gradient.base, (d + 1) * size_of::<f32>()).expect("zeros");
+
+    let value = |at: usize, by: f32| ((at * 7 + at / tokens) as f32 * by).sin();
+    let losses: Vec<f32> = (0..loops * tokens).map(|at| 3.0 + 0.1 * value(at, 1.7)).collect();
+    let gates: Vec<f32> = (0..loops * tokens).map(|at| 40.0 * value(at, 0.3).powi(5)).collect();
+    // As bf16 has them.
+    let states: Vec<u16> =
+        (0..loops * tokens * d).map(|at| (value(at, 0.9).to_bits() >> 16) as u16).collect();
+    driver.upload(work.losses, bytemuck::cast_slice(&losses)).expect("losses");
+    driver.upload(work.gate_logits, bytemuck::cast_slice(&gates)).expect("gates");
+    driver.upload(work.states, bytemuck::cast_slice(&states)).expect("states");
+    let mut places = Places::new(&Layout::new(&model), model.num_hidden_layers);
+    (places.exit_weight, places.exit_bias) = (0, d);
+    let none = Address::NONE;
+    let buffers = Buffers { weights: none, narrow: none, gradient: gradient.base };
+    let (driver, model) = (&*driver, &model_sizes);
+    let task = Task { driver, model, places: &places, buffers, work: &work, eps: 1e-6 };
+    task.gate_backward().expect("a gradient");
+
+    let exact = stage_two(&losses, &gates, loops);
+    let mut dgates = vec![0f32; loops * tokens];
+    driver.download(Mark(0), work.dgate_logits, bytemuck::cast_slice_mut(&mut dgates)).expect("it");
+    for (found, exact) in dgates.iter().zip(&exact.dgates) {
+        assert!((found - exact).abs() <= 1e-6 * exact.abs() + 1e-12, "{found} against {exact}");
+    }
+    let width = 3 + 2 * loops;
+    let mut sums = vec![0f64; tokens.div_ceil(Workspace::EXIT_THREADS) * width];
+    driver.download(Mark(0), work.sums, bytemuck::cast_slice_mut(&mut sums)).expect("sums");
+    let mean = |at: usize| sums.chunks(width).map(|row| row[at]).sum::<f64>() / tokens as f64;
+    let SlotStatistics { loss, entropy, loss_per_loop, exit_pdf, .. } = exact.statistics;
+    let means: Vec<f64> =
+        [loss, entropy].into_iter().chain(loss_per_loop).chain(exit_pdf).collect();
+    for (at, exact) in [0, 1].into_iter().chain(3..width).zip(means) {
+        assert!((mean(at) - exact).abs() < 1e-12, "{at}: {} against {exact}", mean(at));
+    }
+    let mut found = vec![0f32; d + 1];
+    driver.download(Mark(0), gradient.base, bytemuck::cast_slice_mut(&mut found)).expect("it");
+    let wide = |state: u16| f64::from(f32::from_bits(u32::from(state) << 16));
+    for (column, found) in found.iter().enumerate() {
+        let of_row = |(row, dgate): (usize, &f32)| {
+            f64::from(*dgate) * if column < d { wide(states[row * d + column]) } else { 1.0 }
+        };
+        let sum: f64 = exact.dgates.iter().enumerate().map(of_row).sum();
+        assert!((f64::from(*found) - sum).abs() < 1e-7, "{column}: {found} against {sum}");
+    }
 }
 
 #[test]
@@ -210,10 +299,11 @@ fn sums_name_the_first_value_without_a_place_and_every_bit_shows_in_their_digest
     let exact = DeviceSums::Exact { scale: 2f64.powi(20), limit: 100.0 };
     let sum = |sums, slots: &[Vec<f32>]| {
         for (number, slot) in slots.iter().enumerate() {
-            engine.put_gradient(slot).expect("a gradient");
+            engine.put_gradient(Objective::Language, slot).expect("a gradient");
             assert_eq!(add_to_sums(&engine, sums, number == 0).expect("sums"), None);
         }
-        let digest = engine.settle(sums, slots.len() as f64).expect("means");
+        let objective = Objective::Language;
+        let digest = engine.settle(sums, objective, slots.len() as f64).expect("means");
         let mut means = vec![0f32; parameters];
         engine.gradient(0..parameters, &mut means).expect("means");
         (digest, means)
@@ -229,7 +319,7 @@ fn sums_name_the_first_value_without_a_place_and_every_bit_shows_in_their_digest
         assert_ne!(sum(exact, &changed).0, digest, "{place}");
         changed[0][place] = -500.0;
         for sums in [exact, DeviceSums::Fast { limit: 100.0 }] {
-            engine.put_gradient(&changed[0]).expect("a gradient");
+            engine.put_gradient(Objective::Language, &changed[0]).expect("a gradient");
             let found = add_to_sums(&engine, sums, true).expect("a place");
             assert_eq!(found, Some((place, -500.0)));
         }
@@ -238,22 +328,30 @@ fn sums_name_the_first_value_without_a_place_and_every_bit_shows_in_their_digest
 
 #[test]
 fn an_update_is_that_of_the_cpu() {
+    for objective in [Objective::Language, Objective::ExitGate] {
+        an_update_of(objective);
+    }
+}
+
+fn an_update_of(objective: Objective) {
     let model = model(32);
     let mut state = TrainState::initial(&model, 5);
     let (engine, _) = emulated(&model);
     let layout = Layout::new(&model);
     let parameters = layout.parameters();
+    let trained = layout.trained(objective);
+    let begin = state.clone();
     let reference = Engine::new(&model, 1);
     let settings = spec::Optimizer { clip_norm: 0.5, ..spec::Optimizer::default() };
     engine.put(&state).expect("weights");
     for round in 0..3 {
-        let gradient: Vec<f32> =
-            (0..parameters).map(|i| ((i * 37 + round * 11) % 101) as f32 / 5e3 - 0.01).collect();
-        engine.put_gradient(&gradient).expect("a gradient");
-        let norm = engine.norm().expect("a norm");
+        let value = |i: usize| ((i * 37 + round * 11) % 101) as f32 / 5e3 - 0.01;
+        let gradient: Vec<f32> = trained.clone().map(value).collect();
+        engine.put_gradient(objective, &gradient).expect("a gradient");
+        let norm = engine.norm(objective).expect("a norm");
         let size = StepSize { settings: &settings, step: state.step.next(), learning_rate: 1e-2 };
-        engine.update(&size, norm, 1.0).expect("an update");
-        let exact = reference.update(&mut state, &gradient, &settings, Objective::Language, 1e-2);
+        engine.update(&size, objective, norm, 1.0).expect("an update");
+        let exact = reference.update(&mut state, &gradient, &settings, objective, 1e-2);
         assert!((norm - exact).abs() < 1e-9 * exact, "{norm} against {exact}");
     }
     let mut found = [(); 3].map(|()| vec![0f32; parameters]);
@@ -261,6 +359,13 @@ fn an_update_is_that_of_the_cpu() {
     engine.read(0..parameters, [weights, first, second]).expect("a state");
     let exact = [&state.weights, &state.first_moment, &state.second_moment];
     for (found, exact) in found.iter().zip(exact) {
-        assert!(distance(found, exact) < 1e-6, "{}", distance(found, exact));
+        let apart = distance(&found[trained.clone()], &exact[trained.clone()]);
+        assert!(apart < 1e-6, "{apart}");
     }
+    let [weights, first, second] = &found;
+    let untouched = |of: &[f32], then: &[f32]| {
+        of[..trained.start] == then[..trained.start] && of[trained.end..] == then[trained.end..]
+    };
+    assert!(untouched(weights, &begin.weights));
+    assert!(untouched(first, &begin.first_moment) && untouched(second, &begin.second_moment));
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::coordinator::PreparedRun;
 use super::eval::{self, quality_json};
-use super::train::{on_this_machine, refuse_gate_on_gpu};
+use super::train::on_this_machine;
 use super::{all_threads, import};
 use crate::chart::{self, Chart, Line};
 use crate::cli::{CheckpointUrl, Gate, ModelSource};
@@ -29,7 +29,6 @@ const THRESHOLDS: u32 = 200;
 const DEPTHS: usize = 8;
 
 pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
-    refuse_gate_on_gpu([Objective::ExitGate], args.fleet.device)?;
     let stop = signals::stop_on_signals(
         "stopping at the next step, with a checkpoint; once more to end at once",
     )?;

@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use looptrain_coordinator::{Outcome, RunEvent, Running, Started};
-use looptrain_model::Device;
 use looptrain_proto::Spec;
-use looptrain_proto::spec::Objective;
 use looptrain_proto::transport::Role;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::JoinHandle;
@@ -78,7 +76,6 @@ pub(super) async fn on_this_machine(
     stop: CancellationToken,
     telemetry: &Telemetry,
 ) -> Result<Outcome> {
-    refuse_gate_on_gpu(run.spec.stages.iter().map(|stage| stage.objective), args.device)?;
     let started = run.start(doors, stop, None, telemetry).await?;
     let running = match started {
         Started::Finished(outcome) => return Ok(outcome),
@@ -87,19 +84,6 @@ pub(super) async fn on_this_machine(
     let threads = args.threads.unwrap_or_else(all_threads);
     let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
     with_workers(running, Fleet { device: args.device, ..fleet }, run).await
-}
-
-/// Before anything begins that no worker could go on with.
-pub(super) fn refuse_gate_on_gpu(
-    objectives: impl IntoIterator<Item = Objective>,
-    device: Device,
-) -> Result<()> {
-    let gate = objectives.into_iter().any(|objective| objective == Objective::ExitGate);
-    ensure!(
-        !gate || device == Device::Cpu,
-        "GPUs cannot train the exit gate yet; use --device cpu"
-    );
-    Ok(())
 }
 
 fn print_plan(args: &Train) -> Result<()> {

@@ -48,14 +48,17 @@ const DEVICE: [&str; 2] = ["--device", "emulated"];
 
 /// Weights of one worker on one device, whom nobody disturbs.
 fn undisturbed() -> &'static str {
-    static END: LazyLock<End> = LazyLock::new(|| {
-        let scratch = Scratch::new();
-        let train = ["train", "spec.toml", "--workers", "1"];
-        let mut command = scratch.command(&[&train[..], &SMALL, &DEVICE].concat());
-        command.envs(variables());
-        Running::start(command).end().done()
-    });
+    static END: LazyLock<End> = LazyLock::new(|| alone(&[]));
     END.field("weights")
+}
+
+/// One worker on one device, whom nobody disturbs.
+fn alone(more: &[&str]) -> End {
+    let scratch = Scratch::new();
+    let train = ["train", "spec.toml", "--workers", "1"];
+    let mut command = scratch.command(&[&train[..], &SMALL, &DEVICE, more].concat());
+    command.envs(variables());
+    Running::start(command).end().done()
 }
 
 fn cluster(workers: usize, more: &[&str]) -> Cluster {
@@ -94,6 +97,20 @@ fn a_worker_that_dies_in_the_middle_of_an_all_reduce_over_nccl_changes_no_bit() 
         let expected: Vec<u64> = (1..=LAST).map(|step| if step < 7 { 3 } else { 2 }).collect();
         assert_eq!(worlds, expected);
     }
+}
+
+#[test]
+fn a_stage_that_trains_the_gate_goes_over_nccl_through_a_death_with_the_same_bits() {
+    let gate = ["--set", "stages.1.objective=exit-gate"];
+    let expected = alone(&gate);
+    assert_ne!(expected.field("weights"), undisturbed(), "the second stage trains something else");
+    let mut three = cluster(3, &[&gate[..], &["--set", "cluster.collective=nccl"]].concat());
+    let victim = worker(&three, &["--fault", "kill@reduce:15"]);
+    let _others = [worker(&three, &[]), worker(&three, &[])];
+    assert_eq!(died_at(victim, "reduce"), 15);
+    assert!(three.formed(2).contains("over NCCL"));
+    let end = three.coordinator.end().done();
+    assert_eq!(end.field("weights"), expected.field("weights"), "{end:?}");
 }
 
 #[test]

@@ -259,14 +259,14 @@ impl Bench {
         let number = self.spec.stage_of(step);
         let stage = &self.spec.stages[number];
         self.trainer.set_recompute(self.recompute[number]);
-        let parameters = self.layout.parameters();
+        let elements = self.layout.trained(stage.objective).len();
         if self.kept.step != step {
             self.kept = Kept { step, ..Kept::default() };
         }
-        let room = KEPT_BYTES / (parameters * size_of::<f32>()).max(1);
+        let room = KEPT_BYTES / (elements * size_of::<f32>()).max(1);
 
         let (arithmetic, beside) = (arithmetic(&self.spec, stage), sums::tail_len(stage.loops));
-        let sums = Sums::zeroed(arithmetic, parameters, beside, self.spare.take());
+        let sums = Sums::zeroed(arithmetic, elements, beside, self.spare.take());
         let gathering = self.trainer.run(|| Gathering::new(sums, given.len(), ready));
         let bad = Mutex::new(Vec::new());
         let adding =
@@ -353,13 +353,14 @@ impl Bench {
             false => Vec::new(),
         };
         let arithmetic = arithmetic(&self.spec, stage);
-        let (parameters, beside) = (self.layout.parameters(), sums::tail_len(stage.loops));
+        let elements = self.layout.trained(stage.objective).len();
+        let beside = sums::tail_len(stage.loops);
         let parts = match route {
-            Route::Device => Sums::buckets(arithmetic, parameters),
+            Route::Device => Sums::buckets(arithmetic, elements),
             Route::Stay | Route::Host => 1,
         };
         let mut integers = vec![0; beside];
-        let sums = Sums::beside_device(arithmetic, parameters, beside, parts);
+        let sums = Sums::beside_device(arithmetic, elements, beside, parts);
         let mut buckets = sums.into_buckets().into_iter();
         // The last one waits for the integers.
         let mut last = None;
@@ -415,8 +416,8 @@ impl Bench {
     ) -> Result<Report, ComputeError> {
         self.must_hold(step.0.checked_sub(1).map(Step), "prepare", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
-        let parameters = self.layout.parameters();
-        let (found, expected) = (reduced.shape(), (parameters, sums::tail_len(stage.loops)));
+        let elements = self.layout.trained(stage.objective).len();
+        let (found, expected) = (reduced.shape(), (elements, sums::tail_len(stage.loops)));
         if found != expected {
             return Err(ComputeError::Shape { step, found, expected });
         }
@@ -431,8 +432,9 @@ impl Bench {
         }
         let mut gradient = match self.prepared.take().map(|old| old.gradient) {
             Some(Gradient::Here(gradient)) => gradient,
-            _ => vec![0.0; parameters],
+            _ => Vec::new(),
         };
+        gradient.resize(elements, 0.0);
         let digest = self.trainer.run(|| reduced.settle(divisor, &mut gradient));
         let norm = self.trainer.norm(&gradient);
         if skip {
@@ -456,10 +458,11 @@ impl Bench {
         let mut hasher = blake3::Hasher::new();
         let mut norm = 0.0;
         let gradient = if skip {
-            Gradient::Here(vec![f32::NAN; self.layout.parameters()])
+            Gradient::Here(vec![f32::NAN; self.layout.trained(stage.objective).len()])
         } else {
             let sums = Sums::on_device(arithmetic(&self.spec, stage), stage.slots);
-            let settled = self.trainer.settle_sums(sums, f64::from(self.spec.slots_of(step)))?;
+            let divisor = f64::from(self.spec.slots_of(step));
+            let settled = self.trainer.settle_sums(sums, stage.objective, divisor)?;
             hasher.update(bytemuck::cast_slice(&settled.0));
             norm = settled.1;
             Gradient::OnDevice(norm)
@@ -487,12 +490,13 @@ impl Bench {
         self.must_hold(step.0.checked_sub(1).map(Step), "update to", step)?;
         let _span = tracing::info_span!("optimizer", %step).entered();
         // It leaves the device for those who follow, if there are any.
+        let objective = self.spec.stages[self.spec.stage_of(step)].objective;
         let followed = match self.shelf.is_open() {
-            true => Some(self.trainer.waiting_gradient()?),
+            true => Some(self.trainer.waiting_gradient(objective)?),
             false => None,
         };
         let rate = self.spec.learning_rate(step);
-        self.trainer.update_from_sums(norm, &self.spec.optimizer, rate)?;
+        self.trainer.update_from_sums(norm, &self.spec.optimizer, objective, rate)?;
         self.kept = Kept::default();
         if let Some(gradient) = followed {
             self.shelf.add(step, gradient);
@@ -630,7 +634,8 @@ impl Adding<'_> {
         let statistics = sums::encoded(statistics)
             .map_err(|(what, value)| self.not_finite(slot, what, value))?;
         added.map_err(|OutOfRange { index, value }| {
-            let what = match self.layout.owner(index) {
+            let first = self.layout.trained(self.stage.objective).start;
+            let what = match self.layout.owner(first + index) {
                 Some((tensor, element)) => {
                     format!("the gradient of {}, element {element}", tensor.name)
                 }

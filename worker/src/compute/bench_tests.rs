@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use looptrain_model::Device;
+use looptrain_proto::spec::Objective;
 use tokio::sync::mpsc;
 
 use super::*;
@@ -384,8 +385,13 @@ fn a_fast_gradient_that_is_no_number_is_traced_to_its_slot() {
 
 /// A bench on the GPU's kernels.
 fn on_device(reduction: Reduction) -> Bench {
+    on_device_for(reduction, Objective::Language)
+}
+
+fn on_device_for(reduction: Reduction, objective: Objective) -> Bench {
     let mut spec = tiny_spec("memory://");
     spec.cluster.reduction = reduction;
+    spec.stages[0].objective = objective;
     (spec.model.hidden_size, spec.model.intermediate_size) = (32, 40);
     spec.model.vocab_size = 304;
     let trainer = Trainer::new(Device::Emulated, &spec.model, 2).unwrap();
@@ -456,6 +462,85 @@ fn alone_with_its_device_a_rank_comes_to_the_bits_of_ranks_that_are_not() {
         device.commit(Step(step)).unwrap();
         let digests = [&host, &device].map(|bench| bench.weights_digest(Step(step)).unwrap());
         assert_eq!(digests[0], digests[1], "step {step}");
+    }
+}
+
+#[test]
+fn where_the_gate_alone_is_trained_its_gradient_is_all_that_travels() {
+    let gate = || on_device_for(Reduction::Exact, Objective::ExitGate);
+    let on_cpu = || {
+        let mut spec = tiny_spec("memory://");
+        spec.stages[0].objective = Objective::ExitGate;
+        bench_of(spec, 2, Moments::default())
+    };
+    for new in [&gate as &dyn Fn() -> Bench, &on_cpu] {
+        let [mut whole, mut left, mut right] = [(); 3].map(|()| new());
+        for bench in [&mut whole, &mut left, &mut right] {
+            bench.initialise().unwrap();
+        }
+        let begin = whole.trainer.state().unwrap().into_owned();
+        let trained = whole.layout.trained(Objective::ExitGate);
+        for step in 1..=2 {
+            let all = share(&mut whole, step, 0..4);
+            assert_eq!(all.shape().0, trained.len());
+            let (a, b) = (share(&mut left, step, 0..1), share(&mut right, step, 1..4));
+            let both = reduced(a, b);
+            assert!(both == all, "step {step}");
+            for bench in [&mut whole, &mut left] {
+                bench.prepare(Step(step), both.clone()).unwrap();
+                bench.commit(Step(step)).unwrap();
+            }
+            // Those who join follow by what was reduced.
+            let mut update = vec![0.0; trained.len()];
+            both.mean(4.0, &mut update);
+            right.update(Step(step), update).unwrap();
+            let digests =
+                [&whole, &left, &right].map(|bench| bench.weights_digest(Step(step)).unwrap());
+            assert!(digests[0] == digests[1] && digests[1] == digests[2]);
+        }
+        let end = whole.trainer.state().unwrap();
+        assert_ne!(end.weights[trained.clone()], begin.weights[trained.clone()]);
+        assert_eq!(end.weights[..trained.start], begin.weights[..trained.start]);
+        assert_eq!(end.weights[trained.end..], begin.weights[trained.end..]);
+    }
+    // On a device that is alone, and where the sums go to other devices.
+    for reduction in [Reduction::Exact, Reduction::Fast] {
+        let mut host = on_device_for(reduction, Objective::ExitGate);
+        let mut device = on_device_for(reduction, Objective::ExitGate);
+        host.initialise().unwrap();
+        device.initialise().unwrap();
+        let sums = share(&mut host, 1, 0..4);
+        let expected = host.prepare(Step(1), sums).unwrap().statistics;
+        let sums = alone(&mut device, 1, batches(0..4)).unwrap();
+        let found = device.prepare(Step(1), sums).unwrap().statistics;
+        assert!((found.grad_norm / expected.grad_norm - 1.0).abs() < 1e-5);
+        host.commit(Step(1)).unwrap();
+        device.commit(Step(1)).unwrap();
+        let digests = [&host, &device].map(|bench| bench.weights_digest(Step(1)).unwrap());
+        assert!(reduction == Reduction::Fast || digests[0] == digests[1]);
+    }
+}
+
+#[test]
+fn where_the_gate_alone_is_trained_its_bad_gradient_is_named() {
+    let mut bench = on_device_for(Reduction::Exact, Objective::ExitGate);
+    let mut spec = Spec::clone(&bench.spec);
+    // There is room for 512.
+    spec.cluster.fraction_bits = 52;
+    bench.spec = Arc::new(spec);
+    let mut state = TrainState::initial(&bench.spec.model, 7);
+    // Large states, which leave the losses where they are.
+    let gate = "model.early_exit_gate.weight";
+    for (name, value) in [("model.norm.weight", 1e6), ("lm_head.weight", 0.0), (gate, 0.0)] {
+        let tensor = bench.layout.tensors().iter().find(|tensor| tensor.name == name).unwrap();
+        state.weights[tensor.range()].fill(value);
+    }
+    bench.adopt(state).unwrap();
+    for route in [Route::Host, Route::Stay] {
+        let on = AtomicBool::new(false);
+        let error = contributed_by(&mut bench, route, 1, 0, batches(0..4), &on).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(&format!("the gradient of {gate}, element")), "{text}");
     }
 }
 

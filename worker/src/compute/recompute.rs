@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use looptrain_model::{Device, DeviceError, MemoryNeed, Recompute, StageSettings, Trainer};
+use looptrain_model::{Device, DeviceError, Layout, MemoryNeed, Recompute, StageSettings, Trainer};
 use looptrain_proto::{Spec, spec};
 
 use super::bench::KEPT_BYTES;
@@ -42,13 +42,14 @@ impl Need {
 
     /// From what a trainer needs, and the bytes of a slot in the order of [`MODES`].
     fn new(spec: &Spec, stage: &spec::Stage, need: MemoryNeed, slot: [u64; 3]) -> Self {
+        let trained = Layout::new(&spec.model).trained(stage.objective).len() as u64;
         // A device's sums in fixed point.
         let fixed = match spec.cluster.reduction {
             spec::Reduction::Exact => size_of::<i64>() as u64,
             spec::Reduction::Fast => 0,
         };
         let parameters = spec.model.parameters();
-        let gradient = parameters * size_of::<f32>() as u64;
+        let gradient = trained * size_of::<f32>() as u64;
         // Whole gradients, as many as there is room for.
         let kept = gradient
             .saturating_mul(u64::from(stage.slots))

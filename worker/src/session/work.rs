@@ -183,12 +183,13 @@ impl Work {
     /// Fetches and applies the update to `step`; false when no member has committed it yet.
     async fn fetch_update(&self, step: Step, wait: Duration) -> Result<bool, Fault> {
         let sources = || self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let parameters = Layout::new(&self.spec.model).parameters();
+        let objective = self.spec.stages[self.spec.stage_of(step)].objective;
+        let elements = Layout::new(&self.spec.model).trained(objective).len();
         let item = Item::Update(step);
         let fetched = loop {
             let mut asked = sources().clone();
             let mut others = asked.split_off(asked.len().min(UPDATE_SOURCES));
-            let fetched = transfer::fetch(&self.peers, &mut asked, item, &[parameters], wait).await;
+            let fetched = transfer::fetch(&self.peers, &mut asked, item, &[elements], wait).await;
             let more = !others.is_empty();
             asked.append(&mut others);
             *sources() = asked;

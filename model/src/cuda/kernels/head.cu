@@ -84,14 +84,30 @@ extern "C" __global__ void exit_shares(const float* gates, int tokens, int loops
     for (int t = 0; t < loops; t++) shares[static_cast<size_t>(t) * tokens + token] = exp(logs[t]) / tokens;
 }
 
-// Gradients of the mean loss by the gate logits, and this block's sums over its tokens: loss, entropy,
-// all gates' gradients, each loop's cross-entropy, each exit's probability.
+// This block's sums over its tokens: loss, entropy, all gates' gradients, each loop's cross-entropy, each
+// exit's probability.
+__device__ __forceinline__ void leave_sums(double loss, double entropy, double slope, const float* losses, const double* logs, int tokens,
+                                           int loops, double* sums, double* room) {
+    const int token = blockIdx.x * blockDim.x + threadIdx.x;
+    const bool exists = token < tokens;
+    double* own = sums + static_cast<size_t>(blockIdx.x) * (3 + 2 * loops);
+    loss = block_sum(loss, room);
+    entropy = block_sum(entropy, room);
+    slope = block_sum(slope, room);
+    if (threadIdx.x == 0) own[0] = loss, own[1] = entropy, own[2] = slope;
+    for (int t = 0; t < loops; t++) {
+        const double of_loop = block_sum(exists ? double(losses[static_cast<size_t>(t) * tokens + token]) : 0.0, room);
+        const double p = block_sum(exists ? exp(logs[t]) : 0.0, room);
+        if (threadIdx.x == 0) own[3 + t] = of_loop, own[3 + loops + t] = p;
+    }
+}
+
+// Stage I: gradients of the mean loss by the gate logits, and sums.
 extern "C" __global__ void stage_one(const float* losses, const float* gates, int tokens, int loops, double beta, float* dgates, double* sums) {
     __shared__ double room[32];
     const int token = blockIdx.x * blockDim.x + threadIdx.x;
-    const bool exists = token < tokens;
     double logs[MOST_LOOPS], loss = 0.0, entropy = 0.0, slope = 0.0;
-    if (exists) {
+    if (token < tokens) {
         log_exit_pdf(gates, token, tokens, loops, logs);
         double later = 0.0;
         for (int t = loops - 1; t >= 0; t--) {
@@ -109,16 +125,35 @@ extern "C" __global__ void stage_one(const float* losses, const float* gates, in
             later += p * a;
         }
     }
-    double* own = sums + static_cast<size_t>(blockIdx.x) * (3 + 2 * loops);
-    loss = block_sum(loss, room);
-    entropy = block_sum(entropy, room);
-    slope = block_sum(slope, room);
-    if (threadIdx.x == 0) own[0] = loss, own[1] = entropy, own[2] = slope;
-    for (int t = 0; t < loops; t++) {
-        const double of_loop = block_sum(exists ? double(losses[static_cast<size_t>(t) * tokens + token]) : 0.0, room);
-        const double p = block_sum(exists ? exp(logs[t]) : 0.0, room);
-        if (threadIdx.x == 0) own[3 + t] = of_loop, own[3 + loops + t] = p;
+    leave_sums(loss, entropy, slope, losses, logs, tokens, loops, sums, room);
+}
+
+// Stage II: the gate after a loop learns to say whether that loop has helped. With the improvement I = max(0, L_{t-1} - L_t)
+// and the label w = sigmoid(k (I - gamma)), the loss is -1/R sum_{t=2..R} mean [w ln(1 - lambda_t) + (1 - w) ln lambda_t]
+// (section 3.4); k is `slope_of_label`, gamma `margin`.
+extern "C" __global__ void stage_two(const float* losses, const float* gates, int tokens, int loops, double slope_of_label, double margin,
+                                     float* dgates, double* sums) {
+    __shared__ double room[32];
+    const int token = blockIdx.x * blockDim.x + threadIdx.x;
+    double logs[MOST_LOOPS], loss = 0.0, entropy = 0.0, slope = 0.0;
+    if (token < tokens) {
+        log_exit_pdf(gates, token, tokens, loops, logs);
+        for (int t = 0; t < loops; t++) {
+            const size_t at = static_cast<size_t>(t) * tokens + token;
+            entropy -= exp(logs[t]) * logs[t];
+            float dgate = 0.0f;
+            if (t > 0) {
+                const double gate = gates[at], better = double(losses[at - tokens]) - losses[at];
+                const double label = slope_of_label * ((better > 0.0 ? better : 0.0) - margin);
+                const double stay = exp(-softplus(-label)), leave = exp(-softplus(label));
+                loss += (stay * softplus(gate) + leave * softplus(-gate)) / loops;
+                dgate = (exp(-softplus(-gate)) - leave) / loops / tokens;
+            }
+            dgates[at] = dgate;
+            slope += dgate;
+        }
     }
+    leave_sums(loss, entropy, slope, losses, logs, tokens, loops, sums, room);
 }
 
 // What each loop is like, summed over tokens: the stream's root mean squares, whether the likeliest token
@@ -142,7 +177,7 @@ extern "C" __global__ void loop_sums(const float* rms, const u32* likeliest, con
     }
 }
 
-// Adds the gates' gradients, which `stage_one` left as sums of its blocks, to that of the bias.
+// Adds the gates' gradients, which `stage_one` or `stage_two` left as sums of its blocks, to that of the bias.
 extern "C" __global__ void gate_bias_backward(const double* sums, int blocks, int width, float* dbias) {
     double sum = 0.0;
     for (int block = 0; block < blocks; block++) sum += sums[static_cast<size_t>(block) * width + 2];

@@ -246,6 +246,21 @@ extern "C" __global__ void state_norm_backward(int rows, const float* dstates, c
     leave(dgate_weight, parts, 2);
 }
 
+// The gradient of the exit gate's weight by the states of all loops, where nothing before the gate is trained.
+extern "C" __global__ void gate_weight_backward(int rows, const bf16* states, const float* dgates, float* parts) {
+    Row dweight;
+    clear(dweight);
+    for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const float dgate = dgates[row];
+        FOR_ROW(part, at) {
+            const Eight x = read_eight(states + row * HIDDEN + at);
+#pragma unroll
+            for (int i = 0; i < 8; i++) dweight.v[part].v[i] += dgate * x.v[i];
+        }
+    }
+    leave(dweight, parts, 0);
+}
+
 // Adds up `count` parts of each of up to three sums, in their order: 32 columns to a block of 256
 // threads, blockIdx.y for the sum.
 extern "C" __global__ void add_parts(int count, const float* parts, float* first, float* second, float* third) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use indicatif::BinaryBytes;
 use looptrain_model::{Device, KernelLevel};
 use looptrain_proto::Spec;
-use looptrain_proto::spec::{Objective, Recompute};
+use looptrain_proto::spec::Recompute;
 use looptrain_storage::Store;
 use looptrain_worker::{available_memory, worker_bytes};
 use rustix::process::{Resource, getrlimit};
@@ -116,11 +116,6 @@ fn memory_of_machine(spec: &Spec, available: Option<u64>) -> Finding {
 fn memory(spec: &Spec, device: Device, available: Option<u64>) -> Finding {
     let mut needs = Vec::new();
     for stage in &spec.stages {
-        if stage.objective == Objective::ExitGate && device != Device::Cpu {
-            let found =
-                format!("stage `{}` trains the exit gate, which GPUs cannot yet", stage.name);
-            return Finding::problem("memory", found, "use --device cpu");
-        }
         match worker_bytes(spec, stage, device, all_threads() as usize) {
             Ok(bytes) => needs.push((stage.name.as_str(), bytes)),
             Err(error) => return Finding::error("memory", &error),
