@@ -18,6 +18,15 @@ pub struct DepthSums {
     stage_one: f64,
     /// Of each threshold: depth, loss and hits.
     quality: Vec<(u64, f64, u64)>,
+    sequences: Vec<SequenceSums>,
+}
+
+/// Sums over the tokens of one sequence that count.
+#[derive(Clone, Debug, PartialEq)]
+struct SequenceSums {
+    tokens: u64,
+    /// Of each threshold: depth and loss.
+    quality: Vec<(u64, f64)>,
 }
 
 /// Means over the tokens of an evaluation. Losses are in nats.
@@ -39,6 +48,28 @@ pub struct DepthReport {
     pub mean_depth: f64,
     /// Depth and quality at each threshold, ascending.
     pub quality: Vec<Quality>,
+    sequences: Vec<SequenceSums>,
+}
+
+impl DepthReport {
+    /// Sequences that were measured.
+    #[must_use]
+    pub fn sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Mean depth and loss at each threshold, over all sequences but one: how the curve would be without
+    /// it. For how far a curve can be trusted, as the sequences of an evaluation are some of many.
+    #[must_use]
+    pub fn curve_without(&self, left_out: usize) -> Vec<(f64, f64)> {
+        let Some(out) = self.sequences.get(left_out) else { return Vec::new() };
+        let (all, left) = (self.tokens as f64, (self.tokens - out.tokens).max(1) as f64);
+        let means = self.quality.iter().zip(&out.quality).map(|(quality, &(depth, loss))| {
+            let mean = |mean: f64, out: f64| (mean * all - out) / left;
+            (mean(quality.mean_depth, depth as f64), mean(quality.loss, loss))
+        });
+        means.collect()
+    }
 }
 
 /// What is lost and saved when tokens exit at a threshold.
@@ -70,14 +101,20 @@ impl DepthSums {
             entropy: 0.0,
             stage_one: 0.0,
             quality: vec![(0, 0.0, 0); thresholds.len()],
+            sequences: Vec::new(),
         }
     }
 
-    /// Adds those tokens of some sequences that `counts` says, by their number.
-    pub fn add(&mut self, measures: &TokenMeasures, counts: impl Fn(usize) -> bool) {
+    /// Adds sequences of that length: those of their tokens that `counts` says, by their number.
+    pub fn add(&mut self, measures: &TokenMeasures, length: usize, counts: impl Fn(usize) -> bool) {
         let tokens = measures.gates.len() / self.loops;
+        let none = SequenceSums { tokens: 0, quality: vec![(0, 0.0); self.thresholds.len()] };
+        let first = self.sequences.len();
+        self.sequences.resize(first + tokens / length, none);
         let mut log_pdf = Vec::with_capacity(self.loops);
         for token in (0..tokens).filter(|token| counts(*token)) {
+            let sequence = &mut self.sequences[first + token / length];
+            sequence.tokens += 1;
             let at = |t: usize| t * tokens + token;
             let gates: Vec<f32> = (0..self.loops).map(|t| measures.gates[at(t)]).collect();
             let wide: Vec<f64> = gates.iter().map(|gate| f64::from(*gate)).collect();
@@ -90,11 +127,15 @@ impl DepthSums {
                 self.entropy -= p * log_p;
                 self.stage_one += p * (loss + self.entropy_weight * log_p);
             }
-            for (sums, threshold) in self.quality.iter_mut().zip(&self.thresholds) {
+            let of_thresholds = self.quality.iter_mut().zip(&mut sequence.quality);
+            for ((sums, own), threshold) in of_thresholds.zip(&self.thresholds) {
                 let t = exit_loop(&gates, *threshold);
-                sums.0 += t as u64 + 1;
-                sums.1 += f64::from(measures.losses[at(t)]);
+                let (depth, loss) = (t as u64 + 1, f64::from(measures.losses[at(t)]));
+                sums.0 += depth;
+                sums.1 += loss;
                 sums.2 += u64::from(measures.hits[at(t)]);
+                own.0 += depth;
+                own.1 += loss;
             }
             self.tokens += 1;
         }
@@ -122,6 +163,7 @@ impl DepthSums {
             mean_depth: exit_pdf.iter().enumerate().map(|(t, p)| (t + 1) as f64 * p).sum(),
             exit_pdf,
             quality: quality.collect(),
+            sequences: self.sequences.clone(),
         })
     }
 }
@@ -155,7 +197,7 @@ mod tests {
     fn means_are_those_of_the_stage_one_loss() {
         let measures = measures();
         let mut sums = DepthSums::new(&SETTINGS, &[]);
-        sums.add(&measures, |_| true);
+        sums.add(&measures, 4, |_| true);
         let found = sums.report().unwrap();
         let exact = stage_one(&measures.losses, &measures.gates, 3, 0.05).statistics;
         let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
@@ -176,7 +218,7 @@ mod tests {
     fn what_does_not_count_leaves_no_trace() {
         let all = measures();
         let mut sums = DepthSums::new(&SETTINGS, &[0.5]);
-        sums.add(&all, |token| token != 2);
+        sums.add(&all, 4, |token| token != 2);
         let keep = |at: &usize| at % 4 != 2;
         let fewer = TokenMeasures {
             losses: (0..12).filter(keep).map(|at| all.losses[at]).collect(),
@@ -184,15 +226,37 @@ mod tests {
             hits: (0..12).filter(keep).map(|at| all.hits[at]).collect(),
         };
         let mut other = DepthSums::new(&SETTINGS, &[0.5]);
-        other.add(&fewer, |_| true);
+        other.add(&fewer, 3, |_| true);
         assert_eq!(sums.report(), other.report());
         assert_eq!(DepthSums::new(&SETTINGS, &[]).report(), None);
     }
 
     #[test]
+    fn a_curve_without_a_sequence_is_that_of_the_others() {
+        let thresholds = [0.0, 0.4, 0.7, 1.0];
+        let all = measures();
+        let mut sums = DepthSums::new(&SETTINGS, &thresholds);
+        sums.add(&all, 2, |token| token != 3);
+        let found = sums.report().unwrap();
+        assert_eq!(found.sequences(), 2);
+        for (left_out, kept) in [(0, 2..3), (1, 0..2)] {
+            let mut others = DepthSums::new(&SETTINGS, &thresholds);
+            others.add(&all, 4, |token| kept.contains(&token));
+            let others = others.report().unwrap();
+            let curve = found.curve_without(left_out);
+            assert_eq!(curve.len(), thresholds.len());
+            for ((depth, loss), exact) in curve.into_iter().zip(&others.quality) {
+                assert!((depth - exact.mean_depth).abs() < 1e-12);
+                assert!((loss - exact.loss).abs() < 1e-12);
+            }
+        }
+        assert!(found.curve_without(2).is_empty());
+    }
+
+    #[test]
     fn the_curve_goes_from_the_first_loop_to_the_last() {
         let mut sums = DepthSums::new(&SETTINGS, &[0.0, 0.5, 1.0]);
-        sums.add(&measures(), |_| true);
+        sums.add(&measures(), 2, |_| true);
         let found = sums.report().unwrap();
         let [first, middle, last] = found.quality[..] else { panic!("{found:?}") };
         assert_eq!((first.mean_depth, last.mean_depth), (1.0, 3.0));

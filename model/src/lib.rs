@@ -24,7 +24,7 @@ pub use batch::{SlotBatch, document_starts};
 pub use cpu::{CacheSharing, KernelLevel};
 #[cfg(any(test, feature = "emulator"))]
 pub use cuda::DeviceMemory;
-pub use cuda::{DeviceError, DeviceSpan, DeviceSums, Exchange};
+pub use cuda::{DeviceError, DeviceNumbers, DeviceSpan, DeviceSums, Exchange};
 #[cfg(feature = "cuda")]
 pub use cuda::{GpuFacts, gpu_facts, gpu_libraries, gpu_uuid, nccl};
 pub use device::{Device, Gpu};

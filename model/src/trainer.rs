@@ -256,7 +256,9 @@ impl Trainer {
                 Ok(())
             });
         }
-        if matches!(sums, DeviceSums::Fast { .. }) {
+        // In single precision the gradient itself is the sum.
+        let adds_apart = matches!(sums, DeviceSums::Exact { .. });
+        if !adds_apart {
             engine.clear(objective)?;
         }
         let mut parts = parts.into_iter().peekable();
@@ -264,7 +266,7 @@ impl Trainer {
             if cancelled.load(Ordering::Relaxed) {
                 break;
             }
-            if matches!(sums, DeviceSums::Exact { .. }) {
+            if adds_apart {
                 engine.clear(objective)?;
             }
             engine.begin_adding()?;

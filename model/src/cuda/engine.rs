@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use looptrain_proto::spec::{self, Objective};
 
 use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
-use super::exchange::{DeviceSpan, Exchange, Numbers};
+use super::exchange::{DeviceNumbers, DeviceSpan, Exchange};
 use super::kernels::{MOST_LOOPS, Sizes};
 use super::memory::{ALIGNED, Memory, Places, Purpose, SlotSizes, Workspace};
 use super::slot::{Buffers, Final, Task};
@@ -42,6 +42,11 @@ pub enum DeviceSums {
         /// The largest magnitude that a sum may have.
         limit: f32,
     },
+    /// The same, rounded to bf16 when all slots are in it.
+    Narrow {
+        /// The largest magnitude that a sum may have.
+        limit: f32,
+    },
 }
 
 /// Weights, moments and gradient in the memory of one device.
@@ -59,6 +64,8 @@ pub(crate) struct CudaEngine {
     squares: Memory,
     /// The sums of slots in fixed point.
     fixed_sums: OnceLock<Memory>,
+    /// The sums of slots as bf16.
+    narrow_sums: OnceLock<Memory>,
     /// What is summed beside them, while other ranks' are added.
     beside: OnceLock<Memory>,
     /// Two words: the first value without a place in the sums, or their digest.
@@ -93,6 +100,7 @@ impl CudaEngine {
             narrow: Memory::new(&driver, places.len * size_of::<u16>())?,
             squares: Memory::new(&driver, MOST_FLAT_BLOCKS * size_of::<f64>())?,
             fixed_sums: OnceLock::new(),
+            narrow_sums: OnceLock::new(),
             beside: OnceLock::new(),
             notes: Memory::new(&driver, 2 * size_of::<u64>())?,
             driver,
@@ -228,12 +236,8 @@ impl CudaEngine {
         objective: Objective,
     ) -> Result<(), DeviceError> {
         let trained = self.places.trained(objective);
-        match sums {
-            DeviceSums::Exact { .. } => {
-                self.driver.zero(self.fixed_at(&trained)?, trained.len() * size_of::<i64>())
-            }
-            DeviceSums::Fast { .. } => self.clear(objective),
-        }
+        let (at, numbers) = self.sums_at(sums, trained.start)?;
+        self.driver.zero(at, trained.len() * numbers.bytes())
     }
 
     /// Where the sum of gradients has those places.
@@ -241,9 +245,39 @@ impl CudaEngine {
         self.gradient.base.plus(places.start * size_of::<f32>())
     }
 
-    /// Where the sums in fixed point have them.
-    fn fixed_at(&self, places: &Range<usize>) -> Result<Address, DeviceError> {
-        Ok(self.fixed()?.plus(places.start * size_of::<i64>()))
+    /// Where the sums have that place, and what they are made of.
+    fn sums_at(
+        &self,
+        sums: DeviceSums,
+        place: usize,
+    ) -> Result<(Address, DeviceNumbers), DeviceError> {
+        let (base, numbers) = match sums {
+            DeviceSums::Exact { .. } => {
+                let numbers = DeviceNumbers::Integers;
+                (self.sums_in(&self.fixed_sums, numbers)?, numbers)
+            }
+            DeviceSums::Fast { .. } => (self.gradient.base, DeviceNumbers::Floats),
+            DeviceSums::Narrow { .. } => {
+                let numbers = DeviceNumbers::Halves;
+                (self.sums_in(&self.narrow_sums, numbers)?, numbers)
+            }
+        };
+        Ok((base.plus(place * numbers.bytes()), numbers))
+    }
+
+    /// Where such sums begin; there is room from the first step on that needs it.
+    fn sums_in(
+        &self,
+        memory: &OnceLock<Memory>,
+        numbers: DeviceNumbers,
+    ) -> Result<Address, DeviceError> {
+        if let Some(sums) = memory.get() {
+            return Ok(sums.base);
+        }
+        let bytes = self.places.len * numbers.bytes();
+        let sums = Memory::new(&self.driver, bytes)?;
+        self.driver.zero(sums.base, bytes)?;
+        Ok(memory.get_or_init(|| sums).base)
     }
 
     /// A slot is about to be added, part by part.
@@ -271,13 +305,17 @@ impl CudaEngine {
                     scale.into(),
                     limit.into(),
                     Argument::Int(first.into()),
-                    self.fixed()?.into(),
+                    self.sums_at(sums, 0)?.0.into(),
                     fault,
                 ],
             ),
             DeviceSums::Fast { limit } => self
                 .driver
                 .launch(self.flat("check_sums"), &[gradient, from, until, limit.into(), fault]),
+            DeviceSums::Narrow { limit } => self.driver.launch(
+                self.flat("narrow_sums"),
+                &[gradient, from, until, limit.into(), self.sums_at(sums, 0)?.0.into(), fault],
+            ),
         }
     }
 
@@ -323,12 +361,8 @@ impl CudaEngine {
         sums: DeviceSums,
         part: Range<usize>,
     ) -> Result<DeviceSpan, DeviceError> {
-        let (base, bytes, numbers) = match sums {
-            DeviceSums::Exact { .. } => (self.fixed()?, size_of::<i64>(), Numbers::Integers),
-            DeviceSums::Fast { .. } => (self.gradient.base, size_of::<f32>(), Numbers::Floats),
-        };
-        let (at, len) = (base.plus(part.start * bytes), part.len());
-        Ok(DeviceSpan { at, len, numbers, after: self.driver.mark()? })
+        let (at, numbers) = self.sums_at(sums, part.start)?;
+        Ok(DeviceSpan { at, len: part.len(), numbers, after: self.driver.mark()? })
     }
 
     /// Puts integers beside the sums.
@@ -345,7 +379,7 @@ impl CudaEngine {
             }
         };
         self.driver.upload(at, bytemuck::cast_slice(integers))?;
-        let (len, numbers) = (integers.len(), Numbers::Integers);
+        let (len, numbers) = (integers.len(), DeviceNumbers::Integers);
         Ok(DeviceSpan { at, len, numbers, after: self.driver.mark()? })
     }
 
@@ -366,17 +400,15 @@ impl CudaEngine {
         let trained = self.places.trained(objective);
         let (gradient, digest) = (self.gradient_at(&trained).into(), self.notes.base.into());
         let count = Argument::Count(trained.len() as u64);
+        let at = self.sums_at(sums, trained.start)?.0.into();
         match sums {
             DeviceSums::Exact { scale, .. } => self.driver.launch(
                 self.flat("exact_settle"),
-                &[
-                    self.fixed_at(&trained)?.into(),
-                    count,
-                    scale.into(),
-                    divisor.into(),
-                    gradient,
-                    digest,
-                ],
+                &[at, count, scale.into(), divisor.into(), gradient, digest],
+            )?,
+            DeviceSums::Narrow { .. } => self.driver.launch(
+                self.flat("narrow_settle"),
+                &[at, count, (divisor as f32).into(), gradient, digest],
             )?,
             DeviceSums::Fast { .. } => self.driver.launch(
                 self.flat("fast_settle"),
@@ -387,17 +419,6 @@ impl CudaEngine {
         let after = self.driver.mark()?;
         self.driver.download(after, self.notes.base, bytemuck::cast_slice_mut(&mut found))?;
         Ok(found)
-    }
-
-    /// Where the sums in fixed point are; there is room from the first step on that needs it.
-    fn fixed(&self) -> Result<Address, DeviceError> {
-        if let Some(sums) = self.fixed_sums.get() {
-            return Ok(sums.base);
-        }
-        let bytes = self.places.len * size_of::<i64>();
-        let sums = Memory::new(&self.driver, bytes)?;
-        self.driver.zero(sums.base, bytes)?;
-        Ok(self.fixed_sums.get_or_init(|| sums).base)
     }
 
     /// Puts a gradient of what is trained in the place of the sum.

@@ -10,9 +10,25 @@ use super::memory::Memory;
 
 /// What the numbers of a span are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Numbers {
+pub enum DeviceNumbers {
+    /// 64-bit integers.
     Integers,
+    /// f32.
     Floats,
+    /// bf16.
+    Halves,
+}
+
+impl DeviceNumbers {
+    /// Bytes of a number.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Integers => size_of::<i64>(),
+            Self::Floats => size_of::<f32>(),
+            Self::Halves => size_of::<u16>(),
+        }
+    }
 }
 
 /// Some of the numbers of a step, in the memory of the device that computes them, final from a moment of its
@@ -21,7 +37,7 @@ pub(super) enum Numbers {
 pub struct DeviceSpan {
     pub(super) at: Address,
     pub(super) len: usize,
-    pub(super) numbers: Numbers,
+    pub(super) numbers: DeviceNumbers,
     pub(super) after: Mark,
 }
 
@@ -44,10 +60,10 @@ impl DeviceSpan {
         self.len == 0
     }
 
-    /// Whether they are 64-bit integers; f32 otherwise.
+    /// What they are.
     #[must_use]
-    pub fn is_integers(&self) -> bool {
-        self.numbers == Numbers::Integers
+    pub fn numbers(&self) -> DeviceNumbers {
+        self.numbers
     }
 }
 
@@ -130,7 +146,8 @@ impl Exchange {
     /// # Panics
     /// If the span has another number of them.
     pub fn read_integers(&self, span: &DeviceSpan, to: &mut [i64]) -> Result<(), DeviceError> {
-        assert_eq!((span.numbers, span.len), (Numbers::Integers, to.len()), "a span of integers");
+        let integers = DeviceNumbers::Integers;
+        assert_eq!((span.numbers, span.len), (integers, to.len()), "a span of integers");
         self.driver.lane_read(span.at, bytemuck::cast_slice_mut(to))
     }
 }
@@ -156,16 +173,18 @@ impl DeviceMemory {
         Exchange::new(&self.driver, words)
     }
 
-    /// Puts words into its memory, as integers or as so many floats; in spans from the end to the beginning.
-    pub fn put(&self, words: &[i64], floats: Option<usize>, spans: usize) -> Vec<DeviceSpan> {
+    /// Puts words into its memory, which are so many numbers; in spans from the end to the beginning.
+    pub fn put(
+        &self,
+        words: &[i64],
+        (numbers, count): (DeviceNumbers, usize),
+        spans: usize,
+    ) -> Vec<DeviceSpan> {
         let memory = Memory::new(&self.driver, size_of_val(words)).expect("memory");
         self.driver.upload(memory.base, bytemuck::cast_slice(words)).expect("an upload");
         let after = self.driver.mark().expect("a mark");
-        let (numbers, count, bytes) = match floats {
-            Some(floats) => (Numbers::Floats, floats, size_of::<f32>()),
-            None => (Numbers::Integers, words.len(), size_of::<i64>()),
-        };
-        let edge = |span: usize| count * (spans - span) / spans / 2 * 2;
+        let bytes = numbers.bytes();
+        let edge = |span: usize| count * (spans - span) / spans / 4 * 4;
         let edge = |span: usize| if span == 0 { count } else { edge(span) };
         let base = memory.base;
         self.kept.lock().expect("no test panics here").push(memory);
@@ -178,7 +197,7 @@ impl DeviceMemory {
 
     /// The words of a span.
     pub fn words(&self, span: &DeviceSpan) -> Vec<i64> {
-        let bytes = span.len * if span.is_integers() { size_of::<i64>() } else { size_of::<f32>() };
+        let bytes = span.len * span.numbers.bytes();
         let mut words = vec![0i64; bytes.div_ceil(size_of::<i64>())];
         let to = &mut bytemuck::cast_slice_mut(&mut words)[..bytes];
         self.driver.lane_read(span.at, to).expect("a copy");

@@ -16,7 +16,7 @@ pub(super) const SOURCE: &str = concat!(
 );
 
 /// All kernels' names.
-pub(super) const NAMES: [&str; 31] = [
+pub(super) const NAMES: [&str; 33] = [
     "embed",
     "stream_norm",
     "residual_norm",
@@ -46,8 +46,10 @@ pub(super) const NAMES: [&str; 31] = [
     "as_bf16",
     "exact_add",
     "check_sums",
+    "narrow_sums",
     "exact_settle",
     "fast_settle",
+    "narrow_settle",
 ];
 
 /// Rows of a tile of attention.

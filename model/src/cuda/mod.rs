@@ -32,6 +32,6 @@ pub(crate) use engine::CudaEngine;
 pub use engine::DeviceSums;
 #[cfg(any(test, feature = "emulator"))]
 pub use exchange::DeviceMemory;
-pub use exchange::{DeviceSpan, Exchange};
+pub use exchange::{DeviceNumbers, DeviceSpan, Exchange};
 #[cfg(feature = "cuda")]
 pub use libraries::{gpu_libraries, nccl};

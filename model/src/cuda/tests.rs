@@ -179,6 +179,7 @@ fn compare_batch(head_dim: usize, batch: &SlotBatch) {
     for sums in [
         DeviceSums::Exact { scale: 2f64.powi(40), limit: 1e3 },
         DeviceSums::Fast { limit: f32::MAX },
+        DeviceSums::Narrow { limit: f32::MAX },
     ] {
         assert_eq!(add_to_sums(&engine, sums, true).expect("sums"), None);
         engine.settle(sums, Objective::Language, 1.0).expect("means");
@@ -308,6 +309,19 @@ fn sums_name_the_first_value_without_a_place_and_every_bit_shows_in_their_digest
         engine.gradient(0..parameters, &mut means).expect("means");
         (digest, means)
     };
+    // Whole numbers up to 255, of which bf16 holds all bits.
+    let narrow = DeviceSums::Narrow { limit: 1e3 };
+    let small: Vec<f32> = (0..parameters).map(|i| (i * 7 % 256) as f32).collect();
+    let (digest, means) = sum(narrow, std::slice::from_ref(&small));
+    assert!(means == small);
+    let mut changed = small.clone();
+    changed[parameters / 3] += 1.0;
+    assert_ne!(sum(narrow, &[changed]).0, digest);
+    let (tie, above) = (256.0 + 1.0, 256.0 + 3.0);
+    let (_, means) =
+        sum(narrow, &[vec![tie, above].into_iter().cycle().take(parameters).collect()]);
+    assert_eq!(means[..2], [256.0, 260.0], "to the even one");
+
     let (slots, turned) = ([values(0), values(1)], [values(1), values(0)]);
     let (digest, means) = sum(exact, &slots);
     let expected = slots[0].iter().zip(&slots[1]).map(|(a, b)| (a + b) / 2.0);
@@ -318,7 +332,8 @@ fn sums_name_the_first_value_without_a_place_and_every_bit_shows_in_their_digest
         changed[0][place] += 1.0 / 64.0;
         assert_ne!(sum(exact, &changed).0, digest, "{place}");
         changed[0][place] = -500.0;
-        for sums in [exact, DeviceSums::Fast { limit: 100.0 }] {
+        let limit = 100.0;
+        for sums in [exact, DeviceSums::Fast { limit }, DeviceSums::Narrow { limit }] {
             engine.put_gradient(Objective::Language, &changed[0]).expect("a gradient");
             let found = add_to_sums(&engine, sums, true).expect("a place");
             assert_eq!(found, Some((place, -500.0)));

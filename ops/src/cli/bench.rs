@@ -120,6 +120,8 @@ pub(crate) enum ReductionName {
     Exact,
     /// Single precision
     Fast,
+    /// Single precision, rounded to bf16 to travel
+    FastBf16,
 }
 
 impl From<ReductionName> for Reduction {
@@ -127,6 +129,7 @@ impl From<ReductionName> for Reduction {
         match name {
             ReductionName::Exact => Self::Exact,
             ReductionName::Fast => Self::Fast,
+            ReductionName::FastBf16 => Self::FastBf16,
         }
     }
 }

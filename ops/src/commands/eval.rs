@@ -100,7 +100,7 @@ pub(super) fn measured(
             );
         }
         done += tokens;
-        sums.add(&measures, |token| counts[token]);
+        sums.add(&measures, *length, |token| counts[token]);
     }
     sums.report().with_context(|| format!("no target of {} counts", sequences.name))
 }

@@ -92,11 +92,12 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
         println!("{}", json!({ "before": first, "after": second, "at_equal_depth": compared }));
         return draw();
     }
-    println!("mean depth  loss before   after");
+    println!("mean depth  loss before   after  difference, standard error");
     for it in compared.as_array().into_iter().flatten() {
-        let [depth, before, after] =
-            ["mean_depth", "before", "after"].map(|key| it[key].as_f64().unwrap_or(f64::NAN));
-        println!("{depth:10.3}  {before:11.4}  {after:6.4}");
+        let [depth, before, after, error] = ["mean_depth", "before", "after", "standard_error"]
+            .map(|key| it[key].as_f64().unwrap_or(f64::NAN));
+        let difference = after - before;
+        println!("{depth:10.3}  {before:11.4}  {after:6.4}  {difference:+10.4} ± {error:.4}");
     }
     run.print_end(&outcome);
     draw()
@@ -142,32 +143,55 @@ async fn measured(run: &PreparedRun, found: Found, args: &Gate) -> Result<DepthR
     tokio::task::spawn_blocking(measure).await.context("the evaluation failed")?
 }
 
-/// Losses of both where tokens take the same number of loops on average.
+/// Losses of both where tokens take the same number of loops on average, and the standard error of what is
+/// between them.
 fn at_equal_depth(before: &DepthReport, after: &DepthReport) -> Value {
     let loops = before.loss_per_loop.len() as f64;
     let depths = (0..=DEPTHS).map(|at| 1.0 + (loops - 1.0) * at as f64 / DEPTHS as f64);
     let rows = depths.map(|depth| {
-        let [before, after] = [before, after].map(|report| loss_at(report, depth));
-        json!({ "mean_depth": depth, "before": before, "after": after })
+        let [was, is] = [before, after].map(|report| loss_at(&curve(report), depth));
+        json!({
+            "mean_depth": depth,
+            "before": was,
+            "after": is,
+            "standard_error": standard_error(before, after, depth),
+        })
     });
     rows.collect()
 }
 
+/// Mean depth and loss at each threshold.
+fn curve(report: &DepthReport) -> Vec<(f64, f64)> {
+    report.quality.iter().map(|it| (it.mean_depth, it.loss)).collect()
+}
+
+/// The standard error of the difference at a mean depth, by leaving out one sequence after the other (the
+/// jackknife: Efron and Stein, The Jackknife Estimate of Variance, 1981): both gates have met the same
+/// sequences, so it is much smaller than that of either loss.
+fn standard_error(before: &DepthReport, after: &DepthReport, depth: f64) -> f64 {
+    let count = before.sequences();
+    let without = |sequence: usize| {
+        let [was, is] =
+            [before, after].map(|report| loss_at(&report.curve_without(sequence), depth));
+        is - was
+    };
+    let differences: Vec<f64> = (0..count).map(without).collect();
+    let mean = differences.iter().sum::<f64>() / count as f64;
+    let squares: f64 = differences.iter().map(|it| (it - mean).powi(2)).sum();
+    ((count - 1) as f64 / count as f64 * squares).sqrt()
+}
+
 /// The loss at a mean depth, on a straight line between the two thresholds beside it.
-fn loss_at(report: &DepthReport, depth: f64) -> f64 {
-    let curve = &report.quality;
-    let next = curve.partition_point(|it| it.mean_depth < depth).min(curve.len() - 1);
-    let (left, right) = (&curve[next.saturating_sub(1)], &curve[next]);
-    let width = right.mean_depth - left.mean_depth;
-    let share = if width > 0.0 { ((depth - left.mean_depth) / width).clamp(0.0, 1.0) } else { 1.0 };
-    left.loss + (right.loss - left.loss) * share
+fn loss_at(curve: &[(f64, f64)], depth: f64) -> f64 {
+    let next = curve.partition_point(|(at, _)| *at < depth).min(curve.len() - 1);
+    let ((left, before), (right, after)) = (curve[next.saturating_sub(1)], curve[next]);
+    let width = right - left;
+    let share = if width > 0.0 { ((depth - left) / width).clamp(0.0, 1.0) } else { 1.0 };
+    before + (after - before) * share
 }
 
 fn drawn(before: &DepthReport, after: &DepthReport) -> Chart {
-    let line = |name: &str, report: &DepthReport| Line {
-        name: name.into(),
-        points: report.quality.iter().map(|it| (it.mean_depth, it.loss)).collect(),
-    };
+    let line = |name: &str, report: &DepthReport| Line { name: name.into(), points: curve(report) };
     let fixed = (1..).map(f64::from).zip(after.loss_per_loop.iter().copied());
     Chart {
         title: "loss by compute, before and after Stage II".into(),
@@ -184,35 +208,53 @@ fn drawn(before: &DepthReport, after: &DepthReport) -> Chart {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use looptrain_model::Quality;
+    use looptrain_model::{DepthSums, StageSettings, TokenMeasures};
 
     use super::*;
 
     #[test]
-    fn losses_are_compared_at_equal_depth() {
-        let report = |points: &[(f64, f64)]| DepthReport {
-            tokens: 1,
-            loss: 0.0,
-            loss_per_loop: vec![0.0; 3],
-            accuracy_per_loop: vec![0.0; 3],
-            exit_pdf: vec![0.0; 3],
-            entropy: 0.0,
-            mean_depth: 0.0,
-            quality: (points.iter())
-                .map(|&(mean_depth, loss)| Quality {
-                    threshold: 0.0,
-                    mean_depth,
-                    loss,
-                    accuracy: 0.0,
-                })
-                .collect(),
-        };
-        let curve = report(&[(1.0, 4.0), (1.0, 4.0), (2.0, 3.0), (3.0, 2.5)]);
+    fn the_loss_at_a_depth_is_between_those_of_the_thresholds_beside_it() {
+        let curve = [(1.0, 4.0), (1.0, 4.0), (2.0, 3.0), (3.0, 2.5)];
         let losses = [1.0, 1.5, 2.0, 2.5, 3.0].map(|depth| loss_at(&curve, depth));
         assert_eq!(losses, [4.0, 3.5, 3.0, 2.75, 2.5]);
-        let steep = report(&[(1.0, 4.0), (3.0, 2.5)]);
-        let rows = at_equal_depth(&curve, &steep);
+    }
+
+    /// Sequences of one token each, which lose by loop what is given, and leave as a gate logit says.
+    fn report(tokens: &[([f32; 3], f32)]) -> DepthReport {
+        let settings = StageSettings {
+            loops: 3,
+            entropy_weight: 0.0,
+            rope_base: 1e4,
+            objective: Objective::Language,
+        };
+        let mut sums = DepthSums::new(&settings, &[0.0, 0.5, 1.0]);
+        for (losses, gate) in tokens {
+            let gates = vec![*gate; 3];
+            let measures = TokenMeasures { losses: losses.to_vec(), gates, hits: vec![false; 3] };
+            sums.add(&measures, 1, |_| true);
+        }
+        sums.report().unwrap()
+    }
+
+    #[test]
+    fn losses_are_compared_at_equal_depth_with_their_standard_error() {
+        // At the threshold of a half all have left after the first loop, or after the second.
+        let losses = [[4.0, 3.0, 1.0], [2.0, 1.0, 0.0], [3.0, 2.0, 2.0]];
+        let with = |gate| report(&losses.map(|losses| (losses, gate)));
+        let (early, later) = (with(9.0), with(-0.5));
+        let rows = at_equal_depth(&early, &later);
         let middle = &rows[DEPTHS / 2];
-        assert_eq!(*middle, json!({ "mean_depth": 2.0, "before": 3.0, "after": 3.25 }));
+        let value = |row: &Value, key: &str| row[key].as_f64().unwrap();
+        assert_eq!(value(middle, "mean_depth"), 2.0);
+        // Half of what is between 3 and 1, and the loss after the second loop.
+        assert_eq!([value(middle, "before"), value(middle, "after")], [2.0, 2.0]);
+        // Of each sequence the same: after less before is 3 - 2.5, 1 - 1, 2 - 2.5; their standard error is
+        // their deviation over the root of their number.
+        let error = value(middle, "standard_error");
+        assert!((error - (0.5f64 / 3.0).sqrt() / 2f64.sqrt()).abs() < 1e-12, "{error}");
+        for row in [&rows[0], &rows[DEPTHS]] {
+            assert_eq!(row["before"], row["after"]);
+            assert_eq!(value(row, "standard_error"), 0.0);
+        }
     }
 }

@@ -94,7 +94,7 @@ pub struct Run {
 /// How the gradients of the ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(JsonSchema))]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Reduction {
     /// 64-bit fixed point: the same bits for any number of workers and any topology.
     Exact,
@@ -102,6 +102,10 @@ pub enum Reduction {
     /// ranks, on who computes which slots and on how many threads, and on when a worker dies. All
     /// workers still hold the same bits, and compare them. Losses and the exit distribution stay exact.
     Fast,
+    /// As `fast`, in a quarter of the bytes of exact sums: each worker adds up its slots in single precision
+    /// and rounds the sums to bf16, and in bf16 they are added up over workers, rounded after each
+    /// addition.
+    FastBf16,
 }
 
 /// What carries the gradients from rank to rank. It changes no bit of what an exact reduction gives.

@@ -48,8 +48,12 @@ const DEVICE: [&str; 2] = ["--device", "emulated"];
 
 /// Weights of one worker on one device, whom nobody disturbs.
 fn undisturbed() -> &'static str {
+    undisturbed_end().field("weights")
+}
+
+fn undisturbed_end() -> &'static End {
     static END: LazyLock<End> = LazyLock::new(|| alone(&[]));
-    END.field("weights")
+    &END
 }
 
 /// One worker on one device, whom nobody disturbs.
@@ -79,6 +83,23 @@ fn workers_that_reduce_over_nccl_end_at_the_weights_of_one() {
     let end = three.coordinator.end().done();
     assert_eq!(end.field("weights"), undisturbed(), "{end:?}");
     assert!(!end.stderr.contains("generation 2"), "{end:?}");
+}
+
+#[test]
+fn sums_in_bf16_go_over_nccl_and_over_tcp_to_nearly_the_same_end() {
+    let loss = |end: &End| end.field("loss").parse::<f64>().unwrap();
+    let exact = loss(undisturbed_end());
+    for (collective, over) in [("nccl", "over NCCL"), ("tcp", "generation 1")] {
+        let collective = format!("cluster.collective={collective}");
+        let bf16 = ["--set", "cluster.reduction=fast-bf16", "--set", &collective];
+        let mut two = cluster(2, &bf16);
+        let _workers = [(); 2].map(|()| worker(&two, &[]));
+        assert!(two.formed(1).contains(over));
+        let end = two.coordinator.end().done();
+        assert!((loss(&end) / exact - 1.0).abs() < 0.01, "{end:?}");
+        assert_ne!(end.field("weights"), undisturbed(), "they are rounded");
+        assert!(!end.stderr.contains("generation 2"), "{end:?}");
+    }
 }
 
 #[test]

@@ -229,7 +229,7 @@ impl Bench {
             tracing::info!(%step, "committing the prepared step that the new generation starts from");
             return self.commit(step).map(|()| true);
         }
-        if self.spec.cluster.reduction == Reduction::Fast {
+        if self.spec.cluster.reduction != Reduction::Exact {
             self.prepared = None;
         }
         Ok(self.held() == Some(step))

@@ -116,7 +116,7 @@ impl<'a> Gathering<'a> {
             let Filling { bucket, missing } = &mut *lock(filling);
             let Some(bucket) = bucket.take_if(|_| *missing == 0) else { break };
             // When nobody reduces any more, the step is abandoned, and these with it.
-            let _ = self.ready.send(bucket);
+            let _ = self.ready.send(bucket.complete());
             *left += 1;
         }
     }

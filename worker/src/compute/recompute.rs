@@ -43,10 +43,11 @@ impl Need {
     /// From what a trainer needs, and the bytes of a slot in the order of [`MODES`].
     fn new(spec: &Spec, stage: &spec::Stage, need: MemoryNeed, slot: [u64; 3]) -> Self {
         let trained = Layout::new(&spec.model).trained(stage.objective).len() as u64;
-        // A device's sums in fixed point.
+        // A device's sums, beside the gradient.
         let fixed = match spec.cluster.reduction {
             spec::Reduction::Exact => size_of::<i64>() as u64,
             spec::Reduction::Fast => 0,
+            spec::Reduction::FastBf16 => size_of::<u16>() as u64,
         };
         let parameters = spec.model.parameters();
         let gradient = trained * size_of::<f32>() as u64;

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use looptrain_model::DeviceSpan;
 
+use super::fast;
 use super::range::OutOfRange;
 use super::sums::Arithmetic;
 
@@ -79,11 +80,24 @@ impl Cut {
     }
 }
 
+/// What the words of a gradient are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Numbers {
+    /// One integer each.
+    Integers,
+    /// Two f32.
+    Floats,
+    /// Four bf16.
+    Halves,
+}
+
 /// The sums of a range of the flat gradient; the last bucket has the integers beside it.
 #[derive(Clone, Debug)]
 pub struct Bucket {
     pub(super) cut: Cut,
     number: usize,
+    /// Those of the gradient, now.
+    numbers: Numbers,
     /// Those of the gradient, then the integers.
     words: Vec<i64>,
     /// Where a device has them: those of the gradient, and in the last bucket the integers.
@@ -92,7 +106,8 @@ pub struct Bucket {
 
 impl PartialEq for Bucket {
     fn eq(&self, other: &Self) -> bool {
-        (self.cut, self.number, &self.words) == (other.cut, other.number, &other.words)
+        (self.cut, self.number, self.numbers, &self.words)
+            == (other.cut, other.number, other.numbers, &other.words)
     }
 }
 
@@ -102,7 +117,25 @@ impl Bucket {
         let mut words = memory.map(|bucket| bucket.words).unwrap_or_default();
         words.clear();
         words.resize(cut.words(number).len() + cut.integers(number), 0);
-        Self { cut, number, words, spans: Vec::new() }
+        let numbers = match cut.arithmetic {
+            Arithmetic::Exact(_) => Numbers::Integers,
+            Arithmetic::Fast(_) => Numbers::Floats,
+        };
+        Self { cut, number, numbers, words, spans: Vec::new() }
+    }
+
+    /// The same with all slots of the rank in it, as it leaves the rank.
+    #[must_use]
+    pub fn complete(mut self) -> Self {
+        let narrows = matches!(self.cut.arithmetic, Arithmetic::Fast(single) if single.narrows());
+        if narrows && self.numbers == Numbers::Floats {
+            let floats = self.gradient_words();
+            fast::narrow(&mut self.words[..floats]);
+            self.numbers = Numbers::Halves;
+            let halves = self.gradient_words();
+            self.words.drain(halves..floats);
+        }
+        self
     }
 
     /// The same, whose numbers a device has.
@@ -117,12 +150,17 @@ impl Bucket {
         &self.spans
     }
 
-    /// Elements of the whole gradient, buckets, and integers of a step, and whether the gradient is one of
-    /// floats, as a number.
+    /// Elements of the whole gradient, buckets, and integers of a step, and what the gradient is made of, as a
+    /// number.
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the ring compares words"))]
     pub(super) fn shape(&self) -> (usize, usize, usize, u32) {
         let Cut { arithmetic, elements, integers, buckets, .. } = self.cut;
-        (elements, buckets, integers, matches!(arithmetic, Arithmetic::Fast(_)).into())
+        let kind = match arithmetic {
+            Arithmetic::Exact(_) => 0,
+            Arithmetic::Fast(single) if single.narrows() => 2,
+            Arithmetic::Fast(_) => 1,
+        };
+        (elements, buckets, integers, kind)
     }
 
     /// Its place in the order in which backward finishes them, from 0.
@@ -146,9 +184,10 @@ impl Bucket {
     /// bucket then has no meaning.
     ///
     /// # Panics
-    /// When the gradient has another number of elements.
+    /// When the gradient has another number of elements, and when the bucket is complete.
     pub fn add(&mut self, gradient: &[f32]) -> Result<(), OutOfRange> {
         assert_eq!(gradient.len(), self.cut.elements, "a sum has one element per value");
+        assert!(self.numbers != Numbers::Halves, "nothing is added to what has left the rank");
         let (elements, words) = (self.elements(), self.gradient_words());
         let start = elements.start;
         let added = self.cut.arithmetic.add(&mut self.words[..words], &gradient[elements]);
@@ -173,17 +212,33 @@ impl Bucket {
 
     /// Its elements of the gradient, divided by `divisor`.
     pub(super) fn mean(&self, divisor: f64, out: &mut [f32]) {
-        self.cut.arithmetic.mean(&self.words[..self.gradient_words()], divisor, out);
+        self.mean_of(&self.words[..self.gradient_words()], divisor, out);
+    }
+
+    /// The means that some of its words make.
+    fn mean_of(&self, words: &[i64], divisor: f64, out: &mut [f32]) {
+        match self.numbers {
+            Numbers::Halves => fast::divide_halves(words, divisor, out),
+            Numbers::Integers | Numbers::Floats => self.cut.arithmetic.mean(words, divisor, out),
+        }
+    }
+
+    /// Elements in a word, now.
+    fn per_word(&self) -> usize {
+        match self.numbers {
+            Numbers::Halves => 2 * self.cut.arithmetic.per_word(),
+            Numbers::Integers | Numbers::Floats => self.cut.arithmetic.per_word(),
+        }
     }
 
     /// As [`Bucket::mean`], and the digest of all its words, in one pass over them.
     pub(super) fn settle(&self, divisor: f64, out: &mut [f32]) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
         let (gradient, integers) = self.words.split_at(self.gradient_words());
-        let outs = out.chunks_mut(CHUNK * self.cut.arithmetic.per_word());
+        let outs = out.chunks_mut(CHUNK * self.per_word());
         for (words, out) in gradient.chunks(CHUNK).zip(outs) {
             hasher.update(bytemuck::cast_slice(words));
-            self.cut.arithmetic.mean(words, divisor, out);
+            self.mean_of(words, divisor, out);
         }
         hasher.update(bytemuck::cast_slice(integers));
         *hasher.finalize().as_bytes()
@@ -195,22 +250,23 @@ impl Bucket {
         self.number + streams >= self.cut.buckets
     }
 
-    /// Bytes that travel.
+    /// Bytes that travel, once it is complete.
     pub(super) fn bytes(&self) -> usize {
         size_of_val(self.words.as_slice())
     }
 
-    /// All words, and how many of them, at the front, are pairs of floats.
-    pub(super) fn words_mut(&mut self) -> (&mut [i64], usize) {
-        let pairs = match self.cut.arithmetic {
-            Arithmetic::Exact(_) => 0,
-            Arithmetic::Fast(_) => self.gradient_words(),
-        };
-        (&mut self.words, pairs)
+    /// All words, and what those at the front are, of the gradient, of which there are so many.
+    pub(super) fn words_mut(&mut self) -> (&mut [i64], (Numbers, usize)) {
+        let front = (self.numbers, self.gradient_words());
+        (&mut self.words, front)
     }
 
     fn gradient_words(&self) -> usize {
-        self.cut.words(self.number).len()
+        let words = self.cut.words(self.number).len();
+        match self.numbers {
+            Numbers::Integers | Numbers::Floats => words,
+            Numbers::Halves => words.div_ceil(2),
+        }
     }
 }
 
@@ -255,6 +311,39 @@ mod tests {
                     );
                 }
                 assert_eq!(end, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_complete_bucket_has_its_means_and_integers_in_bf16_and_no_more_words_than_those() {
+        let arithmetic = Arithmetic::new(Reduction::FastBf16, 40, 1);
+        for (elements, buckets) in [(0, 1), (1, 1), (2, 1), (7, 1), (41, 3), (50_001, 2)] {
+            let cut = Cut::with_buckets(arithmetic, elements, 2, buckets);
+            let gradient: Vec<f32> = (0..elements).map(|i| (i % 101) as f32 - 50.5).collect();
+            for number in 0..buckets {
+                let mut bucket = Bucket::zeroed(cut, number, None);
+                bucket.add(&gradient).unwrap();
+                let last = number + 1 == buckets;
+                let integers: &[i64] = if last { &[-1, 1 << 60] } else { &[] };
+                bucket.integers_mut().copy_from_slice(integers);
+                let mut bucket = bucket.complete();
+                let range = bucket.elements();
+                let words = range.len().div_ceil(4) + integers.len();
+                assert_eq!(bucket.bytes(), 8 * words, "{elements} {number}");
+                assert_eq!(bucket.integers(), integers);
+                let mut mean = vec![f32::NAN; range.len()];
+                bucket.mean(1.0, &mut mean);
+                assert_eq!(mean, gradient[range.clone()]);
+                mean.fill(f32::NAN);
+                let digest = bucket.settle(1.0, &mut mean);
+                assert_eq!(mean, gradient[range]);
+                assert!(bucket.clone().complete() == bucket, "once is enough");
+                bucket.clear_gradient();
+                assert!(mean.is_empty() || bucket.settle(1.0, &mut mean) != digest);
+                assert!(mean.iter().all(|mean| *mean == 0.0));
+                let again = Bucket::zeroed(cut, number, Some(bucket));
+                assert!(again == Bucket::zeroed(cut, number, None));
             }
         }
     }

@@ -44,9 +44,14 @@ impl Shape {
         Arithmetic::new(self.reduction, 40, 8)
     }
 
-    /// Numbers that are exact in either arithmetic, as are their sums.
+    /// Numbers that are exact in its arithmetic, as are their sums.
     pub(super) fn of_rank(self, rank: usize) -> Values {
-        let value = |i: usize| (((i * 31 + 7) % 1009) as f64 * (rank as f64 + 1.0) - 500.0) / 16.0;
+        let (most, middle) = match self.reduction {
+            Reduction::Exact | Reduction::Fast => (1009, 500.0),
+            // So that the sums of four ranks fit in the eight bits of a bf16.
+            Reduction::FastBf16 => (23, 11.0),
+        };
+        let value = |i: usize| (((i * 31 + 7) % most) as f64 * (rank as f64 + 1.0) - middle) / 16.0;
         Values {
             gradient: (0..self.elements).map(value).collect(),
             integers: vec![rank as i64 + 1, -7, i64::MAX / 9],
@@ -134,7 +139,7 @@ pub(super) async fn all_ranks_get_the_sums_of_all<F: Fabric>() {
         let mut formed = form(&fabric, 1).await;
         let shapes = [(8, 1), (128, 1), (4096, 4), (70_000, 7)];
         for (tag, (elements, buckets)) in (1..).zip(shapes) {
-            for reduction in [Reduction::Exact, Reduction::Fast] {
+            for reduction in [Reduction::Exact, Reduction::Fast, Reduction::FastBf16] {
                 let shape = Shape { tag, reduction, elements, buckets };
                 reduces(&fabric, &mut formed, shape).await;
             }
@@ -209,6 +214,7 @@ pub(super) async fn ranks_that_reduce_different_things_fail_and_the_odd_one_is_n
         Shape { tag: 8, ..SHAPE },
         Shape { elements: 4224, ..SHAPE },
         Shape { reduction: Reduction::Fast, ..SHAPE },
+        Shape { reduction: Reduction::FastBf16, ..SHAPE },
         Shape { buckets: 3, ..SHAPE },
     ] {
         let fabric = F::of(&ground, 3).await;

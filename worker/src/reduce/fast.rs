@@ -1,16 +1,24 @@
-//! Floating point: gradients are summed as they are, in half the bytes of fixed point.
+//! Floating point: gradients are summed as they are, in half the bytes of fixed point; or travel as bf16, in
+//! a quarter of them.
 //!
 //! The last bits of such a sum depend on the order of its terms: on the number of ranks, their
 //! slots and their threads. What is refused is what fixed point refuses as well: NaN, infinity, and
 //! values so large that a sum over all slots could overflow, so that no reduced sum is ever other
 //! than finite.
 
+use half::bf16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
 use super::range::{OutOfRange, add_within};
+
+/// Floats that are converted while they are in the first-level cache.
+const CHUNK: usize = 1024;
 
 /// Sums over a number of slots in single precision.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SinglePrecision {
     limit: f32,
+    narrows: bool,
 }
 
 impl SinglePrecision {
@@ -18,7 +26,20 @@ impl SinglePrecision {
     #[must_use]
     pub fn new(slots: u32) -> Self {
         // Half of each slot's share, which leaves room for what the additions round up.
-        Self { limit: f32::MAX / 2.0 / slots.max(1) as f32 }
+        Self { limit: f32::MAX / 2.0 / slots.max(1) as f32, narrows: false }
+    }
+
+    /// For sums that are rounded to bf16 when they leave a rank.
+    #[must_use]
+    pub fn narrowing(slots: u32) -> Self {
+        // An addition rounds up by no more than it adds.
+        Self { limit: f32::MAX / 4.0 / slots.max(1) as f32, narrows: true }
+    }
+
+    /// Whether the sums are rounded to bf16 when they leave a rank.
+    #[must_use]
+    pub fn narrows(&self) -> bool {
+        self.narrows
     }
 
     /// The largest magnitude that a slot's value may have.
@@ -52,6 +73,53 @@ impl SinglePrecision {
     }
 }
 
+/// Rounds floats to the nearest bf16, of two the even one: the first half of the memory has them then.
+pub(super) fn narrow(memory: &mut [i64]) {
+    let count = 2 * memory.len();
+    let mut floats = [0f32; CHUNK];
+    for start in (0..count).step_by(CHUNK) {
+        let floats = &mut floats[..CHUNK.min(count - start)];
+        let range = start..start + floats.len();
+        floats.copy_from_slice(&bytemuck::cast_slice(memory)[range.clone()]);
+        halves_mut(memory)[range].convert_from_f32_slice(floats);
+    }
+    if !memory.len().is_multiple_of(2) {
+        // The rest of the last word.
+        halves_mut(memory)[count..count + 2].fill(bf16::ZERO);
+    }
+}
+
+/// Adds each bf16 to the sum of the same index, in single precision, and rounds what it comes to.
+pub(super) fn add_halves(sums: &mut [i64], values: &[i64]) {
+    let (mut left, mut right) = ([0f32; CHUNK], [0f32; CHUNK]);
+    let chunks = halves_mut(sums).chunks_mut(CHUNK).zip(halves(values).chunks(CHUNK));
+    for (sums, values) in chunks {
+        let (left, right) = (&mut left[..sums.len()], &mut right[..sums.len()]);
+        sums.convert_to_f32_slice(left);
+        values.convert_to_f32_slice(right);
+        left.iter_mut().zip(&*right).for_each(|(sum, value)| *sum += value);
+        sums.convert_from_f32_slice(left);
+    }
+}
+
+/// The mean of sums that are bf16.
+///
+/// # Panics
+/// When there are fewer sums than `out` has room for.
+pub(super) fn divide_halves(sums: &[i64], divisor: f64, out: &mut [f32]) {
+    halves(sums)[..out.len()].convert_to_f32_slice(out);
+    let divisor = divisor as f32;
+    out.iter_mut().for_each(|value| *value /= divisor);
+}
+
+fn halves(words: &[i64]) -> &[bf16] {
+    bytemuck::cast_slice::<_, u16>(words).reinterpret_cast()
+}
+
+fn halves_mut(words: &mut [i64]) -> &mut [bf16] {
+    bytemuck::cast_slice_mut::<_, u16>(words).reinterpret_cast_mut()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -82,6 +150,48 @@ mod tests {
                 assert_eq!((error.index, error.value.to_bits()), (index, bad.to_bits()));
             }
         }
+    }
+
+    #[test]
+    fn the_largest_value_of_every_slot_gives_a_finite_sum_in_bf16() {
+        for slots in [1, 3, 1000, MAX_SLOTS] {
+            let single = SinglePrecision::narrowing(slots);
+            let one = || {
+                let mut word = [bytemuck::cast([single.limit(), -single.limit()])];
+                narrow(&mut word);
+                word
+            };
+            let mut sum = one();
+            for _ in 1..slots {
+                add_halves(&mut sum, &one());
+            }
+            let mut found = [0.0; 2];
+            divide_halves(&sum, 1.0, &mut found);
+            assert!(found.iter().all(|sum| sum.is_finite() && *sum != 0.0), "{slots}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn floats_are_rounded_to_the_nearest_bf16_in_place_and_added_up_there() {
+        // Ties go to the even one: of 8 bits, the last is 2^-7 between 1 and 2.
+        let (tie, odd) = (1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8));
+        let mut few: Vec<i64> = vec![bytemuck::cast([tie, odd]), bytemuck::cast([-0.1f32, 3e-40])];
+        narrow(&mut few);
+        let mut found = [0.0; 4];
+        divide_halves(&few, 1.0, &mut found);
+        assert_eq!(found[..2], [1.0, 1.0 + 2f32.powi(-6)]);
+        assert!((f64::from(found[2]) + 0.1).abs() < 0.1 / 256.0 && found[3] > 0.0);
+
+        // More than are converted at a time.
+        let floats: Vec<f32> = (0..5000).map(|i| ((i * 37 % 200) as f32 - 100.0) / 4.0).collect();
+        let mut words: Vec<i64> = bytemuck::pod_collect_to_vec(&floats);
+        narrow(&mut words);
+        words.truncate(words.len() / 2);
+        let twice = words.clone();
+        add_halves(&mut words, &twice);
+        let mut mean = vec![0.0; 5000];
+        divide_halves(&words, 2.0, &mut mean);
+        assert_eq!(mean, floats);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What is reduced: a gradient, and integers beside it, in buckets of 64-bit words.
 //!
-//! An exact gradient has one fixed-point integer a word, a fast one two floats a word. The integers
-//! are integers whatever the gradient is, so counts and statistics are always exact. One all-reduce
-//! carries all buckets.
+//! An exact gradient has one fixed-point integer a word, a fast one two floats a word, or four once they
+//! have been rounded to bf16 to leave the rank. The integers are integers whatever the gradient is, so
+//! counts and statistics are always exact. One all-reduce carries all buckets.
 
 use looptrain_model::DeviceSums;
 use looptrain_proto::Digest;
@@ -34,10 +34,11 @@ impl Arithmetic {
         match reduction {
             Reduction::Exact => Self::Exact(FixedPoint::new(fraction_bits, slots)),
             Reduction::Fast => Self::Fast(SinglePrecision::new(slots)),
+            Reduction::FastBf16 => Self::Fast(SinglePrecision::narrowing(slots)),
         }
     }
 
-    /// Elements of a gradient in a word.
+    /// Elements of a gradient in a word, while slots are added.
     pub(super) fn per_word(self) -> usize {
         match self {
             Self::Exact(_) => 1,
@@ -122,7 +123,11 @@ impl Sums {
                 DeviceSums::Exact { scale: fixed.scale(), limit: fixed.limit() }
             }
             Arithmetic::Fast(single) => {
-                DeviceSums::Fast { limit: single.limit() * slots.max(1) as f32 }
+                let limit = single.limit() * slots.max(1) as f32;
+                match single.narrows() {
+                    false => DeviceSums::Fast { limit },
+                    true => DeviceSums::Narrow { limit },
+                }
             }
         }
     }
@@ -143,7 +148,7 @@ impl Sums {
     pub(crate) fn all_ready(self) -> mpsc::UnboundedReceiver<Bucket> {
         let (sender, ready) = mpsc::unbounded_channel();
         // Cannot fail: the receiver is here.
-        self.buckets.into_iter().for_each(|bucket| drop(sender.send(bucket)));
+        self.buckets.into_iter().for_each(|bucket| drop(sender.send(bucket.complete())));
         ready
     }
 
@@ -337,5 +342,11 @@ mod tests {
             Sums::zeroed(arithmetic, 1000, 0, None).bytes()
         };
         assert_eq!((bytes(Reduction::Exact), bytes(Reduction::Fast)), (8000, 4000));
+        let bf16 = Arithmetic::new(Reduction::FastBf16, 40, 2);
+        let buckets = Sums::zeroed(bf16, 1000, 0, None).into_buckets();
+        assert_eq!(
+            buckets.into_iter().map(|bucket| bucket.complete().bytes()).sum::<usize>(),
+            2000
+        );
     }
 }

@@ -1,4 +1,5 @@
-// Sums over the slots of a step: in 64-bit fixed point, whose order does not matter, or in f32.
+// Sums over the slots of a step: in 64-bit fixed point, whose order does not matter, or in f32, which may be
+// rounded to bf16 in the end.
 
 // Notes the first value that has no place in the sum: its place, which fits in 32 bits, and its bits.
 __device__ __forceinline__ bool within(float value, float limit, u64 at, u64* fault) {
@@ -41,6 +42,22 @@ extern "C" __global__ void check_sums(const float* sums, u64 from, u64 until, fl
         within(g.y, limit, at + 1, fault);
         within(g.z, limit, at + 2, fault);
         within(g.w, limit, at + 3, fault);
+    }
+}
+
+// The same, and the sums as bf16.
+extern "C" __global__ void narrow_sums(const float* sums, u64 from, u64 until, float limit, bf16* narrow, u64* fault) {
+    const u64 stride = static_cast<u64>(gridDim.x) * blockDim.x * 4;
+    for (u64 at = from + (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; at < until; at += stride) {
+        const float4 g = *reinterpret_cast<const float4*>(sums + at);
+        within(g.x, limit, at, fault);
+        within(g.y, limit, at + 1, fault);
+        within(g.z, limit, at + 2, fault);
+        within(g.w, limit, at + 3, fault);
+        uint2 raw;
+        raw.x = pack(g.x, g.y);
+        raw.y = pack(g.z, g.w);
+        *reinterpret_cast<uint2*>(narrow + at) = raw;
     }
 }
 
@@ -95,6 +112,18 @@ extern "C" __global__ void fast_settle(float* sums, u64 count, float divisor, u6
         const float sum = sums[at];
         sums[at] = sum / divisor;
         note(__float_as_uint(sum), at, one, other);
+    }
+    leave_digest(one, other, digest);
+}
+
+// means = sums / divisor, and the digest of the sums.
+extern "C" __global__ void narrow_settle(const bf16* sums, u64 count, float divisor, float* means, u64* digest) {
+    u64 one = 0, other = 0;
+    const u64 stride = static_cast<u64>(gridDim.x) * blockDim.x;
+    for (u64 at = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) {
+        const bf16 sum = sums[at];
+        means[at] = wide(sum) / divisor;
+        note(sum, at, one, other);
     }
     leave_digest(one, other, digest);
 }

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use looptrain_model::{DeviceSpan, Exchange};
+use looptrain_model::{DeviceNumbers, DeviceSpan, Exchange};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{oneshot, watch};
@@ -273,9 +273,10 @@ impl Thread {
 
     /// Queues the sum of some numbers behind the moment when they are final.
     fn reduce(&mut self, span: &DeviceSpan) -> Result<(), NcclError> {
-        let numbers = match span.is_integers() {
-            true => Numbers::Integers,
-            false => Numbers::Floats,
+        let numbers = match span.numbers() {
+            DeviceNumbers::Integers => Numbers::Integers,
+            DeviceNumbers::Floats => Numbers::Floats,
+            DeviceNumbers::Halves => Numbers::Halves,
         };
         self.exchange.wait_for(span)?;
         self.queue(numbers, (span.address(), span.len()))
@@ -379,7 +380,11 @@ fn header(tag: u64, first: &Bucket) -> [u32; HEADER] {
 fn described(header: &[u32]) -> String {
     let number = |at: usize| u64::from(header[at]) | u64::from(header[at + 1]) << 32;
     let (kind, buckets, integers) = (header[6], header[4], header[5]);
-    let kind = if kind == 0 { "in fixed point" } else { "of floats" };
+    let kind = match kind {
+        0 => "in fixed point",
+        1 => "of f32",
+        _ => "of bf16",
+    };
     format!(
         "{} elements {kind} in {buckets} buckets and {integers} integers of step {}",
         number(2),

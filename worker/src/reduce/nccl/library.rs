@@ -73,6 +73,8 @@ pub(super) enum Numbers {
     Integers,
     /// Sums of f32.
     Floats,
+    /// Sums of bf16.
+    Halves,
     /// The largest of unsigned 32-bit words.
     Largest,
 }
@@ -83,6 +85,7 @@ impl Numbers {
         match self {
             Self::Integers => (Type::ncclInt64, Operation::ncclSum),
             Self::Floats => (Type::ncclFloat32, Operation::ncclSum),
+            Self::Halves => (Type::ncclBfloat16, Operation::ncclSum),
             Self::Largest => (Type::ncclUint32, Operation::ncclMax),
         }
     }

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use futures::future::join_all;
-use looptrain_model::{DeviceMemory, DeviceSpan};
+use half::bf16;
+use looptrain_model::{DeviceMemory, DeviceNumbers, DeviceSpan};
 use looptrain_proto::spec::Reduction;
 use looptrain_proto::{Generation, Incarnation};
 use tokio::sync::{mpsc, oneshot};
@@ -114,15 +115,23 @@ impl Fabric for World {
         let spans = match reduction {
             Reduction::Exact => {
                 let fixed = |value: &f64| (value * 2f64.powi(40)) as i64;
-                memory.put(&gradient.iter().map(fixed).collect::<Vec<_>>(), None, buckets)
+                let words: Vec<i64> = gradient.iter().map(fixed).collect();
+                memory.put(&words, (DeviceNumbers::Integers, elements), buckets)
             }
             Reduction::Fast => {
                 let floats: Vec<f32> = gradient.iter().map(|value| *value as f32).collect();
-                memory.put(bytemuck::cast_slice(&floats), Some(elements), buckets)
+                let numbers = (DeviceNumbers::Floats, elements);
+                memory.put(&bytemuck::pod_collect_to_vec(&floats), numbers, buckets)
+            }
+            Reduction::FastBf16 => {
+                let half = |value: &f64| bf16::from_f64(*value).to_bits();
+                let halves: Vec<u16> = gradient.iter().map(half).collect();
+                let numbers = (DeviceNumbers::Halves, elements);
+                memory.put(&bytemuck::pod_collect_to_vec(&halves), numbers, buckets)
             }
         };
         given.lock().unwrap().clone_from(&spans);
-        let beside = memory.put(&integers, None, 1).remove(0);
+        let beside = memory.put(&integers, (DeviceNumbers::Integers, INTEGERS), 1).remove(0);
         let with_spans = |(number, (bucket, span)): (usize, (Bucket, DeviceSpan))| {
             let beside = (number + 1 == buckets).then(|| beside.clone());
             bucket.on_device([span].into_iter().chain(beside).collect())
@@ -139,6 +148,10 @@ impl Fabric for World {
             Reduction::Fast => bytemuck::cast_slice::<_, f32>(&words)
                 .iter()
                 .map(|value| f64::from(*value))
+                .collect(),
+            Reduction::FastBf16 => bytemuck::cast_slice::<_, u16>(&words)
+                .iter()
+                .map(|bits| bf16::from_bits(*bits).to_f64())
                 .collect(),
         };
         Values { gradient, integers: sums.integers().to_vec() }

@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::reduce::bucket::Numbers;
+use crate::reduce::fast;
+
 const WORD: usize = size_of::<i64>();
 
 /// Says what a rank is about to reduce; compared before any number is added.
@@ -26,13 +29,15 @@ pub(super) struct Header {
     pub(super) tag: u64,
     /// Number of the bucket.
     pub(super) bucket: u64,
-    /// Words that are pairs of floats; they come first.
-    pub(super) pairs: u64,
+    /// Words that are two f32; they come first.
+    pub(super) floats: u64,
+    /// Words that are four bf16; they come first.
+    pub(super) halves: u64,
     /// Words that are integers.
     pub(super) integers: u64,
 }
 
-const HEADER_BYTES: usize = 40;
+const HEADER_BYTES: usize = 48;
 const HEADER_MAGIC: [u8; 8] = *b"all sum\0";
 
 impl Header {
@@ -41,8 +46,9 @@ impl Header {
         bytes[..8].copy_from_slice(&HEADER_MAGIC);
         bytes[8..16].copy_from_slice(&self.tag.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.bucket.to_le_bytes());
-        bytes[24..32].copy_from_slice(&self.pairs.to_le_bytes());
-        bytes[32..].copy_from_slice(&self.integers.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.floats.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.halves.to_le_bytes());
+        bytes[40..].copy_from_slice(&self.integers.to_le_bytes());
         bytes
     }
 
@@ -52,8 +58,13 @@ impl Header {
             word.copy_from_slice(&bytes[at..at + 8]);
             u64::from_le_bytes(word)
         };
-        let header =
-            || Self { tag: number(8), bucket: number(16), pairs: number(24), integers: number(32) };
+        let header = || Self {
+            tag: number(8),
+            bucket: number(16),
+            floats: number(24),
+            halves: number(32),
+            integers: number(40),
+        };
         (bytes[..8] == HEADER_MAGIC).then(header)
     }
 }
@@ -81,9 +92,9 @@ struct Place {
 pub(super) struct Transfer<'a> {
     rank: usize,
     world: usize,
-    /// Words; the first `pairs` of them are two floats each, the others integers.
+    /// Words, and what so many of them at the front are; the others are integers.
     sums: &'a mut [i64],
-    pairs: usize,
+    front: (Numbers, usize),
     scratch: &'a mut [i64],
     header: Header,
     header_sent: usize,
@@ -106,16 +117,23 @@ impl<'a> Transfer<'a> {
     pub(super) fn new(
         (rank, world): (usize, usize),
         (tag, bucket): (u64, usize),
-        (sums, pairs): (&'a mut [i64], usize),
+        (sums, front): (&'a mut [i64], (Numbers, usize)),
         scratch: &'a mut [i64],
     ) -> Self {
-        let integers = (sums.len() - pairs) as u64;
-        let header = Header { tag, bucket: bucket as u64, pairs: pairs as u64, integers };
+        let words = |numbers| if front.0 == numbers { front.1 } else { 0 };
+        let (floats, halves) = (words(Numbers::Floats), words(Numbers::Halves));
+        let header = Header {
+            tag,
+            bucket: bucket as u64,
+            floats: floats as u64,
+            halves: halves as u64,
+            integers: (sums.len() - floats - halves) as u64,
+        };
         Self {
             rank,
             world,
             sums,
-            pairs,
+            front,
             scratch,
             header,
             header_sent: 0,
@@ -289,11 +307,18 @@ impl<'a> Transfer<'a> {
         let filled = self.carried + count;
         let words = filled / WORD;
         let start = segment.start + self.received.bytes / WORD;
-        // Where the pairs end, among what has arrived.
-        let pairs = self.pairs.saturating_sub(start).min(words);
-        let (float_sums, sums) = self.sums[start..start + words].split_at_mut(pairs);
-        let (floats, integers) = self.scratch[..words].split_at(pairs);
-        add_floats(bytemuck::cast_slice_mut(float_sums), bytemuck::cast_slice(floats));
+        // Where the front ends, among what has arrived.
+        let (numbers, front) = self.front;
+        let front = front.saturating_sub(start).min(words);
+        let (front_sums, sums) = self.sums[start..start + words].split_at_mut(front);
+        let (in_front, integers) = self.scratch[..words].split_at(front);
+        match numbers {
+            Numbers::Integers => add_integers(front_sums, in_front),
+            Numbers::Floats => {
+                add_floats(bytemuck::cast_slice_mut(front_sums), bytemuck::cast_slice(in_front));
+            }
+            Numbers::Halves => fast::add_halves(front_sums, in_front),
+        }
         add_integers(sums, integers);
         self.received.bytes += words * WORD;
         self.carried = filled % WORD;

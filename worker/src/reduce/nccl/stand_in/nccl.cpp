@@ -24,7 +24,7 @@
 namespace {
 
 enum { Success = 0, InvalidArgument = 4, InProgress = 7 };
-enum { Uint32 = 3, Int64 = 4, Float32 = 7 };
+enum { Uint32 = 3, Int64 = 4, Float32 = 7, Bfloat16 = 9 };
 enum { Sum = 0, Max = 2 };
 
 std::mutex lock;
@@ -193,7 +193,26 @@ int enqueue(Comm* comm, void* stream, int told, std::function<void()> work) {
     return Success;
 }
 
-size_t width(int type) { return type == Int64 ? 8 : 4; }
+size_t width(int type) { return type == Int64 ? 8 : type == Bfloat16 ? 2 : 4; }
+
+// A bf16, whose sums are rounded to the nearest, of two the even one.
+struct Half {
+    uint16_t bits;
+
+    operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        memcpy(&value, &wide, sizeof value);
+        return value;
+    }
+
+    Half operator+(Half other) const {
+        const float sum = float(*this) + float(other);
+        uint32_t wide;
+        memcpy(&wide, &sum, sizeof wide);
+        return {uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+    }
+};
 
 }  // namespace
 
@@ -272,6 +291,7 @@ int ncclAllReduce(const void* from, void* to, size_t count, int type, int operat
         if (all.empty()) return;
         if (type == Int64) combine<int64_t>(all, to, count, operation);
         if (type == Float32) combine<float>(all, to, count, operation);
+        if (type == Bfloat16) combine<Half>(all, to, count, operation);
         if (type == Uint32) combine<uint32_t>(all, to, count, operation);
     });
 }
