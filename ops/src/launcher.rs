@@ -3,9 +3,11 @@
 //! Workers stand in process groups of their own, so that Ctrl-C reaches the parent alone and the
 //! coordinator can end the run in order. None of them outlives the parent for long: one that does
 //! not end with the run is killed; when the parent itself is killed, the workers' sessions break
-//! and they end by themselves, at once, or within [`CONNECT_TIMEOUT`] when they had none yet (a
-//! worker under SIGSTOP: once it is continued). A worker that crashes (dies by a signal) is started
-//! again; one that ends with an error is not, for it would end the same way.
+//! and they end by themselves, within [`RECONNECT_TIMEOUT`] and what a checkpoint takes, or within
+//! [`CONNECT_TIMEOUT`] when they had none yet (a worker under SIGSTOP: once it is continued). A worker
+//! that crashes (dies by a signal) is started again; one that ends with an error is not, for it would
+//! end the same way. One that was taken for dead, since the machine was too busy or stood still, comes
+//! back by itself.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,6 +29,9 @@ use crate::progress::print_line;
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
 /// Seconds that a worker tries to reach the coordinator, which listens before it is started.
 const CONNECT_TIMEOUT: u32 = 10;
+/// Seconds that a worker without a session tries to get another one. There is no other coordinator to
+/// come, but this one may have taken it for dead.
+const RECONNECT_TIMEOUT: u32 = 5;
 /// Crashes after which a worker is given up.
 const RESTARTS: u32 = 5;
 
@@ -153,8 +158,7 @@ fn spawn(
         .args(memory.map(gibibytes))
         .arg("--quiet")
         .args(["--connect-timeout", &CONNECT_TIMEOUT.to_string()])
-        // The coordinator is in this process: after it there is no other one at its address.
-        .args(["--reconnect-timeout", "0"])
+        .args(["--reconnect-timeout", &RECONNECT_TIMEOUT.to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -14,6 +14,27 @@ fn long_run(scratch: &Scratch) -> (Running, Vec<u32>) {
 }
 
 #[test]
+fn the_only_worker_comes_back_when_it_was_taken_for_dead() {
+    let end = |stops: bool| {
+        let scratch = Scratch::new();
+        let arguments = ["train", "spec.toml", "--workers", "1", "--set", "stages.0.steps=400"];
+        let impatient = ["--set", "cluster.worker_timeout=1.0"];
+        let mut running = Running::start(scratch.command(&[&arguments[..], &impatient].concat()));
+        if stops {
+            running.wait_for(|line| line.starts_with("step "));
+            let [worker] = workers_of(running.id())[..] else { panic!("one worker") };
+            signal(worker, "STOP");
+            running.wait_for(|line| line.contains("lost: silent for 1.0 s"));
+            signal(worker, "CONT");
+        }
+        running.end().done()
+    };
+    let (undisturbed, stopped) = (end(false), end(true));
+    assert_eq!(stopped.field("weights"), undisturbed.field("weights"), "{stopped:?}");
+    assert!(stopped.stderr.contains("generation 2: 1 worker"), "{stopped:?}");
+}
+
+#[test]
 fn a_second_interrupt_ends_the_workers_too() {
     let scratch = Scratch::new();
     let (mut running, workers) = long_run(&scratch);
