@@ -326,7 +326,7 @@ impl Engine {
     /// Takes back the gradient of a slot that nobody reads any more, as memory for the next ones.
     pub fn recycle(&self, gradient: Vec<f32>) {
         let mut spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = (spare.len() + 1) * size_of_val(gradient.as_slice());
+        let bytes = (spare.len() + 1) * gradient.capacity() * size_of::<f32>();
         if spare.len() < self.threads || bytes <= SPARE_BYTES {
             spare.push(gradient);
         }
@@ -368,10 +368,12 @@ impl Engine {
         on_final: &dyn Fn(&[f32], usize),
     ) -> SlotOutput {
         let SlotBatch { sequences, sequence_length, .. } = *batch;
+        let elements = self.layout.trained(settings.objective).len();
         let spare = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut gradient = spare.unwrap_or_default();
+        // That of a stage which trains more is of no use.
+        let mut gradient = spare.filter(|it| it.capacity() <= 2 * elements).unwrap_or_default();
         gradient.clear();
-        gradient.resize(self.layout.trained(settings.objective).len(), 0.0);
+        gradient.resize(elements, 0.0);
         let size = [sequences, sequence_length];
         let statistics = self.with_task(settings, size, &batch.starts, |task, workspace| {
             task.gradient(settings, batch, self.recompute, workspace, &mut gradient, on_final)

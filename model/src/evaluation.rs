@@ -52,23 +52,24 @@ pub struct DepthReport {
 }
 
 impl DepthReport {
-    /// Sequences that were measured.
+    /// Sequences of which tokens were counted.
     #[must_use]
     pub fn sequences(&self) -> usize {
         self.sequences.len()
     }
 
     /// Mean depth and loss at each threshold, over all sequences but one: how the curve would be without
-    /// it. For how far a curve can be trusted, as the sequences of an evaluation are some of many.
+    /// it. For how far a curve can be trusted, as the sequences of an evaluation are some of many. `None`
+    /// when there is no such sequence, or no other.
     #[must_use]
-    pub fn curve_without(&self, left_out: usize) -> Vec<(f64, f64)> {
-        let Some(out) = self.sequences.get(left_out) else { return Vec::new() };
-        let (all, left) = (self.tokens as f64, (self.tokens - out.tokens).max(1) as f64);
+    pub fn curve_without(&self, left_out: usize) -> Option<Vec<(f64, f64)>> {
+        let out = self.sequences.get(left_out).filter(|out| out.tokens < self.tokens)?;
+        let (all, left) = (self.tokens as f64, (self.tokens - out.tokens) as f64);
         let means = self.quality.iter().zip(&out.quality).map(|(quality, &(depth, loss))| {
             let mean = |mean: f64, out: f64| (mean * all - out) / left;
             (mean(quality.mean_depth, depth as f64), mean(quality.loss, loss))
         });
-        means.collect()
+        Some(means.collect())
     }
 }
 
@@ -110,7 +111,7 @@ impl DepthSums {
         let tokens = measures.gates.len() / self.loops;
         let none = SequenceSums { tokens: 0, quality: vec![(0, 0.0); self.thresholds.len()] };
         let first = self.sequences.len();
-        self.sequences.resize(first + tokens / length, none);
+        self.sequences.resize(first + tokens.div_ceil(length), none);
         let mut log_pdf = Vec::with_capacity(self.loops);
         for token in (0..tokens).filter(|token| counts(*token)) {
             let sequence = &mut self.sequences[first + token / length];
@@ -139,6 +140,8 @@ impl DepthSums {
             }
             self.tokens += 1;
         }
+        let added = self.sequences.split_off(first);
+        self.sequences.extend(added.into_iter().filter(|sequence| sequence.tokens > 0));
     }
 
     /// The means; `None` when no token was counted.
@@ -243,14 +246,18 @@ mod tests {
             let mut others = DepthSums::new(&SETTINGS, &thresholds);
             others.add(&all, 4, |token| kept.contains(&token));
             let others = others.report().unwrap();
-            let curve = found.curve_without(left_out);
+            let curve = found.curve_without(left_out).unwrap();
             assert_eq!(curve.len(), thresholds.len());
             for ((depth, loss), exact) in curve.into_iter().zip(&others.quality) {
                 assert!((depth - exact.mean_depth).abs() < 1e-12);
                 assert!((loss - exact.loss).abs() < 1e-12);
             }
         }
-        assert!(found.curve_without(2).is_empty());
+        assert_eq!(found.curve_without(2), None);
+        let mut one = DepthSums::new(&SETTINGS, &thresholds);
+        one.add(&all, 2, |token| token < 2);
+        let one = one.report().unwrap();
+        assert_eq!((one.sequences(), one.curve_without(0)), (1, None), "there is no other");
     }
 
     #[test]

@@ -637,7 +637,10 @@ impl OnDevice {
                     break;
                 }
                 let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
-                let mut gradient = spare.unwrap_or_default();
+                // That of a stage which trains more is of no use.
+                let enough = 2 * trained.len();
+                let mut gradient =
+                    spare.filter(|spare| spare.capacity() <= enough).unwrap_or_default();
                 gradient.resize(trained.len(), 0.0);
                 let first = trained.start;
                 let statistics =

@@ -2,12 +2,10 @@
 //!
 //! Workers stand in process groups of their own, so that Ctrl-C reaches the parent alone and the
 //! coordinator can end the run in order. None of them outlives the parent for long: one that does
-//! not end with the run is killed; when the parent itself is killed, the workers' sessions break
-//! and they end by themselves, within [`RECONNECT_TIMEOUT`] and what a checkpoint takes, or within
-//! [`CONNECT_TIMEOUT`] when they had none yet (a worker under SIGSTOP: once it is continued). A worker
-//! that crashes (dies by a signal) is started again; one that ends with an error is not, for it would
-//! end the same way. One that was taken for dead, since the machine was too busy or stood still, comes
-//! back by itself.
+//! not end with the run is killed; when the parent itself is killed, they end at once (a worker under
+//! SIGSTOP: once it is continued). A worker that crashes (dies by a signal) is started again; one that
+//! ends with an error is not, for it would end the same way. One that was taken for dead, since the
+//! machine was too busy or stood still, comes back by itself.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -29,9 +27,9 @@ use crate::progress::print_line;
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
 /// Seconds that a worker tries to reach the coordinator, which listens before it is started.
 const CONNECT_TIMEOUT: u32 = 10;
-/// Seconds that a worker without a session tries to get another one. There is no other coordinator to
-/// come, but this one may have taken it for dead.
-const RECONNECT_TIMEOUT: u32 = 5;
+/// Seconds that a worker without a session tries to get another one, for the coordinator may have taken
+/// it for dead.
+const RECONNECT_TIMEOUT: u32 = 10;
 /// Crashes after which a worker is given up.
 const RESTARTS: u32 = 5;
 
@@ -117,6 +115,8 @@ async fn keep_alive(
             if start == 0 { format!("worker-{index}") } else { format!("worker-{index}.{start}") };
         let mut child = spawn(&program, coordinator, &name, share)?;
         relay(&mut child, name.clone());
+        // Waiting would close it, and the worker takes that for this process's end.
+        let _stdin = child.stdin.take();
         let status = tokio::select! {
             status = child.wait() => status.with_context(|| format!("cannot wait for {name}"))?,
             () = kill.cancelled() => {
@@ -159,7 +159,9 @@ fn spawn(
         .arg("--quiet")
         .args(["--connect-timeout", &CONNECT_TIMEOUT.to_string()])
         .args(["--reconnect-timeout", &RECONNECT_TIMEOUT.to_string()])
-        .stdin(Stdio::null())
+        .arg("--bound")
+        // It ends with this process, and the worker with it.
+        .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .process_group(0)

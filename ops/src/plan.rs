@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use looptrain_model::{Device, Gpu};
 use looptrain_proto::Spec;
-use looptrain_proto::spec::{Decay, Objective, operations_per_token};
+use looptrain_proto::spec::{Decay, operations_per_token};
 use looptrain_worker::worker_bytes;
 use serde_json::{Value, json};
 
@@ -53,11 +53,8 @@ pub(crate) fn plan(spec: &Spec, options: &DryRun, threads: u32) -> Result<Value>
             "mixture": mixture,
             "flops": flops,
             "gpu_hours": flops / per_hour,
-            // Kernels for a GPU do not exist for every shape, nor for the gate.
-            "gpu_bytes": match stage.objective {
-                Objective::Language => memory(Device::Cuda(Gpu::Number(0))).unwrap_or(Value::Null),
-                Objective::ExitGate => Value::Null,
-            },
+            // Kernels for a GPU do not exist for every shape.
+            "gpu_bytes": memory(Device::Cuda(Gpu::Number(0))).unwrap_or(Value::Null),
             "cpu_bytes": memory(Device::Cpu)?,
         }));
         steps += stage.steps;
@@ -224,6 +221,20 @@ mod tests {
         let plan = plan(&spec, &DryRun { mfu: 0.4, peak_tflops: 989.0 }, 2).unwrap();
         // 4 slots of 32 tokens, and 7 of the 8 in the last step.
         assert_eq!(plan["stages"][0]["batch_tokens"], json!([128, 224]));
+    }
+
+    #[test]
+    fn a_stage_that_trains_the_gate_has_its_memory_and_keeps_nothing_to_compute_again() {
+        let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+        let given = ["stages.2.objective=exit-gate".to_owned()];
+        let spec = Spec::load(&examples.join("ouro-1.4b.toml"), &given).unwrap();
+        let plan = plan(&spec, &DryRun { mfu: 0.4, peak_tflops: 989.0 }, 2).unwrap();
+        for device in ["gpu_bytes", "cpu_bytes"] {
+            let bytes = |mode: &str| plan["stages"][2][device][mode].as_u64().unwrap();
+            assert_eq!(bytes("none"), bytes("layer"), "{device}");
+            let language = plan["stages"][3][device]["none"].as_u64().unwrap();
+            assert!(bytes("none") < language, "{device}");
+        }
     }
 
     #[test]

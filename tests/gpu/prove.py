@@ -246,6 +246,7 @@ def nccl(arguments, folder, results):
         ("exact", [], False),
         ("killed", [], True),
         ("fast", ["--set", "cluster.reduction=fast"], False),
+        ("fast-bf16", ["--set", "cluster.reduction=fast-bf16"], False),
     ]:
         run_of = small("nccl-" + name)
         run_of.over_nccl = False
@@ -257,12 +258,13 @@ def nccl(arguments, folder, results):
             log = folder / f"nccl-{name}-1.log"
             say(f"nccl: {name}: {log.read_text()[-1500:] if log.exists() else 'no log'}")
             missed.append(f"nccl: {name} did not end")
-        elif not run_of.over_nccl or killed != kill or (not same and name != "fast"):
+        elif not run_of.over_nccl or killed != kill or (not same and not name.startswith("fast")):
             missed.append(f"nccl: {name}: {found[name]}")
-    if found["fast"]["loss"] and found["exact"]["loss"]:
-        apart = abs(float(found["fast"]["loss"]) / float(found["exact"]["loss"]) - 1)
-        if apart > FAR:
-            missed.append(f"nccl: the loss of fast sums is {apart:.4f} from that of exact ones")
+    for name in ("fast", "fast-bf16"):
+        if found[name]["loss"] and found["exact"]["loss"]:
+            apart = abs(float(found[name]["loss"]) / float(found["exact"]["loss"]) - 1)
+            if apart > FAR:
+                missed.append(f"nccl: the loss of {name} sums is {apart:.4f} from that of exact ones")
     results["nccl"] = found
     say(f"nccl: {found}")
     return missed

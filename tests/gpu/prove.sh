@@ -10,7 +10,7 @@
 # - gate: the exit gate of a small model, trained on the CPU and on the GPU;
 # - bits: the same run on the GPU again, computing layers again, stopped and resumed, and by two
 #   workers on one GPU of which one is killed: the weights must be the same, bit for bit;
-# - nccl: the same by two workers on one GPU that reduce over NCCL 2.31 or newer, exact and fast, and with
+# - nccl: the same by two workers on one GPU that reduce over NCCL 2.31 or newer, exact, fast and in bf16, and with
 #   one that is killed in the middle of an all-reduce;
 # - step: `looptrain bench step` on the shape of Ouro-1.4B and on a smaller one, exact and not;
 # - peer: the same steps in PyTorch, bf16 and compiled, where the program to compare with is given

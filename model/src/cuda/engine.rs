@@ -258,7 +258,7 @@ impl CudaEngine {
             }
             DeviceSums::Fast { .. } => (self.gradient.base, DeviceNumbers::Floats),
             DeviceSums::Narrow { .. } => {
-                let numbers = DeviceNumbers::Halves;
+                let numbers = DeviceNumbers::Bf16;
                 (self.sums_in(&self.narrow_sums, numbers)?, numbers)
             }
         };

@@ -16,7 +16,7 @@ pub enum DeviceNumbers {
     /// f32.
     Floats,
     /// bf16.
-    Halves,
+    Bf16,
 }
 
 impl DeviceNumbers {
@@ -26,7 +26,7 @@ impl DeviceNumbers {
         match self {
             Self::Integers => size_of::<i64>(),
             Self::Floats => size_of::<f32>(),
-            Self::Halves => size_of::<u16>(),
+            Self::Bf16 => size_of::<u16>(),
         }
     }
 }

@@ -77,8 +77,8 @@ impl Places {
         }
     }
 
-    /// The places of what an objective trains, in whole rows: between the gate and the head there is
-    /// nothing.
+    /// The places of what an objective trains. They begin at a multiple of 8, as the model's sizes are, and
+    /// end at one of [`ALIGNED`]: between the gate and the head there is nothing.
     pub(super) fn trained(&self, objective: Objective) -> Range<usize> {
         match objective {
             Objective::Language => 0..self.len,

@@ -99,7 +99,7 @@ pub(crate) struct ReduceBench {
     /// Bytes of the gradient, 4 a parameter; exact sums of it take twice as many
     #[arg(long, default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(4..=1 << 36))]
     pub(crate) bytes: u64,
-    /// How it is summed; both ways in turns by default
+    /// How it is summed; each way in turns by default
     #[arg(long, value_enum)]
     pub(crate) reduction: Option<ReductionName>,
     /// Connections from each rank to the next

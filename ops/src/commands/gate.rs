@@ -94,10 +94,11 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
     }
     println!("mean depth  loss before   after  difference, standard error");
     for it in compared.as_array().into_iter().flatten() {
-        let [depth, before, after, error] = ["mean_depth", "before", "after", "standard_error"]
-            .map(|key| it[key].as_f64().unwrap_or(f64::NAN));
-        let difference = after - before;
-        println!("{depth:10.3}  {before:11.4}  {after:6.4}  {difference:+10.4} ± {error:.4}");
+        let [depth, before, after] =
+            ["mean_depth", "before", "after"].map(|key| it[key].as_f64().unwrap_or(f64::NAN));
+        let (difference, error) = (after - before, it["standard_error"].as_f64());
+        let error = error.map_or_else(|| "?".to_owned(), |error| format!("{error:.4}"));
+        println!("{depth:10.3}  {before:11.4}  {after:6.4}  {difference:+10.4} ± {error}");
     }
     run.print_end(&outcome);
     draw()
@@ -168,17 +169,18 @@ fn curve(report: &DepthReport) -> Vec<(f64, f64)> {
 /// The standard error of the difference at a mean depth, by leaving out one sequence after the other (the
 /// jackknife: Efron and Stein, The Jackknife Estimate of Variance, 1981): both gates have met the same
 /// sequences, so it is much smaller than that of either loss.
-fn standard_error(before: &DepthReport, after: &DepthReport, depth: f64) -> f64 {
+///
+/// `None` of one sequence.
+fn standard_error(before: &DepthReport, after: &DepthReport, depth: f64) -> Option<f64> {
     let count = before.sequences();
     let without = |sequence: usize| {
-        let [was, is] =
-            [before, after].map(|report| loss_at(&report.curve_without(sequence), depth));
-        is - was
+        let [was, is] = [before, after].map(|report| report.curve_without(sequence));
+        Some(loss_at(&is?, depth) - loss_at(&was?, depth))
     };
-    let differences: Vec<f64> = (0..count).map(without).collect();
+    let differences = (0..count).map(without).collect::<Option<Vec<f64>>>()?;
     let mean = differences.iter().sum::<f64>() / count as f64;
     let squares: f64 = differences.iter().map(|it| (it - mean).powi(2)).sum();
-    ((count - 1) as f64 / count as f64 * squares).sqrt()
+    Some(((count - 1) as f64 / count as f64 * squares).sqrt())
 }
 
 /// The loss at a mean depth, on a straight line between the two thresholds beside it.
@@ -256,5 +258,7 @@ mod tests {
             assert_eq!(row["before"], row["after"]);
             assert_eq!(value(row, "standard_error"), 0.0);
         }
+        let one = report(&[([4.0, 3.0, 1.0], 9.0)]);
+        assert_eq!(at_equal_depth(&one, &one)[0]["standard_error"], Value::Null);
     }
 }

@@ -43,6 +43,27 @@ fn a_warm_spare_takes_the_place_of_a_killed_worker_and_no_step_is_done_again() {
 }
 
 #[test]
+fn a_spare_follows_a_stage_that_trains_the_gate_and_takes_over() {
+    let alone = ["--set", "cluster.workers=1", "--set", "cluster.max_workers=1"];
+    let gate = ["--set", "stages.0.objective=exit-gate"];
+    let given = [&ENDLESS[..], &alone, &gate].concat();
+    let mut cluster = Cluster::start_with(&given);
+    let mut first = cluster.worker(&["--fault", "stop@compute:17", "--fault", "stop@compute:25"]);
+    assert_eq!(cluster.pause_at(&mut first, "compute"), STEP);
+    let _spare = named(&cluster, "spare");
+    cluster.all_ready(2);
+    cluster.resume();
+    assert_eq!(frozen_at(&mut first, "compute"), 25);
+    first.signal("KILL");
+    assert_eq!(first.end().code, None);
+    // There is no checkpoint: it has what it has by the updates of eight steps.
+    let formed = cluster.formed(2);
+    assert!(formed.starts_with("generation 2: 1 worker at step 24 "), "{formed}");
+    cluster.coordinator.wait_for(|line| line.starts_with("step "));
+    cluster.stop(&given);
+}
+
+#[test]
 fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() {
     let mut cluster = Cluster::start_with(&ENDLESS);
     let (stays, goes) = (named(&cluster, "stays"), named(&cluster, "goes"));

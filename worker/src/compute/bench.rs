@@ -372,7 +372,7 @@ impl Bench {
         self.trainer.sum_slots(
             &StageSettings::from(stage),
             &batches,
-            (Sums::on_device(arithmetic, stage.slots), parts),
+            (Sums::on_device(arithmetic, batches.len() as u32), parts),
             cancelled,
             &mut |span| match buckets.next() {
                 // When nobody reduces any more, the step is abandoned.

@@ -28,6 +28,16 @@ struct Filling {
     missing: usize,
 }
 
+impl Filling {
+    /// One slot more is in it. The last one completes it, before anybody waits for it to leave.
+    fn is_in(&mut self) {
+        self.missing -= 1;
+        if self.missing == 0 {
+            self.bucket = self.bucket.take().map(Bucket::complete);
+        }
+    }
+}
+
 /// How far a slot has come.
 #[derive(Default)]
 struct Progress {
@@ -82,7 +92,7 @@ impl<'a> Gathering<'a> {
         if let Some(bucket) = &mut last.bucket {
             change(bucket.integers_mut());
         }
-        last.missing -= 1;
+        last.is_in();
         drop(last);
         self.let_go();
     }
@@ -94,7 +104,7 @@ impl<'a> Gathering<'a> {
             let mut filling = lock(&self.buckets[number]);
             let added = filling.bucket.as_mut().map_or(Ok(()), |bucket| bucket.add(gradient));
             if number + 1 < self.buckets.len() {
-                filling.missing -= 1;
+                filling.is_in();
             }
             added.err()
         };
@@ -115,7 +125,8 @@ impl<'a> Gathering<'a> {
         while let Some(filling) = self.buckets.get(*left) {
             let Filling { bucket, missing } = &mut *lock(filling);
             let Some(bucket) = bucket.take_if(|_| *missing == 0) else { break };
-            // When nobody reduces any more, the step is abandoned, and these with it.
+            // When nobody reduces any more, the step is abandoned, and these with it. One without slots
+            // becomes complete here.
             let _ = self.ready.send(bucket.complete());
             *left += 1;
         }

@@ -37,7 +37,8 @@ pub(super) struct Cut {
 
 impl Cut {
     pub(super) fn new(arithmetic: Arithmetic, elements: usize, integers: usize) -> Self {
-        let bytes = size_of::<i64>() * arithmetic.words(elements);
+        let words = arithmetic.words(elements);
+        let bytes = size_of::<i64>() * if arithmetic.narrows() { words.div_ceil(2) } else { words };
         Self::with_buckets(
             arithmetic,
             elements,
@@ -88,7 +89,7 @@ pub(super) enum Numbers {
     /// Two f32.
     Floats,
     /// Four bf16.
-    Halves,
+    Bf16,
 }
 
 /// The sums of a range of the flat gradient; the last bucket has the integers beside it.
@@ -127,13 +128,12 @@ impl Bucket {
     /// The same with all slots of the rank in it, as it leaves the rank.
     #[must_use]
     pub fn complete(mut self) -> Self {
-        let narrows = matches!(self.cut.arithmetic, Arithmetic::Fast(single) if single.narrows());
-        if narrows && self.numbers == Numbers::Floats {
+        if self.cut.arithmetic.narrows() && self.numbers == Numbers::Floats && !self.cut.elsewhere {
             let floats = self.gradient_words();
             fast::narrow(&mut self.words[..floats]);
-            self.numbers = Numbers::Halves;
-            let halves = self.gradient_words();
-            self.words.drain(halves..floats);
+            self.numbers = Numbers::Bf16;
+            let narrow = self.gradient_words();
+            self.words.drain(narrow..floats);
         }
         self
     }
@@ -157,7 +157,7 @@ impl Bucket {
         let Cut { arithmetic, elements, integers, buckets, .. } = self.cut;
         let kind = match arithmetic {
             Arithmetic::Exact(_) => 0,
-            Arithmetic::Fast(single) if single.narrows() => 2,
+            Arithmetic::Fast(_) if arithmetic.narrows() => 2,
             Arithmetic::Fast(_) => 1,
         };
         (elements, buckets, integers, kind)
@@ -187,7 +187,7 @@ impl Bucket {
     /// When the gradient has another number of elements, and when the bucket is complete.
     pub fn add(&mut self, gradient: &[f32]) -> Result<(), OutOfRange> {
         assert_eq!(gradient.len(), self.cut.elements, "a sum has one element per value");
-        assert!(self.numbers != Numbers::Halves, "nothing is added to what has left the rank");
+        assert!(self.numbers != Numbers::Bf16, "nothing is added to what has left the rank");
         let (elements, words) = (self.elements(), self.gradient_words());
         let start = elements.start;
         let added = self.cut.arithmetic.add(&mut self.words[..words], &gradient[elements]);
@@ -218,7 +218,7 @@ impl Bucket {
     /// The means that some of its words make.
     fn mean_of(&self, words: &[i64], divisor: f64, out: &mut [f32]) {
         match self.numbers {
-            Numbers::Halves => fast::divide_halves(words, divisor, out),
+            Numbers::Bf16 => fast::divide_bf16(words, divisor, out),
             Numbers::Integers | Numbers::Floats => self.cut.arithmetic.mean(words, divisor, out),
         }
     }
@@ -226,7 +226,7 @@ impl Bucket {
     /// Elements in a word, now.
     fn per_word(&self) -> usize {
         match self.numbers {
-            Numbers::Halves => 2 * self.cut.arithmetic.per_word(),
+            Numbers::Bf16 => 2 * self.cut.arithmetic.per_word(),
             Numbers::Integers | Numbers::Floats => self.cut.arithmetic.per_word(),
         }
     }
@@ -256,7 +256,12 @@ impl Bucket {
     }
 
     /// All words, and what those at the front are, of the gradient, of which there are so many.
+    ///
+    /// # Panics
+    /// When the bucket should be complete, and is not.
     pub(super) fn words_mut(&mut self) -> (&mut [i64], (Numbers, usize)) {
+        let complete = !self.cut.arithmetic.narrows() || self.numbers == Numbers::Bf16;
+        assert!(complete, "what travels is complete");
         let front = (self.numbers, self.gradient_words());
         (&mut self.words, front)
     }
@@ -265,7 +270,7 @@ impl Bucket {
         let words = self.cut.words(self.number).len();
         match self.numbers {
             Numbers::Integers | Numbers::Floats => words,
-            Numbers::Halves => words.div_ceil(2),
+            Numbers::Bf16 => words.div_ceil(2),
         }
     }
 }
@@ -284,6 +289,8 @@ mod tests {
         let buckets = |arithmetic, elements| Cut::new(arithmetic, elements, 3).buckets;
         assert_eq!([0, 1, 1 << 20, 3 << 19].map(|elements| buckets(exact, elements)), [1, 1, 2, 3]);
         assert_eq!([1 << 20, 3 << 20].map(|elements| buckets(fast, elements)), [1, 3]);
+        let bf16 = Arithmetic::new(Reduction::FastBf16, 40, 1);
+        assert_eq!([2 << 20, 6 << 20].map(|elements| buckets(bf16, elements)), [1, 3]);
         assert_eq!(buckets(exact, 1 << 30), 16);
     }
 

@@ -81,18 +81,18 @@ pub(super) fn narrow(memory: &mut [i64]) {
         let floats = &mut floats[..CHUNK.min(count - start)];
         let range = start..start + floats.len();
         floats.copy_from_slice(&bytemuck::cast_slice(memory)[range.clone()]);
-        halves_mut(memory)[range].convert_from_f32_slice(floats);
+        numbers_mut(memory)[range].convert_from_f32_slice(floats);
     }
     if !memory.len().is_multiple_of(2) {
         // The rest of the last word.
-        halves_mut(memory)[count..count + 2].fill(bf16::ZERO);
+        numbers_mut(memory)[count..count + 2].fill(bf16::ZERO);
     }
 }
 
 /// Adds each bf16 to the sum of the same index, in single precision, and rounds what it comes to.
-pub(super) fn add_halves(sums: &mut [i64], values: &[i64]) {
+pub(super) fn add_bf16(sums: &mut [i64], values: &[i64]) {
     let (mut left, mut right) = ([0f32; CHUNK], [0f32; CHUNK]);
-    let chunks = halves_mut(sums).chunks_mut(CHUNK).zip(halves(values).chunks(CHUNK));
+    let chunks = numbers_mut(sums).chunks_mut(CHUNK).zip(numbers(values).chunks(CHUNK));
     for (sums, values) in chunks {
         let (left, right) = (&mut left[..sums.len()], &mut right[..sums.len()]);
         sums.convert_to_f32_slice(left);
@@ -106,17 +106,17 @@ pub(super) fn add_halves(sums: &mut [i64], values: &[i64]) {
 ///
 /// # Panics
 /// When there are fewer sums than `out` has room for.
-pub(super) fn divide_halves(sums: &[i64], divisor: f64, out: &mut [f32]) {
-    halves(sums)[..out.len()].convert_to_f32_slice(out);
+pub(super) fn divide_bf16(sums: &[i64], divisor: f64, out: &mut [f32]) {
+    numbers(sums)[..out.len()].convert_to_f32_slice(out);
     let divisor = divisor as f32;
     out.iter_mut().for_each(|value| *value /= divisor);
 }
 
-fn halves(words: &[i64]) -> &[bf16] {
+fn numbers(words: &[i64]) -> &[bf16] {
     bytemuck::cast_slice::<_, u16>(words).reinterpret_cast()
 }
 
-fn halves_mut(words: &mut [i64]) -> &mut [bf16] {
+fn numbers_mut(words: &mut [i64]) -> &mut [bf16] {
     bytemuck::cast_slice_mut::<_, u16>(words).reinterpret_cast_mut()
 }
 
@@ -163,10 +163,10 @@ mod tests {
             };
             let mut sum = one();
             for _ in 1..slots {
-                add_halves(&mut sum, &one());
+                add_bf16(&mut sum, &one());
             }
             let mut found = [0.0; 2];
-            divide_halves(&sum, 1.0, &mut found);
+            divide_bf16(&sum, 1.0, &mut found);
             assert!(found.iter().all(|sum| sum.is_finite() && *sum != 0.0), "{slots}: {found:?}");
         }
     }
@@ -178,7 +178,7 @@ mod tests {
         let mut few: Vec<i64> = vec![bytemuck::cast([tie, odd]), bytemuck::cast([-0.1f32, 3e-40])];
         narrow(&mut few);
         let mut found = [0.0; 4];
-        divide_halves(&few, 1.0, &mut found);
+        divide_bf16(&few, 1.0, &mut found);
         assert_eq!(found[..2], [1.0, 1.0 + 2f32.powi(-6)]);
         assert!((f64::from(found[2]) + 0.1).abs() < 0.1 / 256.0 && found[3] > 0.0);
 
@@ -188,9 +188,9 @@ mod tests {
         narrow(&mut words);
         words.truncate(words.len() / 2);
         let twice = words.clone();
-        add_halves(&mut words, &twice);
+        add_bf16(&mut words, &twice);
         let mut mean = vec![0.0; 5000];
-        divide_halves(&words, 2.0, &mut mean);
+        divide_bf16(&words, 2.0, &mut mean);
         assert_eq!(mean, floats);
     }
 

@@ -1,7 +1,7 @@
 //! Sums over ranks.
 //!
 //! [`Sums`] holds a gradient as integers whose sum does not depend on any order ([`exact`]), or as
-//! floats in half the bytes ([`fast`]); a [`Collective`] sums it over the ranks of one generation,
+//! floats in half the bytes or a quarter ([`fast`]); a [`Collective`] sums it over the ranks of one generation,
 //! a [`Bucket`] at a time, so that the first are on their way while backward computes the last.
 //! Either way every rank ends with the same bits: one of them adds up a segment, and the others
 //! take over what it has. The session forms a collective per generation, uses it for every step and

@@ -46,6 +46,11 @@ impl Arithmetic {
         }
     }
 
+    /// Whether the sums are rounded to bf16 when they leave a rank.
+    pub(super) fn narrows(self) -> bool {
+        matches!(self, Self::Fast(single) if single.narrows())
+    }
+
     /// Words of a gradient.
     pub(super) fn words(self, elements: usize) -> usize {
         elements.div_ceil(self.per_word())
@@ -115,7 +120,7 @@ impl Sums {
         self.last().cut.elsewhere
     }
 
-    /// How a device sums what this sums here, over so many slots.
+    /// How a device sums what this sums here, where so many slots are one rank's.
     #[must_use]
     pub fn on_device(arithmetic: Arithmetic, slots: u32) -> DeviceSums {
         match arithmetic {

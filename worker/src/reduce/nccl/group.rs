@@ -276,7 +276,7 @@ impl Thread {
         let numbers = match span.numbers() {
             DeviceNumbers::Integers => Numbers::Integers,
             DeviceNumbers::Floats => Numbers::Floats,
-            DeviceNumbers::Halves => Numbers::Halves,
+            DeviceNumbers::Bf16 => Numbers::Bf16,
         };
         self.exchange.wait_for(span)?;
         self.queue(numbers, (span.address(), span.len()))

@@ -74,7 +74,7 @@ pub(super) enum Numbers {
     /// Sums of f32.
     Floats,
     /// Sums of bf16.
-    Halves,
+    Bf16,
     /// The largest of unsigned 32-bit words.
     Largest,
 }
@@ -85,7 +85,7 @@ impl Numbers {
         match self {
             Self::Integers => (Type::ncclInt64, Operation::ncclSum),
             Self::Floats => (Type::ncclFloat32, Operation::ncclSum),
-            Self::Halves => (Type::ncclBfloat16, Operation::ncclSum),
+            Self::Bf16 => (Type::ncclBfloat16, Operation::ncclSum),
             Self::Largest => (Type::ncclUint32, Operation::ncclMax),
         }
     }

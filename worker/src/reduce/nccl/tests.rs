@@ -126,7 +126,7 @@ impl Fabric for World {
             Reduction::FastBf16 => {
                 let half = |value: &f64| bf16::from_f64(*value).to_bits();
                 let halves: Vec<u16> = gradient.iter().map(half).collect();
-                let numbers = (DeviceNumbers::Halves, elements);
+                let numbers = (DeviceNumbers::Bf16, elements);
                 memory.put(&bytemuck::pod_collect_to_vec(&halves), numbers, buckets)
             }
         };

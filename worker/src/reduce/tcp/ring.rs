@@ -268,11 +268,11 @@ fn is_within_this_machine(stream: &TcpStream) -> bool {
 }
 
 fn describe(header: Header, with_bucket: bool) -> String {
-    let Header { tag, bucket, floats, halves, integers } = header;
-    let what = match (floats, halves) {
+    let Header { tag, bucket, floats, bf16, integers } = header;
+    let what = match (floats, bf16) {
         (0, 0) => format!("{integers} integers"),
         (_, 0) => format!("{floats} pairs of f32 and {integers} integers"),
-        _ => format!("{halves} fours of bf16 and {integers} integers"),
+        _ => format!("{bf16} fours of bf16 and {integers} integers"),
     };
     match with_bucket {
         true => format!("{what} in bucket {bucket} of step {tag}"),

@@ -508,14 +508,14 @@ proptest! {
     fn torn_words_are_put_together(
         world in 2usize..6,
         (elements, front) in (0usize..60).prop_flat_map(|all| (Just(all), 0..=all)),
-        numbers in prop_oneof![Just(Numbers::Floats), Just(Numbers::Halves)],
+        numbers in prop_oneof![Just(Numbers::Floats), Just(Numbers::Bf16)],
         grain in 1usize..40,
     ) {
         // Small whole numbers, whose sum is the same in any order as floats as well.
         let of = |a: usize, b: usize| -> i64 {
             let [a, b] = [a, b].map(|value| (value % 25) as f32);
             match numbers {
-                Numbers::Halves => bytemuck::cast([a, b, -a, -b].map(|it| bf16::from_f32(it).to_bits())),
+                Numbers::Bf16 => bytemuck::cast([a, b, -a, -b].map(|it| bf16::from_f32(it).to_bits())),
                 _ => bytemuck::cast([a, b]),
             }
         };
@@ -530,7 +530,7 @@ proptest! {
         for (word, sum) in expected[..front].iter_mut().enumerate() {
             let (word, ranks) = ((word % 25) as f32 * world as f32, (0..world).sum::<usize>() as f32);
             *sum = match numbers {
-                Numbers::Halves => {
+                Numbers::Bf16 => {
                     bytemuck::cast([word, ranks, -word, -ranks].map(|it| bf16::from_f32(it).to_bits()))
                 }
                 _ => bytemuck::cast([word, ranks]),

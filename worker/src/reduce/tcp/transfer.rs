@@ -32,7 +32,7 @@ pub(super) struct Header {
     /// Words that are two f32; they come first.
     pub(super) floats: u64,
     /// Words that are four bf16; they come first.
-    pub(super) halves: u64,
+    pub(super) bf16: u64,
     /// Words that are integers.
     pub(super) integers: u64,
 }
@@ -47,7 +47,7 @@ impl Header {
         bytes[8..16].copy_from_slice(&self.tag.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.bucket.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.floats.to_le_bytes());
-        bytes[32..40].copy_from_slice(&self.halves.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.bf16.to_le_bytes());
         bytes[40..].copy_from_slice(&self.integers.to_le_bytes());
         bytes
     }
@@ -62,7 +62,7 @@ impl Header {
             tag: number(8),
             bucket: number(16),
             floats: number(24),
-            halves: number(32),
+            bf16: number(32),
             integers: number(40),
         };
         (bytes[..8] == HEADER_MAGIC).then(header)
@@ -121,13 +121,13 @@ impl<'a> Transfer<'a> {
         scratch: &'a mut [i64],
     ) -> Self {
         let words = |numbers| if front.0 == numbers { front.1 } else { 0 };
-        let (floats, halves) = (words(Numbers::Floats), words(Numbers::Halves));
+        let (floats, bf16) = (words(Numbers::Floats), words(Numbers::Bf16));
         let header = Header {
             tag,
             bucket: bucket as u64,
             floats: floats as u64,
-            halves: halves as u64,
-            integers: (sums.len() - floats - halves) as u64,
+            bf16: bf16 as u64,
+            integers: (sums.len() - floats - bf16) as u64,
         };
         Self {
             rank,
@@ -317,7 +317,7 @@ impl<'a> Transfer<'a> {
             Numbers::Floats => {
                 add_floats(bytemuck::cast_slice_mut(front_sums), bytemuck::cast_slice(in_front));
             }
-            Numbers::Halves => fast::add_halves(front_sums, in_front),
+            Numbers::Bf16 => fast::add_bf16(front_sums, in_front),
         }
         add_integers(sums, integers);
         self.received.bytes += words * WORD;
