@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn losses_are_compared_at_equal_depth_with_their_standard_error() {
         // At the threshold of a half all have left after the first loop, or after the second.
-        let losses = [[4.0, 3.0, 1.0], [2.0, 1.0, 0.0], [3.0, 2.0, 2.0]];
+        let losses = [[4.0, 3.0, 1.0], [2.0, 1.0, 0.0], [3.0, 3.5, 2.0]];
         let with = |gate| report(&losses.map(|losses| (losses, gate)));
         let (early, later) = (with(9.0), with(-0.5));
         let rows = at_equal_depth(&early, &later);
@@ -249,11 +249,11 @@ mod tests {
         let value = |row: &Value, key: &str| row[key].as_f64().unwrap();
         assert_eq!(value(middle, "mean_depth"), 2.0);
         // Half of what is between 3 and 1, and the loss after the second loop.
-        assert_eq!([value(middle, "before"), value(middle, "after")], [2.0, 2.0]);
-        // Of each sequence the same: after less before is 3 - 2.5, 1 - 1, 2 - 2.5; their standard error is
-        // their deviation over the root of their number.
+        assert_eq!([value(middle, "before"), value(middle, "after")], [2.0, 2.5]);
+        // Of each sequence after less before is 3 - 2.5, 1 - 1, 3.5 - 2.5, whose deviation is a half: the
+        // standard error of a mean is that over the root of their number.
         let error = value(middle, "standard_error");
-        assert!((error - (0.5f64 / 3.0).sqrt() / 2f64.sqrt()).abs() < 1e-12, "{error}");
+        assert!((error - 0.5 / 3f64.sqrt()).abs() < 1e-12, "{error}");
         for row in [&rows[0], &rows[DEPTHS]] {
             assert_eq!(row["before"], row["after"]);
             assert_eq!(value(row, "standard_error"), 0.0);
