@@ -9,18 +9,35 @@ anything is wrong.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 
 from check import AXE, Failures, Page, axe_source, chromium, number
 
 
-def show(driver, token):
+def show(driver, token, seconds=60):
+    """Sends a token, and waits for the page that answers: the driver does not wait for what a click loads later."""
     field = driver.find_element(By.ID, "token")
     field.clear()
     field.send_keys(token)
+    driver.execute_script("window.asks = true")
     driver.find_element(By.TAG_NAME, "button").click()
+    end = time.monotonic() + seconds
+    while not answered(driver):
+        if time.monotonic() > end:
+            sys.exit(f"FAILED: no page has come within {seconds} s after a token was shown")
+        time.sleep(0.1)
+
+
+def answered(driver):
+    try:
+        return driver.execute_script("return !window.asks && document.readyState === 'complete'")
+    except WebDriverException:
+        # Between two pages.
+        return False
 
 
 def main():
