@@ -2,11 +2,11 @@
 //!
 //! This crate depends on nothing else of the project; every other crate speaks it.
 
+mod bytes;
 mod form;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
-mod held;
 mod ids;
 pub mod metrics;
 pub mod spec;
@@ -25,7 +25,7 @@ pub mod v1 {
 }
 
 /// Version of the wire protocol; a worker and a coordinator must have the same.
-pub const PROTOCOL_VERSION: u32 = 10;
+pub const PROTOCOL_VERSION: u32 = 11;
 
 /// Slots per step whose fixed-point gradients can be added up without overflow.
 pub const MAX_SLOTS: u32 = 1 << 16;

@@ -21,6 +21,7 @@ mod feed;
 #[cfg(feature = "cuda")]
 mod health;
 mod machine;
+mod memory;
 mod metrics;
 mod moment;
 pub mod reduce;
@@ -56,19 +57,21 @@ pub use trace::UNTRACED;
 
 /// What [`take_part`] is put together from.
 pub mod parts {
-    pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Memory, Rendezvous};
+    pub use crate::memory::Memory;
+    pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Rendezvous};
 }
 
 use audit::Audit;
 use compute::Compute;
 use data::Data;
 use feed::Feed;
+use memory::Memory;
 #[cfg(feature = "cuda")]
 use reduce::NcclError;
 #[cfg(feature = "cuda")]
 use reduce::nccl::Nccl;
 use reduce::tcp::PeerListener;
-use session::{Dial, Duties, Link, Memory, Session, Tcp, Work};
+use session::{Dial, Duties, Link, Session, Tcp, Work};
 
 /// How a worker's part in a run ended well.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -341,14 +344,16 @@ async fn furnish(
         tokio::spawn(health::watch(uuid, settings.stop.clone()));
     }
     let compute = Compute::start(Arc::clone(&spec), trainer, memory, moments.clone())?;
+    let past = Memory::default();
     // Ends with the listener, which hands the joiners on.
-    tokio::spawn(transfer::serve(joiners, compute.shelf().clone(), moments.clone()));
+    let shelf = compute.shelf().clone();
+    tokio::spawn(transfer::serve(joiners, shelf, past.clone(), moments.clone()));
     Ok(Work {
         audit: Audit::new(&spec, &store),
         feed: Feed::new(Arc::new(data)),
         compute,
         sources: Mutex::default(),
-        memory: Memory::default(),
+        memory: past,
         lineage: welcome.lineage,
         moments,
         checkpoints: Checkpoints::new(&store, &spec.run.name),

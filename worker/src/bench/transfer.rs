@@ -7,6 +7,7 @@ use looptrain_proto::{Digest, Rank, Step};
 use tokio::task::JoinSet;
 
 use crate::Moments;
+use crate::memory::Memory;
 use crate::reduce::tcp::{Peer, PeerError, PeerListener, Peers};
 use crate::transfer::{self, FetchError, Item, Shelf};
 
@@ -65,7 +66,12 @@ impl Transfers {
             peers.push(Peer { rank, name: format!("source-{rank}"), address });
             let (served, joiners) = listener.serve(run);
             let shelf = Shelf::default();
-            serving.spawn(transfer::serve(joiners, shelf.clone(), Moments::default()));
+            serving.spawn(transfer::serve(
+                joiners,
+                shelf.clone(),
+                Memory::default(),
+                Moments::default(),
+            ));
             shelves.push(shelf);
             listening.push(served);
         }
@@ -105,7 +111,7 @@ impl Transfers {
         let fetched = transfer::fetch(&self.joiner, &mut sources, item, &lengths, NO_WAIT).await?;
         let time = start.elapsed();
         match fetched {
-            Some(fetched) if fetched == buffers => Ok(time),
+            Some(fetched) if fetched.buffers == buffers => Ok(time),
             _ => Err(TransferError::Different),
         }
     }

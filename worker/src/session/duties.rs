@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use futures::future::BoxFuture;
-use looptrain_proto::v1::{self, Evaluated, Fetched, PartSaved, Prepared, Ready};
+use looptrain_proto::v1::{self, Evaluated, Fetched, Held, PartSaved, Prepared, Ready};
 use looptrain_proto::{Incarnation, Rank, Spec, Step};
 
 use super::failure::Failure;
-use super::memory::Memory;
 use super::rendezvous::Rendezvous;
+use crate::memory::Memory;
 use crate::reduce::tcp::{Peer, RingId};
 use crate::{Moment, WorkerError};
 
@@ -117,4 +117,10 @@ pub trait Duties: Send + Sync + 'static {
     /// unless it has been saved, or the run has been begun anew since incarnation `known`. Tells
     /// how that went, in words.
     fn save_without_coordinator(&self, known: Incarnation) -> impl Future<Output = String> + Send;
+}
+
+/// What a worker brings to another session; `None` when it holds no state yet.
+pub(crate) async fn brought(work: &impl Duties) -> Result<Option<Held>, WorkerError> {
+    let Holding { held, prepared } = work.holding().await?;
+    Ok(held.map(|step| work.memory().held(step, prepared, work.lineage())))
 }

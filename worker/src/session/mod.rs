@@ -9,7 +9,6 @@
 mod duties;
 mod failure;
 mod link;
-mod memory;
 mod orphan;
 mod rendezvous;
 mod work;
@@ -34,13 +33,12 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
+pub(crate) use self::duties::brought;
 pub use self::duties::{Duties, Holding, Membership};
 pub use self::failure::Failure;
 use self::failure::failed;
 pub use self::link::Dial;
 pub(crate) use self::link::{Link, Tcp};
-pub use self::memory::Memory;
-pub(crate) use self::memory::brought;
 pub use self::rendezvous::Rendezvous;
 pub(crate) use self::work::Work;
 use crate::reduce::tcp::{Peer, RingId};
@@ -408,7 +406,7 @@ impl<W: Duties> Session<W> {
             Ok(vote) => {
                 match &vote {
                     Vote::Prepared(vote) => {
-                        self.work.memory().remember_vote(vote);
+                        self.work.memory().remember_vote(vote.clone());
                         self.owes_commit = true;
                     }
                     Vote::Fetched(fetched) if fetched.error.is_empty() => {

@@ -522,20 +522,28 @@ async fn workers_that_lose_their_coordinator_bring_the_next_one_what_they_hold()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_joiner_that_loses_its_coordinator_says_how_many_others_hold_what_it_has_fetched() {
+async fn a_joiner_that_loses_its_coordinator_says_who_else_holds_what_it_fetched_and_how_it_came_to_be()
+ {
     let mut rig = Rig::start().await;
     rig.reconnect = Duration::from_secs(20);
     let (_workers, mut guests) = rig.cluster(2).await;
-    steps(&mut guests, 1, 1..=1).await;
+    let mut seen = steps(&mut guests, 1, 1..=2).await;
+    let followed = rig.reaches(Moment::Followed(Step(3)));
     let _joiner = rig.worker("w2");
     let mut joiner = rig.welcome().await;
-    guests.iter().for_each(|guest| guest.offer(1, 1));
+    guests.iter().for_each(|guest| guest.offer(1, 2));
     let sources: Vec<v1::Join> = guests.iter().map(|guest| guest.join.clone()).collect();
-    joiner.fetch(1, &sources.iter().collect::<Vec<_>>());
+    joiner.fetch(2, &sources.iter().collect::<Vec<_>>());
     assert_eq!(joiner.fetched().await.error, "");
+    seen.extend(steps(&mut guests, 1, 3..=3).await);
+    followed.wait().await;
     drop(joiner);
     let held = rig.guest().await.join.held.unwrap();
-    assert_eq!((held.step, held.world), (1, 2));
+    assert_eq!((held.step, held.world), (3, 2));
+    // It never voted, and a coordinator that has no other log can write one from what it was told.
+    assert_eq!(held.recent.iter().map(|vote| vote.step).collect::<Vec<_>>(), [1, 2, 3]);
+    let digests: Vec<_> = held.recent.into_iter().map(|vote| vote.digest).collect();
+    assert_eq!(digests, seen);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

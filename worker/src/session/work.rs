@@ -23,11 +23,11 @@ use tracing::Instrument;
 
 use super::duties::{Duties, Holding, Membership};
 use super::failure::Failure;
-use super::memory::Memory;
 use super::rendezvous::Rendezvous;
 use crate::audit::Audit;
 use crate::compute::{Bench, Compute, ComputeError};
 use crate::feed::Feed;
+use crate::memory::Memory;
 #[cfg(feature = "cuda")]
 use crate::reduce::nccl::{self, Library, Nccl};
 use crate::reduce::tcp::{Peer, Peers, Ring};
@@ -173,11 +173,19 @@ impl Work {
         let parameters = Layout::new(&self.spec.model).parameters();
         let (item, lengths) = (Item::State(step), [parameters; 3]);
         let fetched = transfer::fetch(&self.peers, sources, item, &lengths, OFFER_TIME).await?;
-        let buffers = fetched.ok_or(FetchError::NotOffered { item })?;
+        let transfer::Fetched { buffers, votes } =
+            fetched.ok_or(FetchError::NotOffered { item })?;
         let [weights, first_moment, second_moment] =
             <[_; 3]>::try_from(buffers).map_err(|_| FetchError::NotOffered { item })?;
         let state = TrainState { step, weights, first_moment, second_moment };
-        Ok(self.compute.submit(move |bench| bench.adopt(state)).await??)
+        self.compute.submit(move |bench| bench.adopt(state)).await??;
+        self.remember(votes);
+        Ok(())
+    }
+
+    /// What was told of the steps that led to what this worker has taken over.
+    fn remember(&self, votes: Vec<Prepared>) {
+        votes.into_iter().for_each(|vote| self.memory.remember_vote(vote));
     }
 
     /// Fetches and applies the update to `step`; false when no member has committed it yet.
@@ -199,10 +207,10 @@ impl Work {
                 fetched => break fetched,
             }
         };
-        let Some(gradient) = fetched?.and_then(|mut buffers| buffers.pop()) else {
-            return Ok(false);
-        };
+        let Some(transfer::Fetched { mut buffers, votes }) = fetched? else { return Ok(false) };
+        let gradient = buffers.pop().ok_or(FetchError::NotOffered { item })?;
         self.compute.submit(move |bench| bench.update(step, gradient)).await??;
+        self.remember(votes);
         Ok(true)
     }
 

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use looptrain_proto::Digest;
 use looptrain_proto::transport::Connection;
+use looptrain_proto::v1::Prepared;
+use looptrain_proto::{Digest, Step};
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -16,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::CHUNK;
 use super::shelf::Lack;
-use super::wire::{Item, Part, Reply, Request, invalid, receive_digests};
+use super::wire::{Item, Part, Reply, Request, invalid, receive_digests, receive_votes};
 use crate::reduce::tcp::{Peer, Peers};
 
 /// How long a source may take to accept a connection.
@@ -39,6 +40,14 @@ pub(crate) enum FetchError {
     Disagreement { item: String, names: String },
     #[error("{left} chunks of the {item} are missing, and no peer is left: {reasons}")]
     Incomplete { item: String, left: usize, reasons: String },
+}
+
+/// An item that is here.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) buffers: Vec<Vec<f32>>,
+    /// What its sources remember of the steps that led to it, in order: no state depends on that.
+    pub(crate) votes: Vec<Prepared>,
 }
 
 /// A source that has the item.
@@ -107,7 +116,7 @@ pub(crate) async fn fetch(
     item: Item,
     lengths: &[usize],
     wait: Duration,
-) -> Result<Option<Vec<Vec<f32>>>, FetchError> {
+) -> Result<Option<Fetched>, FetchError> {
     let name = item.to_string();
     let chunks = lengths.iter().map(|length| length.div_ceil(CHUNK)).sum();
     let asked = join_all(sources.iter().map(|peer| ask(peers, peer, item, chunks, wait))).await;
@@ -133,6 +142,7 @@ pub(crate) async fn fetch(
     let mut holding = majority(holding)
         .map_err(|names| FetchError::Disagreement { item: name.clone(), names })?;
     let digests = holding[0].digests.clone();
+    let votes = votes(&mut holding, item).await;
 
     let job = Arc::new(Job::new(item, lengths, digests));
     let mut buffers: Vec<Vec<f32>> = lengths.iter().map(|&length| vec![0.0; length]).collect();
@@ -174,7 +184,30 @@ pub(crate) async fn fetch(
             },
         }
     }
-    Ok(Some(buffers))
+    Ok(Some(Fetched { buffers, votes }))
+}
+
+/// How the steps went that led to the item, as the first source that answers tells it. One that does not
+/// will not have its chunks either, which is where it is given up.
+async fn votes(sources: &mut [Source], item: Item) -> Vec<Prepared> {
+    let step = item.step();
+    for source in sources {
+        let stream = &mut source.stream;
+        let answer = in_time(async {
+            match call(stream, Request { item, part: Part::Votes }).await? {
+                Reply::Here { bytes } => receive_votes(stream, bytes).await,
+                Reply::Lacking(_) => Err(invalid("it does not have it any more")),
+            }
+        });
+        match answer.await {
+            Ok(mut votes) => {
+                votes.retain(|vote| Step(vote.step) <= step);
+                return votes;
+            }
+            Err(error) => tracing::debug!("{} tells no votes on the {item}: {error}", source.peer),
+        }
+    }
+    Vec::new()
 }
 
 /// Connects to a peer and asks for the item's digests until it has the item or the time is over.

@@ -10,6 +10,9 @@
 //! Nothing counts before it is verified: each source says the digests of its chunks, sources that
 //! contradict the others are left out, and every chunk is hashed when it is here. A source that
 //! dies leaves its chunks to the others.
+//!
+//! With a state or an update come the votes on the steps that led to it, so that whoever holds a state can
+//! tell a later coordinator how it came to be, whether it was there or not.
 
 mod fetch;
 mod serve;
@@ -19,7 +22,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use fetch::{FetchError, fetch};
+pub(crate) use fetch::{FetchError, Fetched, fetch};
 pub(crate) use serve::serve;
 pub(crate) use shelf::Shelf;
 pub(crate) use wire::Item;

@@ -7,14 +7,16 @@ use std::time::Duration;
 
 use looptrain_model::TrainState;
 use looptrain_proto::transport::{Connection, Credentials, Role};
+use looptrain_proto::v1::Prepared;
 use looptrain_proto::{Digest, Rank, Step};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
 use super::shelf::Goods;
-use super::wire::{Part, Reply, Request, send_digests};
+use super::wire::{Part, Reply, Request, send_digests, send_votes};
 use super::*;
 use crate::Moments;
+use crate::memory::Memory;
 use crate::reduce::tcp::{Peer, PeerListener, Peers};
 use crate::testing::{authority, credentials};
 
@@ -55,10 +57,15 @@ impl Cluster {
     }
 
     async fn honest(&mut self, state: TrainState) -> Shelf {
+        self.telling(state, Memory::default()).await
+    }
+
+    /// The same, of one that remembers how it came to have what it has.
+    async fn telling(&mut self, state: TrainState, memory: Memory) -> Shelf {
         let shelf = Shelf::default();
         shelf.put(state);
         let joiners = self.listen().await;
-        self.serving.spawn(serve(joiners, shelf.clone(), Moments::default()));
+        self.serving.spawn(serve(joiners, shelf.clone(), memory, Moments::default()));
         shelf
     }
 
@@ -72,7 +79,7 @@ impl Cluster {
             counts.fetch_add(1, Ordering::SeqCst);
         });
         let joiners = self.listen().await;
-        self.serving.spawn(serve(joiners, shelf, moments));
+        self.serving.spawn(serve(joiners, shelf, Memory::default(), moments));
         sent
     }
 
@@ -87,6 +94,7 @@ impl Cluster {
                 while let Ok(request) = Request::receive(&mut joiner).await {
                     match request.part {
                         Part::Digests => send_digests(&mut joiner, goods.digests()).await.unwrap(),
+                        Part::Votes => send_votes(&mut joiner, Vec::new()).await.unwrap(),
                         Part::Chunk(index) if damages => {
                             let mut chunk = goods.chunk(index).unwrap().to_vec();
                             chunk[17] ^= 1;
@@ -102,7 +110,23 @@ impl Cluster {
         });
     }
 
-    async fn fetch(&mut self, item: Item) -> Result<Option<Vec<Vec<f32>>>, FetchError> {
+    /// A source of the right digests that says nothing else.
+    async fn mute(&mut self, state: &TrainState) {
+        let state = state.clone();
+        let goods = Goods::new(vec![state.weights, state.first_moment, state.second_moment]);
+        let mut joiners = self.listen().await;
+        self.serving.spawn(async move {
+            while let Some(mut joiner) = joiners.recv().await {
+                while let Ok(Request { item: Item::State(_), part: Part::Digests }) =
+                    Request::receive(&mut joiner).await
+                {
+                    send_digests(&mut joiner, goods.digests()).await.unwrap();
+                }
+            }
+        });
+    }
+
+    async fn fetch(&mut self, item: Item) -> Result<Option<Fetched>, FetchError> {
         let mut sources = self.sources.clone();
         let _own = self.listen().await;
         let own = self.listening.last().unwrap();
@@ -131,9 +155,9 @@ async fn counted<T>(work: impl Future<Output = T>) -> (T, u32) {
     }
 }
 
-fn assert_whole(fetched: Option<Vec<Vec<f32>>>, expected: TrainState) {
+fn assert_whole(fetched: Option<Fetched>, expected: TrainState) {
     let expected = [expected.weights, expected.first_moment, expected.second_moment];
-    assert!(fetched.unwrap() == expected);
+    assert!(fetched.unwrap().buffers == expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -155,7 +179,26 @@ async fn a_state_and_the_updates_after_it_come_from_all_peers_together() {
     }
     assert_whole(cluster.fetch(Item::State(Step(5))).await.unwrap(), state(5));
     let update = cluster.fetch(Item::Update(Step(6))).await.unwrap().unwrap();
-    assert!(update == [vec![0.25; LENGTH]]);
+    assert!(update.buffers == [vec![0.25; LENGTH]]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_what_is_fetched_come_the_votes_on_it_from_a_peer_that_tells_them() {
+    let memory = Memory::default();
+    for step in 3..=7 {
+        memory.remember_vote(Prepared { step, ..Prepared::default() });
+    }
+    let mut cluster = Cluster::default();
+    // It hangs up when it is asked for votes.
+    cluster.mute(&state(5)).await;
+    cluster.telling(state(5), memory).await.add(Step(6), vec![0.25; LENGTH]);
+    let steps =
+        |fetched: &Fetched| -> Vec<u64> { fetched.votes.iter().map(|vote| vote.step).collect() };
+    let fetched = cluster.fetch(Item::State(Step(5))).await.unwrap().unwrap();
+    assert_eq!(steps(&fetched), [3, 4, 5]);
+    assert_whole(Some(fetched), state(5));
+    let fetched = cluster.fetch(Item::Update(Step(6))).await.unwrap().unwrap();
+    assert_eq!(steps(&fetched), [6]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,12 +2,16 @@
 
 use std::fmt;
 
+use looptrain_proto::v1::{Prepared, Votes};
 use looptrain_proto::{Digest, Step};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::shelf::Lack;
 
 const DIGEST_BYTES: usize = size_of::<Digest>();
+
+/// What a coordinator takes in one message, where all that a worker remembers has to fit.
+const MOST_VOTE_BYTES: u64 = 16 << 20;
 
 /// Something that can be fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +20,15 @@ pub(crate) enum Item {
     State(Step),
     /// The reduced gradient that led to a step.
     Update(Step),
+}
+
+impl Item {
+    /// The step that it leads to.
+    pub(super) fn step(self) -> Step {
+        match self {
+            Self::State(step) | Self::Update(step) => step,
+        }
+    }
 }
 
 impl fmt::Display for Item {
@@ -33,6 +46,8 @@ pub(super) enum Part {
     /// The digests of all its chunks.
     Digests,
     Chunk(u32),
+    /// How the steps went that led to it, for whoever tells that to a later coordinator.
+    Votes,
 }
 
 /// What a joiner asks.
@@ -58,6 +73,7 @@ impl Request {
         let (part, index) = match self.part {
             Part::Digests => (1, 0),
             Part::Chunk(index) => (2, index),
+            Part::Votes => (3, 0),
         };
         let mut bytes = [0; 14];
         (bytes[0], bytes[1]) = (kind, part);
@@ -80,6 +96,7 @@ impl Request {
         let part = match part {
             1 => Part::Digests,
             2 => Part::Chunk(index),
+            3 => Part::Votes,
             _ => return Err(invalid("a request for an unknown part")),
         };
         Ok(Self { item, part })
@@ -134,6 +151,29 @@ pub(super) async fn receive_digests(
     Ok(digests.iter().map(|bytes| Digest(*bytes)).collect())
 }
 
+pub(super) async fn send_votes(
+    stream: &mut (impl AsyncWrite + Unpin),
+    votes: Vec<Prepared>,
+) -> std::io::Result<()> {
+    let bytes = Votes { votes }.to_bytes();
+    Reply::Here { bytes: bytes.len() as u64 }.send(stream).await?;
+    stream.write_all(&bytes).await
+}
+
+/// The votes whose reply said that `bytes` bytes follow.
+pub(super) async fn receive_votes(
+    stream: &mut (impl AsyncRead + Unpin),
+    bytes: u64,
+) -> std::io::Result<Vec<Prepared>> {
+    if bytes > MOST_VOTE_BYTES {
+        return Err(invalid("it sends more votes than a worker remembers"));
+    }
+    let mut all = vec![0; bytes as usize];
+    stream.read_exact(&mut all).await?;
+    let votes = Votes::from_bytes(&all).map_err(|_| invalid("its votes are damaged"))?;
+    Ok(votes.votes)
+}
+
 pub(super) fn invalid(what: &'static str) -> std::io::Error {
     std::io::Error::new(std::io::ErrorKind::InvalidData, what)
 }
@@ -146,7 +186,7 @@ mod tests {
     #[tokio::test]
     async fn requests_and_replies_survive_the_wire() {
         for item in [Item::State(Step(u64::MAX)), Item::Update(Step(7))] {
-            for part in [Part::Digests, Part::Chunk(u32::MAX)] {
+            for part in [Part::Digests, Part::Chunk(u32::MAX), Part::Votes] {
                 let (mut wire, request) = (Vec::new(), Request { item, part });
                 request.send(&mut wire).await.unwrap();
                 assert_eq!(Request::receive(&mut wire.as_slice()).await.unwrap(), request);
@@ -163,5 +203,19 @@ mod tests {
         }
         assert!(Request::receive(&mut [9; 14].as_slice()).await.is_err());
         assert!(Reply::receive(&mut [9; 9].as_slice()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn votes_survive_the_wire_and_too_many_are_not_read() {
+        let votes = vec![Prepared { step: 7, detail: "slow".into(), ..Prepared::default() }; 2];
+        let mut wire = Vec::new();
+        send_votes(&mut wire, votes.clone()).await.unwrap();
+        let mut wire = wire.as_slice();
+        let Reply::Here { bytes } = Reply::receive(&mut wire).await.unwrap() else { panic!() };
+        assert_eq!(receive_votes(&mut wire, bytes).await.unwrap(), votes);
+        let error = receive_votes(&mut wire, MOST_VOTE_BYTES + 1).await.unwrap_err().to_string();
+        assert!(error.contains("more votes than a worker remembers"), "{error}");
+        let error = receive_votes(&mut [0xff; 3].as_slice(), 3).await.unwrap_err().to_string();
+        assert!(error.contains("votes are damaged"), "{error}");
     }
 }
