@@ -236,8 +236,13 @@ impl Device {
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
             .map_err(fail("cannot load the kernels"))?;
         let functions = functions(&name, module, sizes)?;
-        use result::stream::{StreamKind, create};
-        let stream = || create(StreamKind::NonBlocking).map_err(fail("cannot make a stream"));
+        use result::stream::{StreamKind, create_with_priority, get_priority_range};
+        let (least, greatest) =
+            get_priority_range().map_err(fail("does not tell the priorities of its streams"))?;
+        let stream = |priority| {
+            create_with_priority(StreamKind::NonBlocking, priority)
+                .map_err(fail("cannot make a stream"))
+        };
         let event = || {
             result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
                 .map_err(fail("cannot make an event"))
@@ -259,9 +264,11 @@ impl Device {
             arithmetic: format!("sm{architecture}-{kind}-cublas{library}-nvrtc{compiler}"),
             memory: free.saturating_sub(WORKSPACE) as u64,
             context,
-            queue: stream()?,
-            copies: stream()?,
-            lane: stream()?,
+            queue: stream(least)?,
+            copies: stream(least)?,
+            // Others wait for what is reduced there, and its blocks are few: they go before those of a
+            // product that would fill the device first.
+            lane: stream(greatest)?,
             functions,
             products,
             // SAFETY: given back when this is dropped; nothing reads it before it is written.
