@@ -178,12 +178,12 @@ impl Work {
         let [weights, first_moment, second_moment] =
             <[_; 3]>::try_from(buffers).map_err(|_| FetchError::NotOffered { item })?;
         let state = TrainState { step, weights, first_moment, second_moment };
-        self.compute.submit(move |bench| bench.adopt(state)).await??;
         self.remember(votes);
-        Ok(())
+        Ok(self.compute.submit(move |bench| bench.adopt(state)).await??)
     }
 
-    /// What was told of the steps that led to what this worker has taken over.
+    /// What was told of the steps that led to what this worker is about to take over: before it does, for
+    /// a session that breaks lets go of whoever waits, and not of what is computed.
     fn remember(&self, votes: Vec<Prepared>) {
         votes.into_iter().for_each(|vote| self.memory.remember_vote(vote));
     }
@@ -209,8 +209,8 @@ impl Work {
         };
         let Some(transfer::Fetched { mut buffers, votes }) = fetched? else { return Ok(false) };
         let gradient = buffers.pop().ok_or(FetchError::NotOffered { item })?;
-        self.compute.submit(move |bench| bench.update(step, gradient)).await??;
         self.remember(votes);
+        self.compute.submit(move |bench| bench.update(step, gradient)).await??;
         Ok(true)
     }
 
