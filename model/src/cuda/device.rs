@@ -1,22 +1,20 @@
-//! A CUDA device: kernels compiled by NVRTC, products by cuBLASLt, memory copied beside the work.
+//! A CUDA device: its kernels, products by cuBLASLt, memory copied beside the work.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::cublaslt::{result as lt, sys as lt_sys};
 use cudarc::driver::{result, sys};
-use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
 use rayon::prelude::*;
 
 use super::driver::{
     Address, Argument, DeviceError, Driver, Launch, MARKS, Mark, Product, ProductKind,
 };
-use super::kernels::{NAMES, SOURCE, Sizes};
-use super::libraries;
+use super::kernels::{NAMES, Sizes, Target};
+use super::{compiler, libraries};
 use crate::Gpu;
 
 /// What products may use beside their matrices, in bytes. It decides how they are summed, so it is
@@ -57,7 +55,8 @@ pub(super) struct Device {
     copies: sys::CUstream,
     /// And what collectives do.
     lane: sys::CUstream,
-    functions: HashMap<&'static str, sys::CUfunction>,
+    /// With the bytes of shared memory of their blocks.
+    functions: HashMap<&'static str, (sys::CUfunction, u32)>,
     products: lt_sys::cublasLtHandle_t,
     workspace: Address,
     /// The least alignment of rows, in bytes.
@@ -162,7 +161,7 @@ pub fn gpu_facts(gpu: Gpu) -> Result<GpuFacts, DeviceError> {
         name: result::device::get_name(device).map_err(fail("cannot read its name"))?,
         uuid: uuid_of(number).map(|uuid| uuid.to_string()),
         driver: format!("{}.{}", version / 1000, version % 1000 / 10),
-        compiler: nvrtc_version()?,
+        compiler: compiler::version()?,
         capability,
         is_new_enough: capability >= LEAST,
         memory: memory as u64,
@@ -213,9 +212,10 @@ impl Device {
         // SAFETY: the device is one that the driver named.
         let room = unsafe { result::device::get_attribute(device, room) };
         let room = room.map_err(fail("cannot read the size of its shared memory"))?;
-        let [forward, backward] = sizes.attention_shared();
-        let needed = forward.max(backward);
-        if i64::from(room) < i64::from(needed) {
+        let architecture = major * 10 + minor;
+        let target = compiler::target(*sizes, architecture);
+        let needed = NAMES.map(|kernel| target.shared(kernel)).into_iter().max().unwrap_or(0);
+        if i64::from(room) < needed as i64 {
             return Err(DeviceError(format!(
                 "{name} gives a block {} KiB of shared memory; attention with heads of {} takes {} KiB",
                 room >> 10,
@@ -229,13 +229,12 @@ impl Device {
             result::ctx::set_current(context).map_err(fail("has no context"))?;
             context
         };
-        let architecture = major * 10 + minor;
         let (free, _) = result::mem_get_info().map_err(fail("does not tell its memory"))?;
-        let image = kernels(sizes, architecture)?;
+        let image = compiler::kernels(&target, architecture)?;
         // SAFETY: the image is one that NVRTC has made, and stays loaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
             .map_err(fail("cannot load the kernels"))?;
-        let functions = functions(&name, module, sizes)?;
+        let functions = functions(&name, module, &target)?;
         use result::stream::{StreamKind, create_with_priority, get_priority_range};
         let (least, greatest) =
             get_priority_range().map_err(fail("does not tell the priorities of its streams"))?;
@@ -257,7 +256,7 @@ impl Device {
             .map_err(|error| DeviceError(format!("{name}: cuBLASLt does not start: {error}")))?;
         let row = (sizes.hidden * size_of::<u16>()) as u32;
         // cuBLAS chooses how it sums by the very device.
-        let (compiler, kind) = (nvrtc_version()?, model_name.replace(' ', "-"));
+        let (compiler, kind) = (compiler::version()?, model_name.replace(' ', "-"));
         // SAFETY: takes nothing and changes nothing.
         let library = unsafe { lt_sys::cublasLtGetVersion() };
         Ok(Self {
@@ -365,107 +364,14 @@ impl Device {
     }
 }
 
-/// Machine code of the kernels: from the cache, or compiled and put there, so that the next worker on
-/// this machine starts some seconds earlier.
-fn kernels(sizes: &Sizes, architecture: i32) -> Result<Vec<u8>, DeviceError> {
-    let options = options(sizes, architecture);
-    let mut key = blake3::Hasher::new_derive_key("looptrain kernels v1");
-    key.update(format!("{} {}", nvrtc_version()?, options.join(" ")).as_bytes());
-    key.update(SOURCE.as_bytes());
-    let file = cache().map(|folder| folder.join(format!("{}.cubin", key.finalize().to_hex())));
-    if let Some(image) = file.as_ref().and_then(|file| cached(file)) {
-        return Ok(image);
-    }
-    let image = compile(&options)?;
-    // Without a cache the next start takes longer, that is all.
-    let _ = file.map(|file| keep(&file, &image));
-    Ok(image)
-}
-
-/// The compiler's version, such as 13.0.
-fn nvrtc_version() -> Result<String, DeviceError> {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: both are written to, and nothing else.
-    unsafe { nvrtc_sys::nvrtcVersion(&mut major, &mut minor) }
-        .result()
-        .map_err(|error| DeviceError(format!("NVRTC fails: {error:?}")))?;
-    Ok(format!("{major}.{minor}"))
-}
-
-/// Where compiled kernels are kept.
-fn cache() -> Option<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    let base = variable("XDG_CACHE_HOME").map(PathBuf::from);
-    let base = base.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
-    Some(base?.join("looptrain").join("kernels"))
-}
-
-/// What was kept, if it is whole: the hash of the image comes before it.
-fn cached(file: &Path) -> Option<Vec<u8>> {
-    let mut bytes = std::fs::read(file).ok()?;
-    let image = (bytes.len() > blake3::OUT_LEN).then(|| bytes.split_off(blake3::OUT_LEN))?;
-    (blake3::hash(&image).as_bytes() == bytes.as_slice()).then_some(image)
-}
-
-fn keep(file: &Path, image: &[u8]) -> std::io::Result<()> {
-    if let Some(folder) = file.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    // Under a name of its own first: two workers may come here at a time.
-    let part = file.with_extension(format!("{}.part", std::process::id()));
-    let hash = blake3::hash(image);
-    std::fs::write(&part, [hash.as_bytes(), image].concat())?;
-    std::fs::rename(&part, file)
-}
-
-/// The compiler's options.
-fn options(sizes: &Sizes, architecture: i32) -> Vec<String> {
-    let mut options = sizes.definitions().to_vec();
-    // Hopper's own instructions have to be asked for.
-    let own = if architecture == 90 { "a" } else { "" };
-    options.push(format!("--gpu-architecture=sm_{architecture}{own}"));
-    options.extend(["--std=c++17", "-default-device"].map(String::from));
-    options
-}
-
-/// Has NVRTC compile the kernels.
-fn compile(options: &[String]) -> Result<Vec<u8>, DeviceError> {
-    let source = CString::new(SOURCE).expect("the source has no zero byte");
-    let failed = |error: nvrtc::NvrtcError| DeviceError(format!("NVRTC fails: {error:?}"));
-    let program = nvrtc::create_program(&source, Some(c"looptrain.cu")).map_err(failed)?;
-    // SAFETY: the program is the one made above, and the buffer has the size that NVRTC names.
-    unsafe {
-        if let Err(error) = nvrtc::compile_program(program, options) {
-            let log = nvrtc::get_program_log(program).unwrap_or_default();
-            let log: Vec<u8> = log.into_iter().map(|byte| byte as u8).collect();
-            return Err(DeviceError(format!(
-                "NVRTC does not compile the kernels ({}): {error:?}\n{}",
-                options.join(" "),
-                String::from_utf8_lossy(&log)
-            )));
-        }
-        let mut len = 0;
-        nvrtc_sys::nvrtcGetCUBINSize(program, &mut len).result().map_err(failed)?;
-        let mut image = vec![0u8; len];
-        nvrtc_sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result().map_err(failed)?;
-        nvrtc::destroy_program(program).map_err(failed)?;
-        Ok(image)
-    }
-}
-
 fn functions(
     device: &str,
     module: sys::CUmodule,
-    sizes: &Sizes,
-) -> Result<HashMap<&'static str, sys::CUfunction>, DeviceError> {
+    target: &Target,
+) -> Result<HashMap<&'static str, (sys::CUfunction, u32)>, DeviceError> {
     use sys::CUfunction_attribute_enum as Attribute;
-    let [forward, backward] = sizes.attention_shared();
     let function = |name: &'static str| {
-        let shared = match name {
-            "attention" => forward,
-            "attention_backward_keys" | "attention_backward_queries" => backward,
-            _ => 0,
-        };
+        let shared = target.shared(name) as u32;
         // SAFETY: the module is loaded and stays so.
         let found = unsafe {
             let name = CString::new(name).expect("a name has no zero byte");
@@ -478,7 +384,7 @@ fn functions(
             })
         };
         let found = found.map_err(|error| told(device, &format!("no kernel `{name}`"), error))?;
-        Ok((name, found))
+        Ok((name, (found, shared)))
     };
     NAMES.into_iter().map(function).collect()
 }
@@ -539,7 +445,7 @@ impl Driver for Device {
     }
 
     fn launch(&self, launch: Launch, arguments: &[Argument]) -> Result<(), DeviceError> {
-        let function = self.functions[launch.kernel];
+        let (function, shared) = self.functions[launch.kernel];
         let mut words: Vec<u64> = arguments.iter().map(Argument::word).collect();
         let mut pointers: Vec<*mut c_void> =
             words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
@@ -549,14 +455,7 @@ impl Driver for Device {
         // CPU; they name memory of the engine.
         let launched = self.call(launch.kernel, || unsafe {
             let block = (launch.threads, 1, 1);
-            result::launch_kernel(
-                function,
-                (x, y, z),
-                block,
-                launch.shared,
-                self.queue,
-                &mut pointers,
-            )
+            result::launch_kernel(function, (x, y, z), block, shared, self.queue, &mut pointers)
         });
         launched.and_then(|()| self.measured(launch.kernel, start))
     }
@@ -746,47 +645,5 @@ impl Drop for Device {
             }
             Ok(())
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// NVRTC needs neither a driver nor a GPU, and sees what the kernels' emulator does not: Hopper's own
-    /// instructions. `tests/run` installs it and names it here.
-    #[test]
-    fn the_kernels_compile_for_every_kind_of_device() {
-        let Some(library) = std::env::var_os("LOOPTRAIN_TEST_NVRTC") else {
-            assert!(std::env::var_os("CI").is_none(), "CI has NVRTC");
-            println!("left out: LOOPTRAIN_TEST_NVRTC names no libnvrtc.so");
-            return;
-        };
-        // SAFETY: NVRTC may be loaded at any time; it stays, for it is asked for by its name from here on.
-        std::mem::forget(unsafe { libloading::Library::new(library) }.expect("NVRTC loads"));
-        for (hidden, heads, architecture) in
-            [(2048, 16, 80), (2048, 16, 90), (2048, 16, 100), (768, 12, 90), (64, 4, 80)]
-        {
-            let head_dim = hidden / heads;
-            let sizes = Sizes { hidden, inner: 2 * hidden, vocab: 512, heads, head_dim };
-            let image = compile(&options(&sizes, architecture));
-            let len = image.unwrap_or_else(|error| panic!("{error}")).len();
-            assert!(len > 50_000, "{len} bytes for {architecture}");
-        }
-    }
-
-    #[test]
-    fn kept_kernels_are_read_when_they_are_whole() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let file = folder.path().join("deeper").join("kernels.cubin");
-        assert_eq!(cached(&file), None);
-        keep(&file, b"an image").expect("the folder can be written to");
-        assert_eq!(cached(&file).as_deref(), Some(&b"an image"[..]));
-        let mut bytes = std::fs::read(&file).expect("the file is there");
-        bytes.pop();
-        std::fs::write(&file, &bytes).expect("the folder can be written to");
-        assert_eq!(cached(&file), None, "cut short");
-        std::fs::write(&file, &bytes[..9]).expect("the folder can be written to");
-        assert_eq!(cached(&file), None);
     }
 }

@@ -89,8 +89,6 @@ pub(super) struct Launch {
     pub(super) grid: [u32; 3],
     /// Threads of a block.
     pub(super) threads: u32,
-    /// Bytes of shared memory of a block, beside what the kernel declares.
-    pub(super) shared: u32,
 }
 
 /// Which product of a linear layer with weight `[outputs, inputs]`, over rows.

@@ -514,7 +514,7 @@ impl CudaEngine {
             let update = step.of_tensor(&base, tensor.decay);
             let blocks = tensor.len.div_ceil(8 * FLAT_THREADS as usize).min(8192) as u32;
             self.driver.launch(
-                Launch { kernel: "adamw", grid: [blocks, 1, 1], threads: FLAT_THREADS, shared: 0 },
+                Launch { kernel: "adamw", grid: [blocks, 1, 1], threads: FLAT_THREADS },
                 &[
                     self.weights.base.plus(at * float).into(),
                     self.first_moment.base.plus(at * float).into(),
@@ -585,7 +585,7 @@ impl CudaEngine {
 
     fn flat(&self, kernel: &'static str) -> Launch {
         let blocks = self.flat_blocks() as u32;
-        Launch { kernel, grid: [blocks, 1, 1], threads: FLAT_THREADS, shared: 0 }
+        Launch { kernel, grid: [blocks, 1, 1], threads: FLAT_THREADS }
     }
 
     /// As many as have something to do, four elements a thread.

@@ -52,11 +52,8 @@ pub(super) const NAMES: [&str; 33] = [
     "narrow_settle",
 ];
 
-/// Rows of a tile of attention.
-pub(super) const TILE: usize = 64;
-
-/// Rows of a block of attention: two tiles, with four warps each.
-pub(super) const ATTENTION_ROWS: usize = 2 * TILE;
+/// Rows of a block of attention: 64 to each group of four warps.
+pub(super) const ATTENTION_ROWS: usize = 128;
 
 /// Threads of a block of attention.
 pub(super) const ATTENTION_THREADS: u32 = 256;
@@ -110,26 +107,71 @@ impl Sizes {
         Ok(sizes)
     }
 
-    /// As definitions for the compiler.
-    pub(super) fn definitions(&self) -> [String; 5] {
-        [
-            format!("-DHIDDEN={}", self.hidden),
-            format!("-DINNER={}", self.inner),
-            format!("-DVOCAB={}", self.vocab),
-            format!("-DHEADS={}", self.heads),
-            format!("-DHEAD_DIM={}", self.head_dim),
-        ]
-    }
-
-    /// Bytes of shared memory of attention's blocks: forward two tiles of queries, and two each of keys
-    /// and values, in turns; backward two tiles more that stay.
-    pub(super) fn attention_shared(&self) -> [u32; 2] {
-        let tile = TILE * self.head_dim * size_of::<u16>();
-        [6, 8].map(|tiles| (tiles * tile) as u32)
+    /// Threads that a row of logits lies over, four to a thread at a time.
+    pub(super) fn vocab_threads(&self) -> u32 {
+        (self.vocab / 4).next_multiple_of(32).min(512) as u32
     }
 
     /// Threads that a row of the residual stream lies over.
     pub(super) fn row_threads(&self) -> u32 {
         (self.hidden / 8).next_multiple_of(32).min(256) as u32
+    }
+}
+
+/// What the kernels are compiled for: a model's sizes, and a kind of device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    pub(super) sizes: Sizes,
+    /// Whether groups of four warps multiply matrices that lie in shared memory, as Hopper's do, rather than
+    /// each warp what it has loaded. Heads of less than 64 numbers are too short for that.
+    pub(super) warp_groups: bool,
+}
+
+impl Target {
+    /// For a device, with groups of warps where it has them.
+    pub(super) fn new(sizes: Sizes, has_warp_groups: bool) -> Self {
+        Self { sizes, warp_groups: has_warp_groups && sizes.head_dim >= 64 }
+    }
+
+    /// Keys of a tile of attention, and queries: as many as the registers have room for.
+    fn columns(&self) -> [usize; 2] {
+        match (self.warp_groups, self.sizes.head_dim) {
+            (true, 128) => [128, 64],
+            (true, _) => [64, 128],
+            (false, _) => [64, 64],
+        }
+    }
+
+    /// As definitions for the compiler.
+    pub(super) fn definitions(&self) -> Vec<String> {
+        let Sizes { hidden, inner, vocab, heads, head_dim } = self.sizes;
+        let [keys, queries] = self.columns();
+        let mut definitions = vec![
+            format!("-DHIDDEN={hidden}"),
+            format!("-DINNER={inner}"),
+            format!("-DVOCAB={vocab}"),
+            format!("-DHEADS={heads}"),
+            format!("-DHEAD_DIM={head_dim}"),
+            format!("-DKEYS={keys}"),
+            format!("-DQUERIES={queries}"),
+        ];
+        definitions.extend(self.warp_groups.then(|| "-DWARP_GROUPS".to_owned()));
+        definitions
+    }
+
+    /// Bytes of shared memory of a kernel's blocks, beside what it declares: attention's rows, which stay,
+    /// and two tiles each of what it goes over, in turns.
+    pub(super) fn shared(&self, kernel: &str) -> usize {
+        let [keys, queries] = self.columns();
+        let row = self.sizes.head_dim * size_of::<u16>();
+        match kernel {
+            "attention" => (ATTENTION_ROWS + 4 * keys) * row,
+            "attention_backward_queries" => (2 * ATTENTION_ROWS + 4 * keys) * row,
+            // With the log-sums and the means of each query.
+            "attention_backward_keys" => {
+                (2 * ATTENTION_ROWS + 4 * queries) * row + 4 * queries * size_of::<f32>()
+            }
+            _ => 0,
+        }
     }
 }

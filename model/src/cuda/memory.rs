@@ -207,7 +207,7 @@ impl Drop for Memory {
 pub(super) const NORM_BLOCKS: usize = 512;
 
 /// Most rows whose logits are in memory at a time.
-const LOGIT_ROWS: usize = 4096;
+const LOGIT_ROWS: usize = 2048;
 
 /// The memory of a slot under way: one allocation, cut into parts.
 pub(super) struct Workspace {

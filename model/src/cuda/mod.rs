@@ -1,8 +1,8 @@
 //! The model on a GPU: CUDA kernels and matrix products, forward and backward.
 //!
-//! - [`driver`]: what is needed of a device; [`device`]: the real one, through CUDA's driver, NVRTC and
-//!   cuBLASLt, all of which are looked for when a device is asked for and not before.
-//! - [`kernels`]: the kernels' source and the sizes that they are compiled for.
+//! - [`driver`]: what is needed of a device; [`device`]: the real one, through CUDA's driver and cuBLASLt,
+//!   which are looked for when a device is asked for and not before, as is NVRTC.
+//! - [`kernels`]: the kernels' source and what they are compiled for; [`compiler`]: their machine code.
 //! - [`memory`]: what lies where; [`slot`]: a slot from tokens to gradient, as a queue of kernels.
 //! - [`engine`]: the training state on the device; [`exchange`]: its sums, for a collective.
 //!
@@ -10,6 +10,8 @@
 //! all sums are f32 or wider. No two blocks add floats to the same place (what they share are sums of
 //! integers and minima), so the bits do not depend on their order.
 
+#[cfg(feature = "cuda")]
+mod compiler;
 #[cfg(feature = "cuda")]
 mod device;
 mod driver;

@@ -30,7 +30,7 @@ pub(super) struct Buffers {
 
 /// A kernel over so many blocks.
 fn over(kernel: &'static str, blocks: usize, threads: u32) -> Launch {
-    Launch { kernel, grid: [blocks as u32, 1, 1], threads, shared: 0 }
+    Launch { kernel, grid: [blocks as u32, 1, 1], threads }
 }
 
 macro_rules! arguments {
@@ -443,10 +443,10 @@ impl Task<'_> {
     }
 
     /// Attention's blocks.
-    fn attention_launch(&self, kernel: &'static str, shared: u32) -> Launch {
+    fn attention_launch(&self, kernel: &'static str) -> Launch {
         let SlotSizes { sequences, length, .. } = self.work.sizes;
         let grid = [length.div_ceil(ATTENTION_ROWS), self.model.heads, sequences].map(|n| n as u32);
-        Launch { kernel, grid, threads: ATTENTION_THREADS, shared }
+        Launch { kernel, grid, threads: ATTENTION_THREADS }
     }
 
     /// The softmax scale, `head_dim^-0.5`, and the same for scores in units of log2 e.
@@ -456,11 +456,10 @@ impl Task<'_> {
     }
 
     fn attention(&self, kept: &Kept) -> Result<(), DeviceError> {
-        let [forward, _] = self.model.attention_shared();
         let [_, score_scale] = self.scales();
         let SlotSizes { length, .. } = self.work.sizes;
         self.driver.launch(
-            self.attention_launch("attention", forward),
+            self.attention_launch("attention"),
             arguments![
                 kept.qkv,
                 self.work.first_seen,
@@ -473,7 +472,7 @@ impl Task<'_> {
     }
 
     fn attention_backward(&self, kept: &Kept) -> Result<(), DeviceError> {
-        let (work, [_, backward]) = (self.work, self.model.attention_shared());
+        let work = self.work;
         let [scale, score_scale] = self.scales();
         let SlotSizes { length, .. } = work.sizes;
         let tokens = work.sizes.tokens();
@@ -488,7 +487,7 @@ impl Task<'_> {
             ("attention_backward_queries", work.first_seen),
         ] {
             self.driver.launch(
-                self.attention_launch(kernel, backward),
+                self.attention_launch(kernel),
                 arguments![
                     kept.qkv,
                     work.dmixed,
@@ -509,7 +508,7 @@ impl Task<'_> {
         const THREADS: usize = 128;
         let blocks = (self.model.inner / 8).div_ceil(THREADS);
         let grid = [self.work.sizes.tokens() as u32, blocks as u32, 1];
-        Launch { kernel, grid, threads: THREADS as u32, shared: 0 }
+        Launch { kernel, grid, threads: THREADS as u32 }
     }
 
     fn exit_blocks(&self) -> usize {
@@ -540,7 +539,7 @@ impl Task<'_> {
             product(ProductKind::Forward, states, weight, work.logits)?;
             let dlogits = if backward { work.dlogits } else { Address::NONE };
             self.driver.launch(
-                over("cross_entropy", rows, 512),
+                over("cross_entropy", rows, self.model.vocab_threads()),
                 arguments![
                     work.logits,
                     of_row(work.targets),
@@ -607,7 +606,6 @@ impl Task<'_> {
                 kernel: "add_parts",
                 grid: [self.model.hidden.div_ceil(32) as u32, places.len() as u32, 1],
                 threads: 256,
-                shared: 0,
             },
             arguments![count, self.work.parts, to(0), to(1), to(2)],
         )

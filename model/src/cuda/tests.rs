@@ -10,7 +10,7 @@ use super::CudaEngine;
 use super::driver::{Address, DeviceError, Driver, Mark};
 use super::emulator::Emulator;
 use super::engine::DeviceSums;
-use super::kernels::{NAMES, Sizes};
+use super::kernels::{NAMES, Sizes, Target};
 use super::memory::{Memory, Places, Purpose, SlotSizes, Workspace};
 use super::slot::{Buffers, Task};
 use crate::optimizer::StepSize;
@@ -26,13 +26,16 @@ const SETTINGS: StageSettings = StageSettings {
     objective: Objective::Language,
 };
 
+/// Over three warps.
+const VOCAB: usize = 264;
+
 fn model(head_dim: usize) -> spec::Model {
     spec::Model {
         hidden_size: 2 * head_dim,
         num_hidden_layers: 3,
         num_attention_heads: 2,
         intermediate_size: 56,
-        vocab_size: 88,
+        vocab_size: VOCAB,
         rms_norm_eps: 1e-6,
         // Wide enough for every part to matter.
         initializer_range: 0.5 / (2.0 * head_dim as f64).sqrt(),
@@ -41,13 +44,18 @@ fn model(head_dim: usize) -> spec::Model {
 
 fn batch(sequences: usize, sequence_length: usize) -> SlotBatch {
     let count = sequences * (sequence_length + 1);
-    let tokens = (0..count).map(|i| ((i * 7 + i * i) % 88) as u32).collect();
+    let tokens = (0..count).map(|i| ((i * 7 + i * i) % VOCAB) as u32).collect();
     SlotBatch { tokens, sequences, sequence_length, ..SlotBatch::default() }
 }
 
 fn emulated(model: &spec::Model) -> (CudaEngine, Arc<Emulator>) {
+    emulated_as(model, true)
+}
+
+/// As on a device that has groups of warps, or not.
+fn emulated_as(model: &spec::Model, has_warp_groups: bool) -> (CudaEngine, Arc<Emulator>) {
     let sizes = Sizes::of(model).expect("sizes that the kernels take");
-    let emulator = Arc::new(Emulator::new(&sizes));
+    let emulator = Arc::new(Emulator::of(Target::new(sizes, has_warp_groups)));
     let driver: Arc<dyn Driver> = emulator.clone();
     (CudaEngine::new(driver, model, sizes).expect("memory"), emulator)
 }
@@ -141,14 +149,16 @@ fn assert_loops_near(found: &SlotStatistics, exact: &SlotStatistics) {
 }
 
 /// Against f32 on the CPU, within what bf16 rounds.
-fn compare(head_dim: usize, sequences: usize, length: usize) {
-    compare_batch(head_dim, &batch(sequences, length));
+fn compare(head_dim: usize, batch: &SlotBatch) {
+    compare_as(head_dim, true, batch);
 }
 
-fn compare_batch(head_dim: usize, batch: &SlotBatch) {
-    let model = model(head_dim);
+fn compare_as(head_dim: usize, has_warp_groups: bool, batch: &SlotBatch) {
+    // Long sequences take the emulator long.
+    let num_hidden_layers = if batch.sequence_length <= 150 { 3 } else { 1 };
+    let model = spec::Model { num_hidden_layers, ..model(head_dim) };
     let state = TrainState::initial(&model, 5);
-    let (engine, emulator) = emulated(&model);
+    let (engine, emulator) = emulated_as(&model, has_warp_groups);
     engine.put(&state).expect("weights");
     let layout = Layout::new(&model);
     let all = layout.trained(Objective::Language);
@@ -266,27 +276,43 @@ fn the_loss_of_the_second_stage_and_its_gradient_are_those_in_double_precision()
 
 #[test]
 fn heads_of_16_in_one_block() {
-    compare(16, 2, 40);
+    compare(16, &batch(2, 40));
 }
 
 #[test]
 fn heads_of_32_in_several_blocks() {
-    compare(32, 1, 150);
+    compare(32, &batch(1, 150));
+}
+
+/// Sequences of 300 tokens, the first one of several documents.
+fn documents(sequences: usize) -> SlotBatch {
+    let batch = batch(sequences, 300);
+    // The first sequence in documents that end within tiles, with them, and blocks after they began.
+    let starts =
+        |at: usize| [0, 20, 64, 65, 250].into_iter().rfind(|&start| start <= at).unwrap_or(0);
+    let starts =
+        (0..300 * sequences).map(|at| if at < 300 { starts(at) as u32 } else { 0 }).collect();
+    SlotBatch { starts, ..batch }
 }
 
 #[test]
 fn documents_that_do_not_see_each_other_over_several_blocks() {
-    let batch = batch(2, 300);
-    // The first sequence in documents that end within tiles, with them, and blocks after they began.
-    let starts =
-        |at: usize| [0, 20, 64, 65, 250].into_iter().rfind(|&start| start <= at).unwrap_or(0);
-    let starts = (0..600).map(|at| if at < 300 { starts(at) as u32 } else { 0 }).collect();
-    compare_batch(16, &SlotBatch { starts, ..batch });
+    compare(16, &documents(2));
 }
 
 #[test]
-fn heads_of_128_in_two_blocks() {
-    compare(128, 1, 70);
+fn heads_of_64_in_several_blocks_of_groups_of_warps() {
+    compare(64, &documents(1));
+}
+
+#[test]
+fn heads_of_128_in_several_blocks_of_groups_of_warps() {
+    compare(128, &documents(1));
+}
+
+#[test]
+fn heads_of_128_by_warps_alone() {
+    compare_as(128, false, &batch(1, 200));
 }
 
 #[test]

@@ -1,15 +1,21 @@
 // CUDA C++, as far as the kernels use it, on a CPU: slow, and the same arithmetic.
 //
 // A grid's blocks run one after the other. A block's threads are contexts that take turns: one runs
-// until it meets the others, at a barrier or in an operation of its warp. Copies to shared memory are
-// done at once, so what is read before its wait is not found out here.
+// until it meets the others, at a barrier or in an operation of its warp. Copies to shared memory, and
+// products of groups of warps, are done when they are waited for, as late as a device may do them: what
+// is read or overwritten before that shows in the results.
 
+#include <algorithm>
+#include <array>
 #include <csetjmp>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
 #include <tuple>
 #include <ucontext.h>
 #include <vector>
@@ -39,6 +45,16 @@ constexpr int WARP = 32;
 constexpr size_t STACK = 256 << 10;
 
 static unsigned char* dynamic_shared;
+static size_t shared_bytes;
+
+// So many bytes of the block's shared memory.
+static unsigned char* shared_at(u32 at, size_t bytes) {
+    if (at + bytes > shared_bytes) {
+        fprintf(stderr, "a block reaches for byte %zu of its %zu of shared memory\n", at + bytes, shared_bytes);
+        abort();
+    }
+    return dynamic_shared + at;
+}
 
 // Those that meet: a block, or a warp.
 struct Meeting {
@@ -88,6 +104,38 @@ static const u32* show(const u32* words, u32 count) {
     return to;
 }
 
+struct Copy {
+    u32 to;
+    const void* from;
+    size_t bytes;
+    bool exists;
+
+    void operator()() const {
+        unsigned char* at = shared_at(to, bytes);
+        if (exists) memcpy(at, from, bytes);
+        else memset(at, 0, bytes);
+    }
+};
+
+// Work that a thread has asked for: what is closed together is done together.
+template <class Work>
+struct Pending {
+    std::deque<std::vector<Work>> closed;
+    std::vector<Work> open;
+
+    void close() {
+        closed.push_back(std::move(open));
+        open.clear();
+    }
+    // Does all that was closed but the last `groups`.
+    void wait(size_t groups) {
+        for (; closed.size() > groups; closed.pop_front())
+            for (const auto& work : closed.front()) work();
+    }
+};
+static std::vector<Pending<Copy>> copies;
+static std::vector<Pending<std::function<void()>>> products;
+
 static void (*entry)(void**);
 static void** given;
 
@@ -122,6 +170,8 @@ static void run_block() {
     warps.assign((count + WARP - 1) / WARP, {});
     shown.assign(warps.size() * 2 * WARP * MOST_WORDS, 0);
     turns.assign(count, 0);
+    copies.assign(count, {});
+    products.assign(count, {});
     block = {count, 0, 0};
     for (u32 i = 0; i < count; i++) {
         warps[i / WARP].members++;
@@ -144,6 +194,7 @@ static void run_block() {
 static void launch(void (*kernel)(void**), const u32* grid, u32 count, size_t shared, void** arguments) {
     std::vector<unsigned char> memory(shared + 128);
     dynamic_shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+    shared_bytes = shared;
     // Whatever was there before.
     memset(dynamic_shared, 0xff, shared);
     entry = kernel;
@@ -196,7 +247,7 @@ static void load(u32 (&to)[4], u32 at, bool transposed) {
             u32 row = lane / 4, column = lane % 4 * 2 + half;
             if (transposed) std::swap(row, column);
             unsigned short value;
-            memcpy(&value, dynamic_shared + addresses[(matrix * 8 + row) * MOST_WORDS] + column * 2, 2);
+            memcpy(&value, shared_at(addresses[(matrix * 8 + row) * MOST_WORDS] + column * 2, 2), 2);
             both |= static_cast<u32>(value) << (16 * half);
         }
         to[matrix] = both;
@@ -231,13 +282,12 @@ static T __shfl_sync(u32, T x, int from) {
     return __shfl_xor_sync(0, x, from ^ static_cast<int>(emulator::running % emulator::WARP));
 }
 
-static inline void copy_async(u32 to, const void* from, bool exists) {
-    if (exists) memcpy(emulator::dynamic_shared + to, from, 16);
-    else memset(emulator::dynamic_shared + to, 0, 16);
-}
-static inline void copies_close() {}
+static inline void copy_async(u32 to, const void* from, bool exists) { emulator::copies[emulator::running].open.push_back({to, from, 16, exists}); }
+static inline void copy_async(u32 to, const void* from) { copy_async(to, from, true); }
+static inline void copy_number_async(u32 to, const float* from, bool exists) { emulator::copies[emulator::running].open.push_back({to, from, 4, exists}); }
+static inline void copies_close() { emulator::copies[emulator::running].close(); }
 template <int PENDING>
-static void copies_wait() {}
+static void copies_wait() { emulator::copies[emulator::running].wait(PENDING); }
 static inline void load_matrices(u32 (&to)[4], u32 at) { emulator::load(to, at, false); }
 static inline void load_transposed(u32 (&to)[4], u32 at) { emulator::load(to, at, true); }
 
@@ -256,3 +306,105 @@ static inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1
         c[i] += sum;
     }
 }
+
+static inline int __any_sync(u32, bool holds) {
+    const u32 word = holds;
+    const u32* all = emulator::show(&word, 1);
+    u32 any = 0;
+    for (u32 lane = 0; lane < emulator::WARP; lane++) any |= all[lane * emulator::MOST_WORDS];
+    return any;
+}
+static inline void __trap() { abort(); }
+
+#ifdef WARP_GROUPS
+namespace emulator {
+
+// Up to eight numbers of a line of a matrix in shared memory, as a descriptor says that they lie: every 8
+// lines of 128 bytes are `next` bytes after the 8 before, and what is beyond 64 numbers of a line `leading`
+// bytes after. The places of 16 bytes within a line change with the line.
+static void numbers(float* to, u64 described, u32 line, u32 first, u32 count) {
+    const u32 leading = (described >> 16 & 0x3fff) << 4, next = (described >> 32 & 0x3fff) << 4;
+    if (described >> 62 != 1) abort();
+    u32 at = (described & 0x3fff) << 4;
+    at += first / 64 * leading + first % 64 * 2 + line / 8 * next + line % 8 * 128;
+    at ^= (at >> 7 & 7) << 4;
+    unsigned short values[8];
+    memcpy(values, shared_at(at, count * 2), count * 2);
+    for (u32 i = 0; i < count; i++) to[i] = floating(static_cast<u32>(values[i]) << 16);
+}
+
+// What a lane's numbers of a product are made of: its two rows, and 16 numbers of each of its columns.
+template <int PARTS>
+struct Factors {
+    float rows[2][16], columns[PARTS][2][16];
+};
+
+// Has a product of the group's done later. What it is made of must be there by now, and stay as it is.
+template <int PARTS, class Gather>
+static void multiply_later(float (&c)[PARTS][4], bool add, Gather gather) {
+    const auto begun = std::make_shared<Factors<PARTS>>();
+    gather(*begun);
+    auto* to = &c;
+    // Nobody may look at them before they are there.
+    if (!add) std::fill_n(&c[0][0], PARTS * 4, NAN);
+    products[running].open.push_back([=] {
+        static Factors<PARTS> found;
+        gather(found);
+        if (memcmp(&found, begun.get(), sizeof(found)) != 0) {
+            fprintf(stderr, "what a product is made of has changed before it was done\n");
+            abort();
+        }
+        for (u32 n = 0; n < PARTS; n++)
+            for (u32 i = 0; i < 4; i++) {
+                float sum = 0.0f;
+                for (u32 k = 0; k < 16; k++) sum += found.rows[i / 2][k] * found.columns[n][i % 2][k];
+                (*to)[n][i] = add ? (*to)[n][i] + sum : sum;
+            }
+    });
+}
+
+}  // namespace emulator
+
+static inline void copies_shown() {}
+static inline void products_open() {}
+static inline void products_close() { emulator::products[emulator::running].close(); }
+template <int PENDING>
+static void products_wait() { emulator::products[emulator::running].wait(PENDING); }
+
+template <int PARTS>
+static void multiply_shared(float (&c)[PARTS][4], u64 a, u64 b, bool add) {
+    const u32 lane = emulator::running % emulator::WARP, row = emulator::running / emulator::WARP % 4 * 16 + lane / 4;
+    emulator::multiply_later(c, add, [=](emulator::Factors<PARTS>& factors) {
+        for (u32 i = 0; i < 2; i++)
+            for (u32 k = 0; k < 16; k += 8) {
+                emulator::numbers(&factors.rows[i][k], a, row + i * 8, k, 8);
+                for (u32 n = 0; n < PARTS; n++) emulator::numbers(&factors.columns[n][i][k], b, n * 8 + lane % 4 * 2 + i, k, 8);
+            }
+    });
+}
+
+template <int PARTS>
+static void multiply_registers(float (&c)[PARTS][4], const u32 (&a)[4], u64 b) {
+    const u32 lane = emulator::running % emulator::WARP;
+    const u32* all = emulator::show(a, 4);
+    std::array<std::array<float, 16>, 2> rows;
+    for (u32 half = 0; half < 2; half++)
+        for (u32 k = 0; k < 16; k++) {
+            const u32 of = lane / 4 * 4 + k % 8 / 2;
+            rows[half][k] = emulator::of_half(all[of * emulator::MOST_WORDS + half + k / 8 * 2], k % 2);
+        }
+    const u32(*own)[4] = &a;
+    const std::array<u32, 4> given = {a[0], a[1], a[2], a[3]};
+    emulator::multiply_later(c, true, [=](emulator::Factors<PARTS>& factors) {
+        memcpy(factors.rows, &rows, sizeof(rows));
+        // A lane's own registers must stay as well.
+        if (memcmp(own, &given, sizeof(given)) != 0) factors.rows[0][0] = NAN;
+        for (u32 k = 0; k < 16; k++)
+            for (u32 n = 0; n < PARTS; n++) {
+                float pair[2];
+                emulator::numbers(pair, b, k, n * 8 + lane % 4 * 2, 2);
+                for (u32 i = 0; i < 2; i++) factors.columns[n][i][k] = pair[i];
+            }
+    });
+}
+#endif

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
 use super::driver::{Address, Argument, DeviceError, Driver, Launch, Mark, Product, ProductKind};
-use super::kernels::{NAMES, SOURCE, Sizes};
+use super::kernels::{NAMES, SOURCE, Sizes, Target};
 
 type Run = unsafe extern "C" fn(
     kernel: i32,
@@ -21,7 +21,7 @@ pub(super) struct Emulator {
     /// Keeps the code.
     _library: Option<libloading::Library>,
     /// There is none on a device without kernels.
-    run: Option<Run>,
+    kernels: Option<(Target, Run)>,
     /// What a collective has put in the lane and not done yet.
     lane: std::sync::atomic::AtomicU64,
     allocations: Mutex<Vec<(u64, Vec<u128>)>>,
@@ -35,15 +35,16 @@ static TURN: Mutex<()> = Mutex::new(());
 /// Names a folder for compiled kernels, which processes of one test then share.
 const KEPT: &str = "LOOPTRAIN_EMULATED_KERNELS";
 
-/// The kernels as a library, compiled once for these sizes.
-fn compiled(sizes: &Sizes) -> PathBuf {
+/// The kernels as a library, compiled once for a target.
+fn compiled(target: &Target) -> PathBuf {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     static TURN: Mutex<()> = Mutex::new(());
     let own = || FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder"));
     let kept = std::env::var_os(KEPT).map(PathBuf::from);
     let folder = kept.unwrap_or_else(|| own().path().to_owned());
-    let Sizes { hidden, inner, vocab, heads, .. } = sizes;
-    let library = folder.join(format!("{hidden}-{inner}-{vocab}-{heads}.so"));
+    let Sizes { hidden, inner, vocab, heads, .. } = target.sizes;
+    let groups = if target.warp_groups { "-groups" } else { "" };
+    let library = folder.join(format!("{hidden}-{inner}-{vocab}-{heads}{groups}.so"));
     let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if library.exists() {
         return library;
@@ -76,7 +77,7 @@ fn compiled(sizes: &Sizes) -> PathBuf {
             "-w",
             "-ffp-contract=off",
         ])
-        .args(sizes.definitions())
+        .args(target.definitions())
         .arg(&source)
         .arg("-o")
         .arg(&part)
@@ -97,21 +98,26 @@ impl Emulator {
     pub(super) fn bare() -> Self {
         Self {
             _library: None,
-            run: None,
+            kernels: None,
             lane: std::sync::atomic::AtomicU64::new(0),
             allocations: Mutex::default(),
             launched: Mutex::default(),
         }
     }
 
-    /// Compiles the kernels for these sizes.
+    /// Compiles the kernels for these sizes, as for a device that has groups of warps.
     pub(super) fn new(sizes: &Sizes) -> Self {
-        let library = compiled(sizes);
+        Self::of(Target::new(*sizes, true))
+    }
+
+    /// Compiles the kernels.
+    pub(super) fn of(target: Target) -> Self {
+        let library = compiled(&target);
         // SAFETY: the library has been made from our own source, and runs nothing when loaded.
         let library = unsafe { libloading::Library::new(&library) }.expect("the library loads");
         // SAFETY: `run` has this type in the source above.
         let run = unsafe { *library.get::<Run>(b"run\0").expect("the library has `run`") };
-        Self { _library: Some(library), run: Some(run), ..Self::bare() }
+        Self { _library: Some(library), kernels: Some((target, run)), ..Self::bare() }
     }
 }
 
@@ -178,15 +184,16 @@ impl Driver for Emulator {
         self.launched.lock().expect("no test panics here").insert(launch.kernel);
         let words: Vec<u64> = arguments.iter().map(Argument::word).collect();
         let pointers: Vec<*const u64> = words.iter().map(std::ptr::from_ref).collect();
+        let (target, run) = self.kernels.expect("a device with kernels");
         let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // SAFETY: as on a GPU, the arguments are those that the kernel is declared with, and name memory
         // of the engine.
         unsafe {
-            self.run.expect("a device with kernels")(
+            run(
                 kernel as i32,
                 launch.grid.as_ptr(),
                 launch.threads,
-                launch.shared as usize,
+                target.shared(launch.kernel),
                 pointers.as_ptr(),
             );
         }

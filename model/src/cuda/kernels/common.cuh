@@ -4,11 +4,6 @@
 // Sums have a fixed order: each thread its own elements, then the lanes of a warp, then the warps.
 
 #ifndef EMULATED
-// Whether groups of four warps multiply matrices that lie in shared memory.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && HEAD_DIM >= 64
-#define WARP_GROUPS
-#endif
-
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -41,6 +36,17 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool exists
 
 __device__ __forceinline__ void copies_close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// The same of a row that is there.
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// One number, or zero.
+__device__ __forceinline__ void copy_number_async(u32 to, const float* from, bool exists) {
+    const int bytes = exists ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 // Waits until all groups of copies but the last `PENDING` are there, for this thread.
 template <int PENDING>
 __device__ __forceinline__ void copies_wait() {
@@ -67,6 +73,62 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#ifdef WARP_GROUPS
+// What was copied is there for the tensor cores as well.
+__device__ __forceinline__ void copies_shown() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Products of a group of four warps go on while it does: between opening and waiting, neither their
+// registers nor what they read may be written to.
+__device__ __forceinline__ void products_open() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until all that was closed but the last `PENDING` is done.
+template <int PENDING>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#define IN4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define IN32(c, n) IN4(c, n), IN4(c, n + 1), IN4(c, n + 2), IN4(c, n + 3), IN4(c, n + 4), IN4(c, n + 5), IN4(c, n + 6), IN4(c, n + 7)
+#define NAMES32                                                                                                   \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+    "%30,%31"
+#define NAMES64                                                                                                  \
+    NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+            "%57,%58,%59,%60,%61,%62,%63"
+
+// c = a b, or c + a b: a [64, 16] by rows, b [16, 8 PARTS] by columns, both in shared memory.
+template <int PARTS>
+__device__ __forceinline__ void multiply_shared(float (&c)[PARTS][4], u64 a, u64 b, bool add) {
+    static_assert(PARTS == 8 || PARTS == 16);
+    const int plus = add;
+    if constexpr (PARTS == 8)
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0;}\n"
+                     : IN32(c, 0)
+                     : "l"(a), "l"(b), "r"(plus));
+    else
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES64 "}, %64, %65, p, 1, 1, 0, 0;}\n"
+                     : IN32(c, 0), IN32(c, 8)
+                     : "l"(a), "l"(b), "r"(plus));
+}
+
+// c += a b: a [64, 16] from the group's registers, b [16, 8 PARTS] by rows in shared memory.
+template <int PARTS>
+__device__ __forceinline__ void multiply_registers(float (&c)[PARTS][4], const u32 (&a)[4], u64 b) {
+    static_assert(PARTS == 8 || PARTS == 16);
+    if constexpr (PARTS == 8)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"
+                     : IN32(c, 0)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
+                     : IN32(c, 0), IN32(c, 8)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
 #endif
 
 typedef unsigned short bf16;
