@@ -46,7 +46,8 @@ impl Memory {
         (past.generation, past.rank)
     }
 
-    pub(crate) fn remember_vote(&self, vote: Prepared) {
+    /// Remembers a vote, and no longer those on its step and later ones.
+    pub fn remember_vote(&self, vote: Prepared) {
         let votes = &mut self.past().votes;
         // A step that is tried again was not committed before.
         while votes.back().is_some_and(|last| last.step >= vote.step) {
@@ -59,7 +60,7 @@ impl Memory {
     }
 
     /// The votes on those of these steps that are remembered, in order.
-    pub(crate) fn votes(&self, steps: RangeInclusive<Step>) -> Vec<Prepared> {
+    pub fn votes(&self, steps: RangeInclusive<Step>) -> Vec<Prepared> {
         let past = self.past();
         let wanted = past.votes.iter().filter(|vote| steps.contains(&Step(vote.step)));
         wanted.cloned().collect()

@@ -1,5 +1,5 @@
 //! Between pretended workers: a door at which each is reached, a ring that gathers who has summed
-//! which slots, and answers to joiners. Like the real ones, a ring has no time-out of its own once it
+//! which slots, and answers to joiners, which bring the votes on what is fetched along. Like the real ones, a ring has no time-out of its own once it
 //! stands, breaks when a neighbour's connection does, and turns connections of older rings away.
 
 use std::collections::BTreeMap;
@@ -8,9 +8,10 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use looptrain_proto::v1::Prepared;
 use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::{Digest, Step};
-use looptrain_worker::parts::{Failure, Membership};
+use looptrain_worker::parts::{Failure, Membership, Memory};
 use looptrain_worker::reduce::tcp::{Peer, RingId};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -51,6 +52,57 @@ pub(crate) struct Offer {
 
 pub(crate) type Shelf = Arc<Mutex<Option<Offer>>>;
 
+/// What a member gives of its offer: the weights, or the gradient, and its votes on the steps that led there.
+pub(crate) struct Given {
+    pub(crate) digest: Digest,
+    pub(crate) votes: Vec<CastVote>,
+}
+
+/// A vote, as far as it differs from others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CastVote {
+    pub(crate) step: u64,
+    pub(crate) generation: u64,
+    pub(crate) digest: Digest,
+}
+
+const DIGEST_WORDS: usize = 4;
+const VOTE_WORDS: usize = 2 + DIGEST_WORDS;
+
+impl Given {
+    fn to_words(&self) -> Vec<u64> {
+        let mut words = digest_words(&self.digest);
+        for vote in &self.votes {
+            words.extend([vote.step, vote.generation]);
+            words.extend(digest_words(&vote.digest));
+        }
+        words
+    }
+
+    fn from_words(words: &[u64]) -> Option<Self> {
+        let (digest, votes) = words.split_at_checked(DIGEST_WORDS)?;
+        let vote = |words: &[u64]| {
+            let [step, generation, digest @ ..] = words else { return None };
+            let digest = digest_of_words(digest)?;
+            Some(CastVote { step: *step, generation: *generation, digest })
+        };
+        let votes = votes.chunks(VOTE_WORDS).map(vote).collect::<Option<_>>()?;
+        Some(Self { digest: digest_of_words(digest)?, votes })
+    }
+}
+
+fn digest_words(digest: &Digest) -> Vec<u64> {
+    let word = |bytes: &[u8]| {
+        u64::from_le_bytes(bytes.try_into().expect("a digest is four times eight bytes"))
+    };
+    digest.0.chunks(8).map(word).collect()
+}
+
+fn digest_of_words(words: &[u64]) -> Option<Digest> {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    Digest::from_bytes(&bytes).ok()
+}
+
 /// Who waits at the door, by ring.
 #[derive(Debug, Default)]
 struct Hall {
@@ -77,11 +129,12 @@ impl Door {
         host: &'static str,
         shared: Arc<Shared>,
         shelf: Shelf,
+        memory: Memory,
     ) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PEER_PORT)).await?;
         let hall = Arc::new(Hall::default());
         let mut doorman = JoinSet::new();
-        doorman.spawn(keep(listener, host, Arc::clone(&shared), Arc::clone(&hall), shelf));
+        doorman.spawn(keep(listener, host, Arc::clone(&shared), Arc::clone(&hall), shelf, memory));
         Ok(Self { host, shared, hall, _doorman: doorman })
     }
 
@@ -136,7 +189,7 @@ impl Door {
         update: bool,
         step: Step,
         patience: bool,
-    ) -> Result<Option<Digest>, String> {
+    ) -> Result<Option<Given>, String> {
         let what = if update { FOR_AN_UPDATE } else { FOR_THE_STATE };
         let deadline = Instant::now() + if patience { OFFER_TIME } else { Duration::ZERO };
         loop {
@@ -148,9 +201,8 @@ impl Door {
                 };
                 match asked.await.as_deref() {
                     Ok([HERE, words @ ..]) => {
-                        let bytes: Vec<u8> =
-                            words.iter().flat_map(|word| word.to_le_bytes()).collect();
-                        return Digest::from_bytes(&bytes).map(Some).map_err(|e| e.to_string());
+                        let damaged = || format!("{peer} gives {words:?}");
+                        return Given::from_words(words).map(Some).ok_or_else(damaged);
                     }
                     Ok([NOT_YET]) => may_come = true,
                     Ok(_) => reasons.push(format!("{peer}: it does not have it any more")),
@@ -179,12 +231,13 @@ async fn keep(
     shared: Arc<Shared>,
     hall: Arc<Hall>,
     shelf: Shelf,
+    memory: Memory,
 ) {
     let mut guests = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
         let mut stream = Wire::over(stream, &shared, host);
         while guests.try_join_next().is_some() {}
-        let (hall, shelf) = (Arc::clone(&hall), Arc::clone(&shelf));
+        let (hall, shelf, memory) = (Arc::clone(&hall), Arc::clone(&shelf), memory.clone());
         guests.spawn(async move {
             let Ok(Ok(words)) = timeout(FORM_TIME, receive(&mut stream)).await else { return };
             match words[..] {
@@ -198,7 +251,7 @@ async fn keep(
                 }
                 // Whoever does not read the answer asks again, or somebody else.
                 [what, step] => {
-                    let _ = send(&mut stream, &answer(&shelf, what, Step(step))).await;
+                    let _ = send(&mut stream, &answer(&shelf, &memory, what, Step(step))).await;
                     // Until the other side has it.
                     let _ = timeout(FORM_TIME, receive(&mut stream)).await;
                 }
@@ -208,13 +261,17 @@ async fn keep(
     }
 }
 
-fn answer(shelf: &Shelf, what: u64, step: Step) -> Vec<u64> {
+fn answer(shelf: &Shelf, memory: &Memory, what: u64, step: Step) -> Vec<u64> {
     let offer = shelf.lock().unwrap_or_else(PoisonError::into_inner);
+    let cast = |vote: Prepared| {
+        let digest = Digest::from_bytes(&vote.digest).expect("a vote has a digest");
+        CastVote { step: vote.step, generation: vote.generation, digest }
+    };
     let here = |digest: Digest| {
-        let words = digest.0.chunks(8).map(|bytes| {
-            u64::from_le_bytes(bytes.try_into().expect("a digest is four times eight bytes"))
-        });
-        [HERE].into_iter().chain(words).collect()
+        let first = if what == FOR_THE_STATE { Step(1) } else { step };
+        let votes = memory.votes(first..=step).into_iter().map(cast).collect();
+        let given = Given { digest, votes };
+        [HERE].into_iter().chain(given.to_words()).collect()
     };
     match (what, offer.as_ref()) {
         (FOR_THE_STATE, None) => vec![NOT_YET],

@@ -20,7 +20,7 @@ use looptrain_worker::reduce::tcp::Peer;
 use tokio::time::sleep;
 
 use crate::arithmetic;
-use crate::door::{Door, Offer, Ring, Shelf};
+use crate::door::{CastVote, Door, Given, Offer, Ring, Shelf};
 use crate::shared::Shared;
 use crate::witness::Life;
 
@@ -56,10 +56,11 @@ impl Mime {
         let store = shared.store(&life.to_string());
         let checkpoints = Checkpoints::new(&store, &spec.run.name);
         // Nobody else is on this host; should the port not be free, this life ends here.
-        let door = Door::open(life.worker, Arc::clone(&shared), Arc::clone(&shelf))
+        let memory = Memory::default();
+        let door = Door::open(life.worker, Arc::clone(&shared), Arc::clone(&shelf), memory.clone())
             .await
             .map_err(|_| WorkerError::Compute)?;
-        let (memory, state, sources) = Default::default();
+        let (state, sources) = Default::default();
         Ok(Self { life, shared, spec, lineage, memory, checkpoints, door, shelf, state, sources })
     }
 
@@ -110,6 +111,39 @@ impl Mime {
         Ok(())
     }
 
+    /// Applies a fetched gradient, and remembers who voted on it.
+    fn update_to(&self, step: Step, given: &Given) -> Result<(), Failure> {
+        self.remember(&given.votes);
+        self.update(step, given.digest)
+    }
+
+    fn remember(&self, votes: &[CastVote]) {
+        for vote in votes {
+            self.memory.remember_vote(self.vote(*vote));
+        }
+    }
+
+    fn vote(&self, vote: CastVote) -> Prepared {
+        let CastVote { step, generation, digest } = vote;
+        let at = &self.spec.stages[self.spec.stage_of(Step(step))];
+        Prepared {
+            generation,
+            step,
+            digest: digest.to_vec(),
+            statistics: Some(StepStatistics {
+                loss: 8.0 - step as f64 / 16.0,
+                loss_per_loop: vec![8.0; at.loops],
+                exit_pdf: vec![1.0 / at.loops as f64; at.loops],
+                entropy: 0.5,
+                grad_norm: 1.0,
+                tokens: at.step_tokens(),
+                bad_slots: 0,
+                ..StepStatistics::default()
+            }),
+            ..Prepared::default()
+        }
+    }
+
     fn apply_prepared(&self, step: Step) -> Result<(), Failure> {
         let prepared = self.state().prepared.filter(|(prepared, _)| *prepared == step);
         match prepared {
@@ -158,7 +192,7 @@ impl Mime {
         while held < step {
             let next = held.next();
             match self.door.ask(&sources, true, next, true).await {
-                Ok(Some(gradient)) if self.update(next, gradient).is_ok() => held = next,
+                Ok(Some(given)) if self.update_to(next, &given).is_ok() => held = next,
                 Ok(_) => return Err(Some((held, format!("no peer offers the update to {next}")))),
                 Err(reason) => return Err(Some((held, reason))),
             }
@@ -264,24 +298,11 @@ impl Duties for Mime {
         let gradient = arithmetic::gradient(weights, step, &slots);
         self.state().prepared = Some((step, gradient));
         self.shared.witness().prepares(&self.life, step, &slots, gradient);
-        let at = self.spec.stages[self.spec.stage_of(step)].clone();
+        let Plan { generation, step, .. } = plan;
         Ok(Prepared {
-            generation: plan.generation,
-            step: plan.step,
-            digest: gradient.to_vec(),
-            statistics: Some(StepStatistics {
-                loss: 8.0 - step.0 as f64 / 16.0,
-                loss_per_loop: vec![8.0; at.loops],
-                exit_pdf: vec![1.0 / at.loops as f64; at.loops],
-                entropy: 0.5,
-                grad_norm: 1.0,
-                tokens: at.step_tokens(),
-                bad_slots: 0,
-                ..StepStatistics::default()
-            }),
             sections: Some(Sections { compute, ..Sections::default() }),
             computed_slots: own.len() as u32,
-            detail: String::new(),
+            ..self.vote(CastVote { step, generation, digest: gradient })
         })
     }
 
@@ -327,21 +348,22 @@ impl Duties for Mime {
     }
 
     async fn fetch(&self, step: Step, sources: Vec<Peer>) -> Result<Fetched, Failure> {
-        let weights = match self.door.ask(&sources, false, step, true).await {
-            Ok(Some(weights)) => weights,
+        let given = match self.door.ask(&sources, false, step, true).await {
+            Ok(Some(given)) => given,
             Ok(None) => {
                 let error = format!("no peer offers the state of step {step} in time");
                 return Ok(Fetched { step: step.0, error });
             }
             Err(error) => return Ok(Fetched { step: step.0, error }),
         };
-        self.adopt(step, weights);
+        self.remember(&given.votes);
+        self.adopt(step, given.digest);
         self.sources().clone_from(&sources);
         self.shared.witness().fetches += 1;
         let mut held = step;
         loop {
             match self.door.ask(&sources, true, held.next(), false).await {
-                Ok(Some(gradient)) => self.update(held.next(), gradient)?,
+                Ok(Some(given)) => self.update_to(held.next(), &given)?,
                 Ok(None) => return Ok(Fetched { step: held.0, error: String::new() }),
                 Err(error) => return Ok(Fetched { step: step.0, error }),
             }
@@ -370,7 +392,7 @@ impl Duties for Mime {
         let sources = self.sources().clone();
         loop {
             match self.door.ask(&sources, true, held.next(), true).await {
-                Ok(Some(gradient)) => self.update(held.next(), gradient)?,
+                Ok(Some(given)) => self.update_to(held.next(), &given)?,
                 Ok(None) => continue,
                 Err(error) => return Ok(Fetched { step: held.0, error }),
             }

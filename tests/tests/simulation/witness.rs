@@ -74,8 +74,8 @@ pub(crate) struct Witness {
     incarnations: BTreeMap<Incarnation, Standing>,
     lives: BTreeMap<Life, Past>,
     durable: Step,
-    /// Steps that somebody decided, with when and by whom that was last.
-    decided: BTreeMap<Step, (Duration, Incarnation)>,
+    /// Steps that somebody decided, and when that was last.
+    decided: BTreeMap<Step, Duration>,
     // What the faults have brought about, so that tests can see that they bite.
     pub(crate) storms: u64,
     pub(crate) loads: u64,
@@ -150,14 +150,8 @@ impl Witness {
 
     /// Steps that were decided at least once, and when the last decision was.
     pub(crate) fn decided(&self) -> (usize, Duration) {
-        let last = self.decided.values().map(|(at, _)| *at).max();
+        let last = self.decided.values().copied().max();
         (self.decided.len(), last.unwrap_or_default())
-    }
-
-    /// Whether the step's decision is that of the coordinator which came last.
-    pub(crate) fn decided_by_the_last(&self, step: Step) -> bool {
-        let last = self.incarnations.keys().next_back();
-        self.decided.get(&step).is_some_and(|(_, by)| Some(by) == last)
     }
 
     pub(crate) fn truth(&self) -> &Truth {
@@ -282,7 +276,7 @@ impl Witness {
         if record.cursor != self.spec.cursor_after(step) {
             self.violation(owner, format!("is at {:?} after {step}", record.cursor));
         }
-        let again = self.decided.insert(step, (self.now, incarnation)).is_some();
+        let again = self.decided.insert(step, self.now).is_some();
         self.repeated += u64::from(again);
     }
 
