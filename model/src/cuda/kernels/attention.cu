@@ -59,7 +59,7 @@ struct Copier {
 #pragma unroll 1
             for (int more = 0; more < IN; more += AT_ONCE) {
                 const bool exists = first + row + more < end;
-                copy_async(to + more * LINE_BYTES, exists ? of_tile + more * STRIDE : at, exists);
+                copy_async(to + more * LINE_BYTES, exists ? of_tile + more * STRIDE : at - row * STRIDE, exists);
             }
         }
     }
@@ -284,6 +284,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, SHARING) attention(const b
     const int rows_end = first + ROWS < length ? first + ROWS : length;
     first_seen += static_cast<size_t>(sequence) * length;
     const int begin = first_seen[first] / KEYS, tiles = (rows_end + KEYS - 1) / KEYS;
+    // Those that a row of the group sees.
+    const int end = (first + (group + 1) * GROUP_ROWS + KEYS - 1) / KEYS, seen = end < tiles ? end : tiles;
     // The first row of this warp.
     const int row = first + warp * 16;
     const int of_group = start_of_group(first_seen, first, group, length);
@@ -322,6 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SHARING) attention(const b
         of_values.ask(values + other, (tile + 1) * KEYS);
         if (tile + 2 < tiles) of_keys.ask(keys + buffer, (tile + 2) * KEYS);
         copies_close();
+        if (tile + 1 >= seen) break;
         products_open();
         rows_by_rows(scores, rows, after(columns, other));
         products_close();
@@ -432,6 +435,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
         const int buffer = (tile - begin) % 2;
         arrived<0>();
         if (tile + 1 < tiles) ask_tile(tile + 1);
+        // It sees none of the group's rows.
+        if ((tile + 1) * QUERIES <= first + group * GROUP_ROWS) continue;
         float p[QUERIES / 8][4], dp[QUERIES / 8][4];
         products_open();
         rows_by_rows(p, key_rows, after(query_rows, buffer * TILE_BYTES(QUERIES)));
@@ -482,7 +487,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
 }
 
 // Gradients of queries. Rows are queries, columns are keys. Grid as forward.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries(const bf16* qkv, const bf16* dmixed,
+extern "C" __global__ void __launch_bounds__(THREADS, SHARING) attention_backward_queries(const bf16* qkv, const bf16* dmixed,
                                                                                  const float* log_sums, const float* means,
                                                                                  const u32* first_seen, int length, float scale,
                                                                                  float score_scale, bf16* dqkv) {
@@ -530,6 +535,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
             of_values.ask(values + other, (tile + 1) * KEYS);
             copies_close();
         }
+        // None of the group's rows sees it.
+        if (tile * KEYS >= first + (group + 1) * GROUP_ROWS) continue;
         float p[KEYS / 8][4], dp[KEYS / 8][4];
         products_open();
         rows_by_rows(p, query_rows, after(key_rows, buffer));
