@@ -1,6 +1,7 @@
 //! Between pretended workers: a door at which each is reached, a ring that gathers who has summed
-//! which slots, and answers to joiners, which bring the votes on what is fetched along. Like the real ones, a ring has no time-out of its own once it
-//! stands, breaks when a neighbour's connection does, and turns connections of older rings away.
+//! which slots, and answers to joiners, which bring along the votes on what is fetched. Like the real
+//! ones, a ring has no time-out of its own once it stands, breaks when a neighbour's connection does, and
+//! turns connections of older rings away.
 
 use std::collections::BTreeMap;
 use std::io;

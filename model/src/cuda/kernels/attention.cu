@@ -9,9 +9,9 @@
 // Row r of a sequence sees the rows from first_seen[r] up to itself, and is seen by the rows before
 // seen_until[r]: both grow along the sequence, so that tiles that nobody sees are passed over.
 //
-// A tile is rows of HEAD_DIM numbers, in panels of at most 64 columns. Where the machine multiplies
-// matrices that lie in shared memory by groups of warps (sm_90a), it does, and the numbers between two
-// products are worked on while others run; else each warp loads its parts.
+// A tile is rows of HEAD_DIM numbers, KEYS or QUERIES of them or a block's own, in panels of at most 64
+// columns. With WARP_GROUPS products run by themselves, and the numbers between two of them are worked on
+// while others run; else each warp loads its parts of a tile.
 
 #define GROUPS 2
 #define GROUP_ROWS 64
@@ -488,9 +488,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
 
 // Gradients of queries. Rows are queries, columns are keys. Grid as forward.
 extern "C" __global__ void __launch_bounds__(THREADS, SHARING) attention_backward_queries(const bf16* qkv, const bf16* dmixed,
-                                                                                 const float* log_sums, const float* means,
-                                                                                 const u32* first_seen, int length, float scale,
-                                                                                 float score_scale, bf16* dqkv) {
+                                                                                          const float* log_sums, const float* means,
+                                                                                          const u32* first_seen, int length, float scale,
+                                                                                          float score_scale, bf16* dqkv) {
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = group_of_warps();
     const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y, sequence = blockIdx.z;

@@ -1,6 +1,8 @@
 // What all kernels share: bf16 numbers, sums over a block, rows of the residual stream.
 //
-// The model's sizes are constants of the compilation: HIDDEN (d), INNER (f), VOCAB, HEADS, HEAD_DIM.
+// The model's sizes are constants of the compilation: HIDDEN (d), INNER (f), VOCAB, HEADS, HEAD_DIM. So are
+// attention's tiles, of KEYS and QUERIES, and WARP_GROUPS is defined where groups of four warps multiply
+// matrices that lie in shared memory. All of them come from `Target` in kernels.rs.
 // Sums have a fixed order: each thread its own elements, then the lanes of a warp, then the warps.
 
 #ifndef EMULATED
