@@ -3,12 +3,13 @@
 //!
 //! A signal is exported when the standard variables name an endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT`, or
 //! that of the signal such as `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`), unless `OTEL_SDK_DISABLED` is true
-//! or its exporter is `none` (`OTEL_LOGS_EXPORTER=none`). Resource, time-outs, batches and headers follow
-//! their `OTEL_*` variables as well; so does the sampler, for the spans at the top of a trace. `RUST_LOG`
+//! or its exporter is `none` (`OTEL_LOGS_EXPORTER=none`). Resource, time-outs, batches, headers, compression
+//! and TLS follow their `OTEL_*` variables as well; so does the sampler, for the spans at the top of a trace. `RUST_LOG`
 //! sets the level of both kinds of logs. Nothing here waits for a collector but the end of the program,
 //! for a few seconds, and what cannot be set up is told and left out.
 
 mod bounded;
+mod otlp;
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use looptrain_proto::metrics;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry::{KeyValue, global};
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
+use opentelemetry_otlp::{LogExporter, MetricExporter};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::logs::{
@@ -37,6 +39,7 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::bounded::{Bounded, Gate};
+use self::otlp::{exporter, is_exported};
 
 /// Log records of this target are for collectors alone: people are told the same in another way.
 pub(crate) const TOLD: &str = "looptrain::told";
@@ -184,19 +187,6 @@ fn resource(command: &str) -> Resource {
     Resource::builder_empty().with_attributes(ours).with_attributes(said).build()
 }
 
-/// Whether a signal is to leave, and some endpoint is named for it.
-fn is_exported(signal: &str) -> bool {
-    exports(signal, |name| std::env::var(name).ok().filter(|value| !value.is_empty()))
-}
-
-fn exports(signal: &str, variable: impl Fn(&str) -> Option<String>) -> bool {
-    let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|it| it.eq_ignore_ascii_case("true"));
-    let none = variable(&format!("OTEL_{signal}_EXPORTER")).is_some_and(|it| it == "none");
-    let own = format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT");
-    let endpoint = variable("OTEL_EXPORTER_OTLP_ENDPOINT").or_else(|| variable(&own));
-    !disabled && !none && endpoint.is_some()
-}
-
 /// Items of a signal that may wait, unless the variable says it.
 const ROOM: usize = 8192;
 
@@ -252,11 +242,9 @@ fn sampler(variable: impl Fn(&str) -> Option<String>) -> Sampler {
     Sampler::ParentBased(Box::new(top))
 }
 
-const CANNOT: &str = "cannot set up the OTLP exporter; check the OTEL_EXPORTER_OTLP_* variables";
-
-fn metric_reader() -> Result<PeriodicReader<opentelemetry_otlp::MetricExporter>> {
-    let exporter = opentelemetry_otlp::MetricExporter::builder().with_tonic().build();
-    Ok(PeriodicReader::builder(exporter.context(CANNOT)?).build())
+fn metric_reader() -> Result<PeriodicReader<MetricExporter>> {
+    let builder = MetricExporter::builder().with_tonic();
+    Ok(PeriodicReader::builder(exporter("METRICS", builder, |it| it.build())?).build())
 }
 
 fn span_processor(exporter: impl SpanExporter + 'static, gate: Gate) -> impl SpanProcessor {
@@ -267,8 +255,8 @@ fn span_processor(exporter: impl SpanExporter + 'static, gate: Gate) -> impl Spa
 }
 
 fn tracer_provider(resource: Resource, gate: Gate) -> Result<SdkTracerProvider> {
-    let exporter = opentelemetry_otlp::SpanExporter::builder().with_tonic().build();
-    let processor = span_processor(exporter.context(CANNOT)?, gate);
+    let builder = opentelemetry_otlp::SpanExporter::builder().with_tonic();
+    let processor = span_processor(exporter("TRACES", builder, |it| it.build())?, gate);
     let provider = SdkTracerProvider::builder()
         .with_sampler(sampler(|name| std::env::var(name).ok()))
         .with_resource(resource)
@@ -280,8 +268,9 @@ fn tracer_provider(resource: Resource, gate: Gate) -> Result<SdkTracerProvider> 
 }
 
 fn logger_provider(resource: Resource, gate: Gate) -> Result<SdkLoggerProvider> {
-    let exporter = opentelemetry_otlp::LogExporter::builder().with_tonic().build();
-    let inner = Bounded { inner: exporter.context(CANNOT)?, gate: gate.clone() };
+    let builder = LogExporter::builder().with_tonic();
+    let inner = exporter("LOGS", builder, |it| it.build())?;
+    let inner = Bounded { inner, gate: gate.clone() };
     let batches = LogBatches::default().with_max_queue_size(gate.room).build();
     let inner = BatchLogProcessor::builder(inner).with_batch_config(batches).build();
     let processor = Bounded { inner, gate };
@@ -320,21 +309,5 @@ mod tests {
         assert_eq!(with("parentbased_always_off", ""), "ParentBased(AlwaysOff)");
         assert_eq!(with("traceidratio", "0.25"), "ParentBased(TraceIdRatioBased(0.25))");
         assert_eq!(with("nonsense", "x"), "ParentBased(AlwaysOn)");
-    }
-
-    #[test]
-    fn a_signal_leaves_when_an_endpoint_is_named_for_it() {
-        let with = |signal: &str, variables: &[(&str, &str)]| {
-            exports(signal, |name| {
-                let found = variables.iter().find(|(known, _)| *known == name);
-                found.map(|(_, value)| (*value).to_owned())
-            })
-        };
-        let all = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317");
-        let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:4317");
-        assert!(with("LOGS", &[all]) && with("TRACES", &[traces]));
-        assert!(!with("LOGS", &[]) && !with("LOGS", &[traces]));
-        assert!(!with("LOGS", &[all, ("OTEL_LOGS_EXPORTER", "none")]));
-        assert!(!with("METRICS", &[all, ("OTEL_SDK_DISABLED", "TRUE")]));
     }
 }

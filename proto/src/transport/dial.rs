@@ -39,9 +39,19 @@ pub fn endpoint(url: &str, secured: bool) -> Result<Endpoint, String> {
         }
     }
     match endpoint.uri().port_u16() {
+        Some(_) if secured => Ok(within(endpoint.uri().clone())?),
         Some(_) => Ok(endpoint.tcp_nodelay(true)),
         None => Err("it has no port; a coordinator listens on 7400 unless told otherwise".into()),
     }
+}
+
+/// The endpoint of an https:// address. To connect there takes no TLS but that of [`dial`], so tonic, which
+/// would add its own, is given the address as a plain one, and the real one for its requests.
+fn within(address: Uri) -> Result<Endpoint, String> {
+    let mut parts = address.clone().into_parts();
+    parts.scheme = "http".parse().ok();
+    let plain = Uri::from_parts(parts).map_err(|error| error.to_string())?;
+    Ok(Endpoint::from(plain).origin(address))
 }
 
 /// Connects to a coordinator, once.

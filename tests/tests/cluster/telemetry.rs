@@ -29,13 +29,15 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
 use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
 use opentelemetry_proto::tonic::resource::v1::Resource;
 use prost::Message;
+use tonic::codec::CompressionEncoding;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
-use crate::cluster::{Cluster, ENDLESS, LAST, STEP};
+use crate::cluster::{Cluster, ENDLESS, LAST, STEP, certify};
 use crate::http::get;
 use crate::others::given;
 use crate::ports::free_port;
-use crate::support::{SOON, wait_until};
+use crate::support::{SOON, Scratch, wait_until};
 
 /// A span, with the service that it is of.
 #[derive(Clone, Debug)]
@@ -154,10 +156,24 @@ impl MetricsService for Collector {
 impl Collector {
     /// Listens on this port until the runtime is dropped.
     fn serve(&self, runtime: &tokio::runtime::Runtime, port: u16) {
-        let server = tonic::transport::Server::builder()
-            .add_service(TraceServiceServer::new(self.clone()))
-            .add_service(LogsServiceServer::new(self.clone()))
-            .add_service(MetricsServiceServer::new(self.clone()))
+        self.serve_on(Server::builder(), runtime, port);
+    }
+
+    /// Listens there for who trusts `ca.crt` of this folder of credentials and has a certificate of it.
+    fn serve_within_tls(&self, folder: &Path, runtime: &tokio::runtime::Runtime, port: u16) {
+        let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+        let tls = ServerTlsConfig::new()
+            .identity(Identity::from_pem(read("tls.crt"), read("tls.key")))
+            .client_ca_root(Certificate::from_pem(read("ca.crt")));
+        self.serve_on(Server::builder().tls_config(tls).unwrap(), runtime, port);
+    }
+
+    fn serve_on(&self, mut server: Server, runtime: &tokio::runtime::Runtime, port: u16) {
+        let gzip = CompressionEncoding::Gzip;
+        let server = server
+            .add_service(TraceServiceServer::new(self.clone()).accept_compressed(gzip))
+            .add_service(LogsServiceServer::new(self.clone()).accept_compressed(gzip))
+            .add_service(MetricsServiceServer::new(self.clone()).accept_compressed(gzip))
             .serve(([127, 0, 0, 1], port).into());
         runtime.spawn(server);
     }
@@ -399,6 +415,47 @@ fn a_real_collector_takes_traces_metrics_and_logs_and_passes_them_on() {
     wait_until(|| metrics.iter().all(|name| received().metrics.contains_key(*name)));
     wait_until(|| received().logs.iter().any(|log| log.text.contains("generation 1: 2 workers")));
     drop(between);
+}
+
+#[test]
+fn what_leaves_over_tls_reaches_whom_its_authority_vouches_for() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (collector, port, pki) = (Collector::default(), free_port(), Scratch::new());
+    certify(&pki);
+    let file = |name: &str| pki.path(&format!("tls/worker/{name}")).display().to_string();
+    collector.serve_within_tls(&pki.path("tls/coordinator"), &runtime, port);
+    let mut variables = exporting_to(port);
+    variables.retain(|(name, _)| name != "OTEL_EXPORTER_OTLP_ENDPOINT");
+    let also = [
+        ("ENDPOINT", format!("https://127.0.0.1:{port}")),
+        ("COMPRESSION", "gzip".into()),
+        ("CERTIFICATE", file("ca.crt")),
+        ("CLIENT_CERTIFICATE", file("tls.crt")),
+        ("CLIENT_KEY", file("tls.key")),
+    ];
+    variables.extend(also.map(|(name, value)| (format!("OTEL_EXPORTER_OTLP_{name}"), value)));
+    let every = ["--set", "telemetry.trace_every_steps=1"];
+    let cluster = Cluster::start_exporting(&variables, 2, &every);
+    let trusts = cluster.worker(&["--name", "trusts"]);
+    // Of another authority, which has not signed the collector's certificate.
+    let other = Scratch::new();
+    certify(&other);
+    let authority = other.path("tls/worker/ca.crt").display().to_string();
+    let authority = ("OTEL_EXPORTER_OTLP_CERTIFICATE".to_owned(), authority);
+    let doubts = cluster.worker_exporting(&[authority], &["--name", "doubts"]);
+    cluster.finish();
+    for worker in [trusts, doubts] {
+        assert_eq!(worker.end().code, Some(0));
+    }
+    let spans = collector.spans();
+    let named = |service: &str, name: &str| {
+        spans.iter().filter(|span| span.service == service && span.name == name).count() as u64
+    };
+    assert_eq!(named("looptrain-coordinator", "step"), LAST);
+    assert_eq!(named("looptrain-worker", "commit"), LAST, "of one of the two");
+    let received = collector.0.lock().unwrap();
+    assert!(received.logs.iter().any(|log| log.text.contains("generation 1: 2 workers")));
+    assert!(received.metrics.contains_key("looptrain.steps"));
 }
 
 #[test]
