@@ -192,6 +192,14 @@ pub enum Error {
     Interrupted,
 }
 
+impl Error {
+    /// Whether the same operation may succeed later, when the store or the way to it is well again.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Operation { tries: Tries { may_pass: true, .. }, .. })
+    }
+}
+
 /// How often an operation was tried before it was given up, and for how long.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tries {
@@ -199,6 +207,8 @@ pub struct Tries {
     pub attempts: u32,
     /// From its begin to the last failure.
     pub elapsed: Duration,
+    /// Whether the same operation may succeed later: the store or the way to it is at fault.
+    pub may_pass: bool,
 }
 
 impl fmt::Display for Tries {

@@ -35,7 +35,7 @@ mod store;
 pub use audit::{Attempt, AuditSummary, SlotUse, StepUse, check_audit, read_audit, write_audit};
 pub use checkpoint::{
     CheckpointManifest, Checkpoints, FIRST_MOMENT, Hold, PartEntry, Pruning, Retention,
-    SECOND_MOMENT, SkippedCheckpoint, Stored, StoredWeight, Tensor, WeightsHasher, split_tensors,
+    SECOND_MOMENT, SkippedCheckpoint, Stored, StoredTensor, Tensor, WeightsHasher, split_tensors,
     weights_digest,
 };
 pub use dataset::{
@@ -45,7 +45,7 @@ pub use dataset::{
     prepare, prepare_from, read_sequences, synthetic, verify,
 };
 pub use error::{Error, Result, Tries};
-pub use metrics::{MetricsLog, read_metrics, read_newest_metrics};
+pub use metrics::{MetricsLog, read_metrics, read_metrics_by_segment, read_newest_metrics};
 pub use order::{Order, SequenceRef};
 pub use record::{Finished, Register, RunRecord, Witness, read_record};
 pub use store::{Faults, Measured, ObjectInfo, Store, Version};

@@ -14,6 +14,7 @@
 //!
 //! Caller: the coordinator, which alone publishes steps.
 
+use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::Step;
 use serde::Serialize;
 use serde_json::Value;
@@ -22,6 +23,9 @@ use crate::{Error, Result, Store, run_prefix};
 
 /// A segment that has grown to this many bytes is sealed, so that no flush rewrites more.
 const SEGMENT_BYTES: usize = 1 << 20;
+
+/// Segments that are read at once.
+const READERS: usize = 8;
 
 /// The log of one run, open for lines after some step.
 #[derive(Debug)]
@@ -141,14 +145,34 @@ impl Segment {
 /// When the store fails.
 pub async fn read_metrics(store: &Store, run: &str) -> Result<Vec<Value>> {
     let mut values = Vec::new();
-    let mut segments = segments(store, &prefix(run)).await?.into_iter().peekable();
-    while let Some((_, key)) = segments.next() {
-        let end = segments.peek().map_or(Step(u64::MAX), |(next, _)| *next);
-        let text = store.get(&key).await?;
-        let lines = readable(store, &key, &text).map(|(_, value)| value);
-        values.extend(lines.filter(|value| step_of(value).is_none_or(|step| step < end)));
-    }
+    read_metrics_by_segment(store, run, |mut lines| values.append(&mut lines)).await?;
     Ok(values)
+}
+
+/// Hands out the lines of [`read_metrics`], some thousands at a time, for who does not want all of them in
+/// memory.
+///
+/// # Errors
+/// When the store fails.
+pub async fn read_metrics_by_segment(
+    store: &Store,
+    run: &str,
+    mut take: impl FnMut(Vec<Value>),
+) -> Result<()> {
+    let segments = segments(store, &prefix(run)).await?;
+    let ends = segments.iter().skip(1).map(|(next, _)| *next).chain([Step(u64::MAX)]);
+    let ends: Vec<Step> = ends.collect();
+    let reads = segments.into_iter().zip(ends);
+    let reads = reads.map(|((_, key), end)| async move {
+        let text = store.get(&key).await?;
+        Ok::<_, Error>((key, text, end))
+    });
+    let mut texts = futures::stream::iter(reads).buffered(READERS);
+    while let Some((key, text, end)) = texts.try_next().await? {
+        let lines = readable(store, &key, &text).map(|(_, value)| value);
+        take(lines.filter(|value| step_of(value).is_none_or(|step| step < end)).collect());
+    }
+    Ok(())
 }
 
 /// The newest `count` lines of `run` that are JSON, in the order of steps.

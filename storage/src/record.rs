@@ -35,6 +35,9 @@ pub struct RunRecord {
     pub datasets: BTreeMap<String, Digest>,
     /// What the workers' arithmetic depends on, pinned by the first ones.
     pub numerics: Option<String>,
+    /// Why an operator has the run hold; it does so under later coordinators as well.
+    #[serde(default)]
+    pub paused: Option<String>,
     /// The newest committed checkpoint.
     pub last_checkpoint: Option<Step>,
     /// Set when the run has reached its last step.
@@ -67,6 +70,7 @@ impl RunRecord {
             spec,
             datasets: datasets.iter().cloned().collect(),
             numerics: None,
+            paused: None,
             last_checkpoint: None,
             finished: None,
             updated_unix_ms: 0,

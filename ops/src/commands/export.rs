@@ -7,7 +7,7 @@ use indicatif::HumanBytes;
 use looptrain_model::Layout;
 use looptrain_proto::{Spec, Step};
 use looptrain_storage::{
-    CheckpointManifest, Checkpoints, Dataset, Store, StoredWeight, read_record,
+    CheckpointManifest, Checkpoints, Dataset, Store, StoredTensor, read_record,
 };
 
 use crate::cli::{CheckpointUrl, Export};
@@ -82,7 +82,7 @@ async fn write_weights(
 }
 
 /// Whether these are the tensors of the model.
-fn check(weights: &[StoredWeight], layout: &Layout, step: Step) -> Result<()> {
+fn check(weights: &[StoredTensor], layout: &Layout, step: Step) -> Result<()> {
     let shape = |name: &str| weights.iter().find(|it| it.name == name).map(|it| &it.shape);
     for tensor in layout.tensors() {
         match shape(&tensor.name) {

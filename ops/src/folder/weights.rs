@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use half::bf16;
-use looptrain_storage::StoredWeight;
+use looptrain_storage::StoredTensor;
 use serde_json::{Map, Value, json};
 
 /// How the numbers are stored.
@@ -50,7 +50,7 @@ pub(crate) struct WeightsFile {
 
 impl WeightsFile {
     /// Begins the file of these tensors, which come sorted by name.
-    pub(crate) fn create(path: &Path, weights: &[StoredWeight], float: Float) -> Result<Self> {
+    pub(crate) fn create(path: &Path, weights: &[StoredTensor], float: Float) -> Result<Self> {
         let file = File::create_new(path).with_context(|| path.display().to_string())?;
         let mut this = Self { file: BufWriter::with_capacity(1 << 20, file), float };
         this.file.write_all(&header(weights, float))?;
@@ -80,7 +80,7 @@ impl WeightsFile {
 }
 
 /// The begin of the file: the header's length, and the header, padded to eight bytes.
-fn header(weights: &[StoredWeight], float: Float) -> Vec<u8> {
+fn header(weights: &[StoredTensor], float: Float) -> Vec<u8> {
     let mut entries = Map::new();
     entries.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut end = 0;

@@ -40,7 +40,7 @@ pub use digest::{WeightsHasher, weights_digest};
 pub use inventory::{Hold, Stored};
 pub use load::SkippedCheckpoint;
 pub use manifest::{CheckpointManifest, PartEntry};
-pub use pieces::StoredWeight;
+pub use pieces::StoredTensor;
 pub use retention::{Pruning, Retention};
 pub use split::split_tensors;
 
@@ -185,6 +185,13 @@ impl Checkpoints {
     /// [`Error::Conflict`] when the step has a checkpoint with other weights: two histories in one
     /// run. Also when a part is missing or has another size, or the store fails.
     pub async fn commit(&self, manifest: &CheckpointManifest) -> Result<()> {
+        self.put_manifest(manifest).await?;
+        // Whatever was wrong with what was there before.
+        self.known().bad.remove(&manifest.step);
+        Ok(())
+    }
+
+    async fn put_manifest(&self, manifest: &CheckpointManifest) -> Result<()> {
         let key = self.manifest_key(manifest.step);
         let malformed = |error: serde_json::Error| Error::Malformed {
             place: self.store.place(&key),
@@ -242,6 +249,7 @@ impl Checkpoints {
     pub fn trust(&self, step: Step) {
         let mut known = self.known();
         known.verified = known.verified.max(Some(step));
+        known.bad.remove(&step);
     }
 
     /// Takes note that the checkpoint of `step` does not verify and that this has been told; false

@@ -5,11 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
-use looptrain_proto::Step;
+use looptrain_proto::{Digest, Step};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::digest::{WeightsHasher, is_weight};
+use super::load::REMEDY;
 use super::{CheckpointManifest, Checkpoints, PartEntry};
 use crate::{Error, Result};
 
@@ -19,12 +20,15 @@ const PIECE: u64 = 4 << 20;
 /// Pieces under way at a time.
 const CONCURRENT_PIECES: usize = 4;
 
+/// Headers of parts that are read at a time.
+const CONCURRENT_HEADERS: usize = 16;
+
 /// A longer header is none.
 const LONGEST_HEADER: u64 = 100 << 20;
 
-/// A weight of a checkpoint, and where its values lie.
+/// A tensor of a checkpoint, and where its values lie.
 #[derive(Clone, Debug)]
-pub struct StoredWeight {
+pub struct StoredTensor {
     /// Hugging Face name.
     pub name: String,
     /// Length of each dimension.
@@ -44,14 +48,24 @@ impl Checkpoints {
     pub async fn stored_weights(
         &self,
         step: Step,
-    ) -> Result<(CheckpointManifest, Vec<StoredWeight>)> {
+    ) -> Result<(CheckpointManifest, Vec<StoredTensor>)> {
         let manifest = self.manifest(step).await?;
-        let mut weights = Vec::new();
-        for part in &manifest.parts {
-            weights.extend(self.weights_of(step, part).await?);
-        }
-        weights.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut weights = self.stored_tensors(&manifest).await?;
+        weights.retain(|tensor| is_weight(&tensor.name));
         Ok((manifest, weights))
+    }
+
+    /// All tensors, sorted by name.
+    pub(super) async fn stored_tensors(
+        &self,
+        manifest: &CheckpointManifest,
+    ) -> Result<Vec<StoredTensor>> {
+        let reads: Vec<_> =
+            manifest.parts.iter().map(|part| self.tensors_of(manifest.step, part)).collect();
+        let reads = futures::stream::iter(reads).buffered(CONCURRENT_HEADERS);
+        let mut tensors: Vec<StoredTensor> = reads.try_concat().await?;
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(tensors)
     }
 
     /// Hands out the values of all `weights`, in their order and a few megabytes at a time, as they are
@@ -63,7 +77,7 @@ impl Checkpoints {
     pub async fn read_weights<E: From<Error>>(
         &self,
         manifest: &CheckpointManifest,
-        weights: &[StoredWeight],
+        weights: &[StoredTensor],
         mut take: impl FnMut(usize, &[u8]) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let mut hasher = WeightsHasher::default();
@@ -80,19 +94,22 @@ impl Checkpoints {
                 take(index, &piece)?;
             }
         }
-        let (expected, found) = (manifest.weights_digest, hasher.finish());
-        if found != expected {
-            let place = self.store.place(&self.manifest_key(manifest.step));
-            let reason = format!(
-                "the weights of its parts are {found}, it says {expected}; take another step"
-            );
-            return Err(Error::Malformed { place, reason }.into());
+        Ok(self.check_weights(manifest, hasher.finish())?)
+    }
+
+    /// Whether weights that were `found` are those of the manifest.
+    pub(super) fn check_weights(&self, manifest: &CheckpointManifest, found: Digest) -> Result<()> {
+        let says = manifest.weights_digest;
+        if found == says {
+            return Ok(());
         }
-        Ok(())
+        let place = self.store.place(&self.manifest_key(manifest.step));
+        let reason = format!("the weights of its parts are {found}, it says {says}; {REMEDY}");
+        Err(Error::Malformed { place, reason })
     }
 
     /// From the header of a part.
-    async fn weights_of(&self, step: Step, part: &PartEntry) -> Result<Vec<StoredWeight>> {
+    async fn tensors_of(&self, step: Step, part: &PartEntry) -> Result<Vec<StoredTensor>> {
         let key: Arc<str> = self.part_key(step, &part.file).into();
         let malformed = |reason: String| Error::Malformed { place: self.store.place(&key), reason };
         let length = self.store.get_range(&key, 0..8).await?;
@@ -108,8 +125,8 @@ impl Checkpoints {
             return Err(malformed(format!("it ends at {ends}, the manifest says {says}")));
         }
         let begin = 8 + length;
-        let mut weights = Vec::new();
-        for (name, info) in header.tensors().into_iter().filter(|(name, _)| is_weight(name)) {
+        let mut tensors = Vec::new();
+        for (name, info) in header.tensors() {
             if info.dtype != Dtype::F32 {
                 return Err(malformed(format!("tensor `{name}` is {:?}, not F32", info.dtype)));
             }
@@ -118,13 +135,18 @@ impl Checkpoints {
             if elements.and_then(|it| it.checked_mul(4)) != end.checked_sub(start) {
                 return Err(malformed(format!("tensor `{name}` has not the size of its shape")));
             }
-            weights.push(StoredWeight {
+            tensors.push(StoredTensor {
                 name,
                 shape: info.shape.clone(),
                 key: Arc::clone(&key),
                 bytes: begin + start as u64..begin + end as u64,
             });
         }
-        Ok(weights)
+        match tensors.len() as u64 {
+            has if has == part.tensors => Ok(tensors),
+            has => {
+                Err(malformed(format!("it has {has} tensors, the manifest says {}", part.tensors)))
+            }
+        }
     }
 }

@@ -268,10 +268,12 @@ async fn the_same_weights_may_be_committed_again_and_heal_the_checkpoint() {
     let first = committed(&checkpoints, 10).await;
     checkpoints.commit(&first).await.unwrap();
     damage(&store, &part(10, 1)).await;
+    assert!(checkpoints.distrust(Step(10)));
 
     let mut again = saved(&checkpoints, 10, 2, &state(10.0)).await;
     again.generation = Generation(5);
     checkpoints.commit(&again).await.unwrap();
+    assert!(checkpoints.damaged().is_empty());
     assert_eq!(checkpoints.load(Step(10)).await.unwrap().0, again);
 }
 

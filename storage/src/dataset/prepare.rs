@@ -12,6 +12,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::spec::Format;
 use looptrain_proto::{Digest, spec};
 use tokio::runtime::Handle;
@@ -24,7 +25,7 @@ use super::read::unigram_loss;
 use super::resume::{Entries, Left, is_begun, tidy};
 use super::source::{Batch, Document, Exercises, Files, Mano, Sample, Sink, Source, open_url};
 use super::{
-    Dataset, DatasetManifest, Input, SourceSummary, Split, TextTokenizer, TokenType,
+    Dataset, DatasetManifest, Input, ShardEntry, SourceSummary, Split, TextTokenizer, TokenType,
     dataset_prefix, manifest_key,
 };
 use crate::{Error, Result, Store, blocking};
@@ -222,13 +223,16 @@ async fn read_tokenizer(place: &str) -> Result<Vec<u8>> {
     Ok(store.get(&key).await?.to_vec())
 }
 
+/// Shards that are asked for at a time.
+const CONCURRENT_CHECKS: usize = 32;
+
 /// Whether all shards that a manifest names are there in their right size.
 pub(super) async fn check_shards(store: &Store, manifest: &DatasetManifest) -> Result<()> {
-    for shard in manifest.train.shards.iter().chain(&manifest.validation.shards) {
+    let check = async |shard: &ShardEntry| {
         let key = format!("{}/{}", dataset_prefix(&manifest.name), shard.file);
         let place = store.place(&key);
         match store.size(&key).await? {
-            Some(size) if size == shard.bytes => {}
+            Some(size) if size == shard.bytes => Ok(()),
             found => {
                 let has = found.map_or("is not there".into(), |size| format!("has {size} bytes"));
                 let reason = format!(
@@ -236,11 +240,13 @@ pub(super) async fn check_shards(store: &Store, manifest: &DatasetManifest) -> R
                      meanwhile; run the same command again",
                     shard.bytes
                 );
-                return Err(Error::Conflict { place, reason });
+                Err(Error::Conflict { place, reason })
             }
         }
-    }
-    Ok(())
+    };
+    let shards = manifest.train.shards.iter().chain(&manifest.validation.shards);
+    let checks: Vec<_> = shards.map(check).collect();
+    futures::stream::iter(checks).buffered(CONCURRENT_CHECKS).try_collect().await
 }
 
 /// Puts the manifest of a dataset whose other files are there, and removes what is of no use from then

@@ -9,7 +9,7 @@ use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram};
 
 use super::Store;
-use super::retry::Failure;
+use super::retry::{Failure, may_pass};
 use crate::error::one_line;
 use crate::{Error, Tries};
 
@@ -82,7 +82,7 @@ impl Store {
                 Error::Unsupported { operation, place, reason }
             }
             _ => {
-                let tries = Tries { attempts, elapsed };
+                let tries = Tries { attempts, elapsed, may_pass: may_pass(&error) };
                 Error::Operation { operation, place, reason, tries }
             }
         }

@@ -3,9 +3,11 @@
 //! What goes wrong is decided by a seed. Each kind of call (read, look, write, list, delete, upload)
 //! counts its calls; whether the n-th one fails is a function of seed and n, and what happens to those
 //! that do is dealt from a shuffled deck of all that can happen to such a call, so that within a
-//! few faults every kind has had its turn. Each fault is told as a warning, for tests to count.
+//! few faults every kind has had its turn. Each fault is told as a warning, for tests to count. Or the
+//! whole store is away for as long as there is some file.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -36,6 +38,8 @@ pub struct Faults {
     only_stale_lists: bool,
     /// What is in the keys of the only objects that go wrong.
     dead: Option<String>,
+    /// While there is such a file the whole store is away.
+    away: Option<PathBuf>,
     /// Of all calls, those that go wrong.
     share: f64,
     /// Of each kind of call: how many there were, and how many of them went wrong.
@@ -138,7 +142,14 @@ impl Faults {
     /// Of all calls the `share` (0 to 1) that `seed` chooses go wrong.
     #[must_use]
     pub fn new(seed: u64, share: f64) -> Self {
-        Self { seed, only_stale_lists: false, dead: None, share, counts: Mutex::default() }
+        let counts = Mutex::default();
+        Self { seed, only_stale_lists: false, dead: None, away: None, share, counts }
+    }
+
+    /// While there is a file at `path`, no call is answered with anything but an error that may pass.
+    #[must_use]
+    pub fn away_while(path: PathBuf) -> Self {
+        Self { away: Some(path), ..Self::new(0, 0.0) }
     }
 
     /// Every listing is stale, and nothing else goes wrong.
@@ -161,6 +172,9 @@ impl Faults {
 
     /// What happens to the next call of a kind.
     fn next(&self, call: Call, key: &str) -> Option<Fault> {
+        if let Some(file) = &self.away {
+            return file.exists().then_some(Fault::Unavailable);
+        }
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let (calls, faults) = &mut counts[call as usize];
         let dice = |salt: u64, number: u64| mixed(self.seed ^ mixed(salt ^ mixed(number)));
@@ -220,12 +234,15 @@ pub(super) fn installed() -> Option<Arc<Faults>> {
     INSTALLED.get().cloned()
 }
 
-/// How they are written: `seed=7,share=0.2`.
+/// How they are written: `seed=7,share=0.2`, or `away=FILE`.
 impl FromStr for Faults {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let form = || format!("write seed=NUMBER,share=FROM-0-TO-1, not `{text}`");
+        if let Some(file) = text.strip_prefix("away=").filter(|file| !file.is_empty()) {
+            return Ok(Self::away_while(file.into()));
+        }
+        let form = || format!("write seed=NUMBER,share=FROM-0-TO-1, or away=FILE, not `{text}`");
         let (seed, share) = text.split_once(',').ok_or_else(form)?;
         let seed = seed.strip_prefix("seed=").and_then(|seed| seed.parse().ok());
         let share = share.strip_prefix("share=").and_then(|share| share.parse().ok());
@@ -403,7 +420,12 @@ mod tests {
     fn faults_are_written_as_a_seed_and_a_share() {
         let faults: Faults = "seed=7,share=0.25".parse().unwrap();
         assert_eq!((faults.seed, faults.share), (7, 0.25));
-        for wrong in ["", "7", "seed=7", "seed=x,share=0.1", "seed=7,share=1.5", "share=0.1,seed=7"]
+        let away: Faults = "away=/nowhere/away".parse().unwrap();
+        assert!(away.next(Call::Read, "k").is_none(), "there is no such file");
+        let away: Faults = "away=/".parse().unwrap();
+        assert_eq!(away.next(Call::Read, "k"), Some(Fault::Unavailable));
+        for wrong in
+            ["", "7", "away=", "seed=7", "seed=x,share=0.1", "seed=7,share=1.5", "share=0.1,seed=7"]
         {
             assert!(wrong.parse::<Faults>().unwrap_err().contains("seed=NUMBER"), "{wrong}");
         }

@@ -4,12 +4,13 @@
 //! a few megabytes. Parts are slices of the one buffer that is written: nothing is copied.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
-use object_store::{ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
+use object_store::{MultipartId, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 
 use super::Store;
 use super::retry::Failure;
@@ -26,6 +27,29 @@ const MOST_PARTS: usize = 9_000;
 
 /// Uploads that are begun for one object, when the store loses them.
 const UPLOADS: u32 = 3;
+
+/// An upload that was begun. One that is given up half-way, for its future is dropped, is taken back: what
+/// it leaves takes room.
+struct Begun {
+    multipart: Arc<dyn MultipartStore>,
+    path: Path,
+    id: MultipartId,
+    ended: bool,
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        // Without a runtime the process is ending.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let (multipart, path) = (Arc::clone(&self.multipart), self.path.clone());
+            let id = std::mem::take(&mut self.id);
+            runtime.spawn(async move { multipart.abort_multipart(&path, &id).await });
+        }
+    }
+}
 
 impl Store {
     /// Writes a large object, over an older one if need be; it appears when all of it is there. A
@@ -52,7 +76,7 @@ impl Store {
         let path = self.path(key).map_err(|error| self.unnamed("write", key, error))?;
         let mut lost = 0;
         loop {
-            match self.upload(&**multipart, key, &path, &parts).await {
+            match self.upload(multipart, key, &path, &parts).await {
                 // The answer to the end of the upload got lost, and it is over; or the store forgot
                 // it. Whoever wrote what is there now, it is not known to be this.
                 Err(Failure { error: object_store::Error::NotFound { .. }, .. })
@@ -68,7 +92,7 @@ impl Store {
 
     async fn upload(
         &self,
-        multipart: &dyn MultipartStore,
+        multipart: &Arc<dyn MultipartStore>,
         key: &str,
         path: &Path,
         parts: &[PutPayload],
@@ -76,6 +100,12 @@ impl Store {
         let create = || self.patience.answer(0, multipart.create_multipart(path));
         let id = self.retried("write", key, create).await?;
         let id = &id;
+        let mut begun = Begun {
+            multipart: Arc::clone(multipart),
+            path: path.clone(),
+            id: id.clone(),
+            ended: false,
+        };
         let parts: Vec<_> = parts.iter().cloned().enumerate().collect();
         let put = |(index, part): (usize, PutPayload)| async move {
             let bytes = part.content_length();
@@ -94,6 +124,7 @@ impl Store {
             self.retried("write", key, complete).await
         };
         let finished = finished.await;
+        begun.ended = true;
         if finished.is_err() {
             // What it leaves takes room, and is no reason to fail in another way.
             let _ = multipart.abort_multipart(path, id).await;

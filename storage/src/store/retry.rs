@@ -86,8 +86,11 @@ pub(super) fn may_pass(error: &Error) -> bool {
             // No answer at all: connection, time-out, a body that broke off.
             None => true,
         },
-        // Not that the object exists, but that another call on it is under way.
-        Error::AlreadyExists { .. } | Error::Precondition { .. } => status(error) == Some(409),
+        // Not that the object exists, for which Azure has the same status, but that another call on it is
+        // under way.
+        Error::AlreadyExists { .. } | Error::Precondition { .. } => {
+            status(error) == Some(409) && !error.to_string().contains("BlobAlreadyExists")
+        }
         _ => false,
     }
 }
@@ -124,7 +127,10 @@ mod tests {
         assert!(!may_pass(&disk));
         let (path, source) = (String::new(), || Box::new(answer("409 Conflict")));
         assert!(may_pass(&Error::AlreadyExists { path: path.clone(), source: source() }));
-        assert!(!may_pass(&Error::AlreadyExists { path, source: "412".into() }));
+        let source = "412".into();
+        assert!(!may_pass(&Error::AlreadyExists { path: path.clone(), source }));
+        let azure = "409 Conflict: <Error><Code>BlobAlreadyExists</Code><Message>The blob exists.</Message></Error>";
+        assert!(!may_pass(&Error::AlreadyExists { path, source: Box::new(answer(azure)) }));
     }
 
     #[test]
