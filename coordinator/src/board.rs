@@ -13,7 +13,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::core::Snapshot;
-use crate::journal::History;
+use crate::history::{History, Steps, thin_evaluations};
 use crate::ledger::{GoodputView, Ledger};
 use crate::records::{EvaluationRecord, RunEvent, StepRecord};
 
@@ -22,10 +22,6 @@ const EVENTS: usize = 200;
 
 /// Generations that are kept for the page.
 const GENERATIONS: usize = 200;
-
-/// Steps that are kept for the page: the newest half of them, and of older ones every second,
-/// fourth, eighth and so on, as few as fit.
-const STEPS: usize = 4000;
 
 /// Losses that a reader of few gets.
 const LOSSES: usize = 120;
@@ -131,9 +127,7 @@ impl Chronicle {
 
 #[derive(Debug, Default)]
 struct State {
-    steps: Vec<StepRecord>,
-    /// Of the older steps, those are kept that can be halved this often.
-    doublings: u32,
+    steps: Steps,
     evaluations: Vec<EvaluationRecord>,
     chronicle: Chronicle,
     rewinds: u64,
@@ -142,24 +136,6 @@ struct State {
 }
 
 impl State {
-    fn thin(&mut self) {
-        if self.steps.len() <= STEPS {
-            return;
-        }
-        let mut newest = self.steps.split_off(self.steps.len() - STEPS / 2);
-        self.steps.retain(|record| record.step.0.is_multiple_of(1 << self.doublings));
-        while self.steps.len() > STEPS / 4 {
-            if self.doublings == u64::BITS - 1 {
-                // One step many times over, out of a damaged log.
-                self.steps.truncate(STEPS / 4);
-                break;
-            }
-            self.doublings += 1;
-            self.steps.retain(|record| record.step.0.is_multiple_of(1 << self.doublings));
-        }
-        self.steps.append(&mut newest);
-    }
-
     fn note(&mut self, entry: Entry) {
         let events = &mut self.chronicle.events;
         // A long wait must not push everything else off the page.
@@ -219,8 +195,8 @@ pub(crate) struct Recent {
 impl Board {
     pub(crate) fn new(history: History, chronicle: Chronicle) -> Self {
         let History { steps, evaluations } = history;
-        let mut state = State { steps, evaluations, chronicle, ..State::default() };
-        state.thin();
+        let mut state = State { evaluations, chronicle, ..State::default() };
+        state.steps.extend(steps);
         let changes = watch::Sender::new(0);
         Self { state: Mutex::new(state), started: Instant::now(), changes }
     }
@@ -245,7 +221,6 @@ impl Board {
         let tone = match event {
             RunEvent::Committed(record) => {
                 state.steps.push((**record).clone());
-                state.thin();
                 state.committed = Some(Instant::now());
                 if record.skipped.is_none() {
                     drop(state);
@@ -256,6 +231,7 @@ impl Board {
             RunEvent::Evaluated(record) => {
                 state.evaluations.retain(|kept| kept.step < record.step);
                 state.evaluations.push(record.clone());
+                thin_evaluations(&mut state.evaluations);
                 Tone::Plain
             }
             RunEvent::CheckpointSaved { step, bytes, .. } => {
@@ -273,6 +249,7 @@ impl Board {
             RunEvent::CaughtUp { .. }
             | RunEvent::GateRecovered { .. }
             | RunEvent::LoopLossFalls { .. }
+            | RunEvent::StoreBack { .. }
             | RunEvent::Finished { .. } => Tone::Good,
             RunEvent::WorkerLost { .. }
             | RunEvent::WorkerRefused { .. }
@@ -282,6 +259,7 @@ impl Board {
             | RunEvent::Straggles { .. }
             | RunEvent::GateCollapsed { .. }
             | RunEvent::LoopLossRises { .. }
+            | RunEvent::StoreAway { .. }
             | RunEvent::Failed { .. } => Tone::Bad,
             RunEvent::WorkerJoined { .. }
             | RunEvent::Waiting { .. }
@@ -305,12 +283,10 @@ impl Board {
     /// The history ends after step `from`; these steps of it were missing.
     pub(crate) fn go_on(&self, from: Step, lost: &[StepRecord]) {
         let mut state = self.state();
-        let shown = state.steps.len();
-        state.steps.retain(|kept| kept.step <= from);
+        let undone = state.steps.undo(from);
         state.evaluations.retain(|kept| kept.step <= from);
-        state.rewinds += u64::from(state.steps.len() < shown);
-        state.steps.extend_from_slice(lost);
-        state.thin();
+        state.rewinds += u64::from(undone > 0);
+        state.steps.extend(lost.iter().cloned());
         drop(state);
         self.changed();
     }
@@ -414,8 +390,8 @@ impl Board {
     /// Losses of the latest steps, as far as they are known, in order.
     pub(crate) fn losses(&self) -> Vec<f64> {
         let state = self.state();
-        let from = state.steps.len().saturating_sub(LOSSES);
-        state.steps[from..].iter().map(|record| record.loss).collect()
+        let steps = state.steps.all();
+        steps[steps.len().saturating_sub(LOSSES)..].iter().map(|record| record.loss).collect()
     }
 
     /// Grows when steps are undone.
@@ -426,13 +402,14 @@ impl Board {
     /// At most `limit` of the steps that are kept behind `after`, in order.
     pub(crate) fn steps(&self, after: Step, limit: usize) -> Vec<StepRecord> {
         let state = self.state();
-        let from = state.steps.partition_point(|record| record.step <= after);
-        state.steps[from..].iter().take(limit).cloned().collect()
+        let steps = state.steps.all();
+        let from = steps.partition_point(|record| record.step <= after);
+        steps[from..].iter().take(limit).cloned().collect()
     }
 
     /// The newest step that is kept.
     pub(crate) fn newest_step(&self) -> Step {
-        self.state().steps.last().map(|record| record.step).unwrap_or_default()
+        self.state().steps.all().last().map(|record| record.step).unwrap_or_default()
     }
 }
 
@@ -444,6 +421,7 @@ pub(crate) fn unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::history::STEPS;
     use crate::records::example;
 
     fn steps(board: &Board) -> Vec<u64> {
@@ -473,7 +451,7 @@ mod tests {
             let mut history = History::default();
             history.steps.extend((0..3 * STEPS).map(|_| example(step, 1.0)));
             let board = Board::new(history, Chronicle::default());
-            let kept = board.state().steps.len();
+            let kept = board.state().steps.all().len();
             assert!((1..=STEPS).contains(&kept), "{kept} are kept");
         }
     }

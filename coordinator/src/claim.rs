@@ -11,7 +11,8 @@ use looptrain_storage::{
 };
 
 use crate::error::CoordinatorError;
-use crate::journal::{chronicle_key, read_history};
+use crate::history::read_evaluation;
+use crate::journal::chronicle_key;
 use crate::records::Outcome;
 
 /// Who wants the run, and what it would train.
@@ -146,14 +147,14 @@ impl Claim<'_> {
         else {
             return Ok(None);
         };
-        let history = read_history(self.store, &self.spec.run.name, total).await?;
+        let evaluation = read_evaluation(self.store, &self.spec.run.name, total).await?;
         Ok(Some(Outcome {
             step: total,
             tokens: self.spec.tokens_after(total),
             loss: Some(finished.loss),
             weights_digest: Some(finished.weights_digest),
             stopped: false,
-            evaluation: history.evaluations.into_iter().rfind(|record| record.step == total),
+            evaluation,
         }))
     }
 }

@@ -12,7 +12,8 @@ use prost::Message;
 
 use crate::board::{Board, Chronicle};
 use crate::core::{Action, Books, Core, Directive, Event, Mark, Resume};
-use crate::journal::{History, chronicle_key, read_chronicle, read_history};
+use crate::history::{History, read_history};
+use crate::journal::{chronicle_key, read_chronicle};
 use crate::ledger::{Category, Ledger};
 use crate::reports;
 
@@ -137,6 +138,8 @@ impl Run {
                 let Ok(worker) = self.core.drainable(&name) else { return };
                 Event::DrainRequested { worker, reason: "drain".into() }
             }
+            Some(5) => Event::SaveRequested,
+            Some(6) => Event::StoreSeen(Err("away".into())),
             Some(_) => {
                 let Some(worker) = self.open.remove(&said.first().copied().unwrap_or(0)) else {
                     return;
@@ -185,6 +188,8 @@ impl Run {
                     }
                     Action::End(result) => self.ended = Some(result.is_ok()),
                     Action::PinNumerics { .. }
+                    | Action::KeepPause(_)
+                    | Action::LookAtStore
                     | Action::SealMetrics
                     | Action::Explain(_)
                     | Action::Ignored { .. } => {}
@@ -414,7 +419,7 @@ fn history(bytes: &[u8]) -> bool {
         ("runs/r/evaluations/step-0000000002.json", part()),
     ]);
     let bequest = Held::from_bytes(part()).ok();
-    let history = wait(read_history(&store, "r", Step(u64::MAX))).expect("bad lines are left out");
+    let history = wait(read_history(&store, "r", Step(2))).expect("bad lines are left out");
     let known = !history.steps.is_empty() && !history.evaluations.is_empty() && bequest.is_some();
     // As a start has it.
     let logged = history.steps.last().map(|record| record.step).unwrap_or_default();
@@ -429,6 +434,7 @@ fn history(bytes: &[u8]) -> bool {
         incarnation: Incarnation(2),
         checkpoint: Some(mark),
         numerics: None,
+        paused: None,
         generation: history.steps.last().map(|record| record.generation).unwrap_or_default(),
         evaluations: history.evaluations.clone(),
         tail: history.steps.iter().filter(|record| record.step > Step(2)).cloned().collect(),

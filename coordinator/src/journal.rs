@@ -10,12 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use looptrain_proto::Step;
-use looptrain_storage::{Error, MetricsLog, Store, Witness, read_metrics, run_prefix};
+use looptrain_storage::{Error, MetricsLog, Store, Witness, run_prefix};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::board::{Board, Chronicle};
-use crate::core::HIGHEST_GENERATION;
 use crate::records::{EvaluationRecord, StepRecord};
 
 /// Lines wait at most this long before they are written.
@@ -42,18 +41,11 @@ pub(crate) enum Entry {
     Close(oneshot::Sender<()>),
 }
 
-/// What an earlier coordinator wrote, up to `until`.
-#[derive(Debug, Default)]
-pub(crate) struct History {
-    pub(crate) steps: Vec<StepRecord>,
-    pub(crate) evaluations: Vec<EvaluationRecord>,
-}
-
-fn evaluations_prefix(run: &str) -> String {
+pub(crate) fn evaluations_prefix(run: &str) -> String {
     format!("{}/evaluations", run_prefix(run))
 }
 
-fn evaluation_key(run: &str, step: Step) -> String {
+pub(crate) fn evaluation_key(run: &str, step: Step) -> String {
     format!("{}/step-{:010}.json", evaluations_prefix(run), step.0)
 }
 
@@ -88,27 +80,6 @@ pub(crate) async fn read_chronicle(
 pub async fn read_chronicle_json(store: &Store, run: &str) -> serde_json::Value {
     let bytes = store.get_opt(&chronicle_key(run)).await.ok().flatten();
     bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
-}
-
-/// Reads the history of a run. Lines that do not parse are left out: they are for people, and
-/// nothing depends on them.
-pub(crate) async fn read_history(
-    store: &Store,
-    run: &str,
-    until: Step,
-) -> looptrain_storage::Result<History> {
-    let lines = read_metrics(store, run).await?;
-    let parse = |line| serde_json::from_value::<StepRecord>(line).ok();
-    let mut steps: Vec<StepRecord> = lines.into_iter().filter_map(parse).collect();
-    // The next generation is above that of the last line, whatever a damaged one says.
-    steps.retain(|record| record.step <= until && record.generation.0 <= HIGHEST_GENERATION);
-    let mut evaluations = Vec::new();
-    for object in store.list(&evaluations_prefix(run)).await? {
-        let bytes = store.get(&object.key).await?;
-        evaluations.extend(serde_json::from_slice::<EvaluationRecord>(&bytes).ok());
-    }
-    evaluations.retain(|record| record.step <= until);
-    Ok(History { steps, evaluations })
 }
 
 /// The task's state.
@@ -267,6 +238,7 @@ mod tests {
     use looptrain_storage::{Register, RunRecord};
 
     use super::*;
+    use crate::history::read_history;
     use crate::records::example;
 
     fn step(step: u64, loss: f64) -> Entry {
@@ -274,18 +246,7 @@ mod tests {
     }
 
     fn evaluation(step: u64) -> EvaluationRecord {
-        EvaluationRecord {
-            step: Step(step),
-            sequences: 1,
-            tokens: 10,
-            loss: 2.0,
-            loss_per_loop: vec![2.0],
-            exit_pdf: vec![1.0],
-            mean_depth: 1.0,
-            entropy: 0.0,
-            perplexity: 7.4,
-            seconds: 0.1,
-        }
+        EvaluationRecord::example(step)
     }
 
     async fn claim(store: &Store) -> Register {
@@ -300,7 +261,7 @@ mod tests {
     }
 
     async fn losses(store: &Store) -> Vec<(u64, f64)> {
-        let history = read_history(store, "r", Step(u64::MAX)).await.unwrap();
+        let history = read_history(store, "r", Step(0)).await.unwrap();
         history.steps.iter().map(|record| (record.step.0, record.loss)).collect()
     }
 
@@ -372,7 +333,7 @@ mod tests {
         assert!(journal.take(Entry::Evaluation(evaluation(6))).await.is_err());
         std::fs::remove_file(&blocked).unwrap();
         journal.flush().await.unwrap();
-        let history = read_history(store, "r", Step(9)).await.unwrap();
+        let history = read_history(store, "r", Step(0)).await.unwrap();
         assert_eq!(history.evaluations, [evaluation(5), evaluation(6)]);
     }
 
@@ -398,6 +359,6 @@ mod tests {
         }
         assert!(matches!(old.flush().await, Err(Error::Fenced { .. })));
         assert_eq!(losses(&store).await, [(1, 2.0)]);
-        assert!(read_history(&store, "r", Step(9)).await.unwrap().evaluations.is_empty());
+        assert!(read_history(&store, "r", Step(0)).await.unwrap().evaluations.is_empty());
     }
 }

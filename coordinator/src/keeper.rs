@@ -25,6 +25,9 @@ use crate::runtime::Input;
 /// A coordinator that has been replaced notices at the latest after this time.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// In words that follow "could not".
+const OWED: &str = "note what the store refused before";
+
 /// A coordinator that stops waits so long for old checkpoints that it is removing.
 const LAST_REMOVAL: Duration = Duration::from_secs(10);
 
@@ -33,6 +36,10 @@ const LAST_REMOVAL: Duration = Duration::from_secs(10);
 pub(crate) enum Note {
     /// How the run's workers compute.
     Numerics(String),
+    /// That the run is paused, and why, or that it goes on.
+    Pause(Option<String>),
+    /// Answered when the notes before have been tried: with why the store did not take them.
+    Kept(oneshot::Sender<Result<(), String>>),
     /// A checkpoint whose parts are all in the store.
     Manifest(ManifestDraft),
     /// The last note: answered when all notes are durable, among them, when the run is done, how
@@ -46,8 +53,8 @@ pub(crate) struct Keeper {
     pub(crate) trajectory: Digest,
     pub(crate) register: Register,
     pub(crate) checkpoints: Checkpoints,
-    /// How the run's workers compute, until that is in the record.
-    pub(crate) numerics: Option<String>,
+    /// What the record lacks.
+    pub(crate) owed: Owed,
     pub(crate) inputs: mpsc::Sender<Input>,
     /// Hears of the newest checkpoint.
     pub(crate) newest: watch::Sender<Option<Step>>,
@@ -56,6 +63,23 @@ pub(crate) struct Keeper {
     pub(crate) pruner: JoinHandle<()>,
     /// Tells the pruner to come to its end with what it is removing.
     pub(crate) leave: CancellationToken,
+}
+
+/// What the store has refused so far: it comes with the next record.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Owed {
+    /// How the run's workers compute.
+    numerics: Option<String>,
+    /// Whether the run is paused, and why.
+    pause: Option<Option<String>>,
+    /// Why it was refused.
+    reason: String,
+}
+
+impl Owed {
+    fn is_none(&self) -> bool {
+        self.numerics.is_none() && self.pause.is_none()
+    }
 }
 
 /// The run has another coordinator, and the runtime has been told: what was begun ends here.
@@ -76,11 +100,11 @@ impl Keeper {
                     None => return,
                 },
                 _ = look.tick() => {
-                    let mine = match self.numerics {
-                        Some(_) => self.update(|_| {}).await,
-                        None => self.register.still_mine().await,
+                    let (what, mine) = match self.owed.is_none() {
+                        false => (OWED, self.update(|_| {}).await),
+                        true => ("look for another coordinator", self.register.still_mine().await),
                     };
-                    self.unless_replaced("look for another coordinator", mine).await
+                    self.unless_replaced(what, mine).await
                 }
             };
         }
@@ -89,16 +113,36 @@ impl Keeper {
     async fn take(&mut self, note: Note) -> Result<(), Replaced> {
         match note {
             Note::Numerics(numerics) => {
-                self.numerics = Some(numerics);
+                self.owed.numerics = Some(numerics);
                 let updated = self.update(|_| {}).await;
                 self.unless_replaced("note how the workers compute", updated).await
+            }
+            Note::Pause(reason) => {
+                self.owed.pause = Some(reason);
+                let updated = self.update(|_| {}).await;
+                self.unless_replaced("note whether the run is paused", updated).await
+            }
+            Note::Kept(reply) => {
+                // Whoever asked may have hung up.
+                let _ = reply.send(match self.owed.is_none() {
+                    true => Ok(()),
+                    false => Err(self.owed.reason.clone()),
+                });
+                Ok(())
             }
             Note::Manifest(draft) => self.commit(draft).await,
             Note::Last(finished, reply) => {
                 let over = finished.is_some();
                 let updated = match finished {
                     Some(finished) => self.update(|record| record.finished = Some(finished)).await,
-                    None => Ok(()),
+                    None if self.owed.is_none() => Ok(()),
+                    None => match self.update(|_| {}).await {
+                        Err(error) if !matches!(error, Error::Fenced { .. }) => {
+                            tracing::warn!(%error, "could not {OWED}");
+                            Ok(())
+                        }
+                        updated => updated,
+                    },
                 };
                 self.end_pruning(over).await;
                 // Whoever asked has gone away only if the process is ending.
@@ -144,13 +188,19 @@ impl Keeper {
 
     /// Writes a changed record, with what the store refused to note before.
     async fn update(&mut self, change: impl FnOnce(&mut RunRecord)) -> Result<(), Error> {
-        let numerics = self.numerics.clone();
+        let Owed { numerics, pause, .. } = self.owed.clone();
         let change = |record: &mut RunRecord| {
             record.numerics = numerics.or(record.numerics.take());
+            record.paused = pause.unwrap_or(record.paused.take());
             change(record);
         };
-        self.register.update(change).await?;
-        self.numerics = None;
+        match self.register.update(change).await {
+            Ok(()) => self.owed = Owed::default(),
+            Err(error) => {
+                self.owed.reason = error.to_string();
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -222,7 +272,7 @@ mod tests {
             trajectory: Digest::of(b"spec"),
             register,
             checkpoints,
-            numerics: None,
+            owed: Owed::default(),
             inputs,
             newest,
             pruner: tokio::spawn(pruner.run()),
@@ -308,11 +358,38 @@ mod tests {
     async fn what_the_store_refused_to_note_of_the_numerics_comes_with_the_next_record() {
         let store = Store::open("memory://").unwrap();
         let (mut keeper, _told) = keeper(&store).await;
-        keeper.numerics = Some("avx2".into());
+        keeper.owed.numerics = Some("avx2".into());
         let draft = draft(&keeper.checkpoints, 1).await;
         assert!(keeper.commit(draft).await.is_ok());
         assert_eq!(keeper.register.current().numerics.as_deref(), Some("avx2"));
-        assert_eq!(keeper.numerics, None);
+        assert!(keeper.owed.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_pause_that_the_store_refuses_is_noted_later_and_whoever_asks_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&format!("file://{}", directory.path().display())).unwrap();
+        let (mut keeper, _told) = keeper(&store).await;
+        let kept = async |keeper: &mut Keeper| {
+            let (reply, answer) = oneshot::channel();
+            assert!(keeper.take(Note::Kept(reply)).await.is_ok());
+            answer.await.unwrap()
+        };
+        assert_eq!(kept(&mut keeper).await, Ok(()));
+        // A file where the store needs a directory.
+        let (records, aside) =
+            (directory.path().join("runs/r/record"), directory.path().join("aside"));
+        std::fs::rename(&records, &aside).unwrap();
+        std::fs::write(&records, "in the way").unwrap();
+        assert!(keeper.take(Note::Pause(Some("lunch".into()))).await.is_ok());
+        assert!(kept(&mut keeper).await.unwrap_err().contains("record"));
+        std::fs::remove_file(&records).unwrap();
+        std::fs::rename(&aside, &records).unwrap();
+        let (reply, answer) = oneshot::channel();
+        assert!(keeper.take(Note::Last(None, reply)).await.is_ok());
+        answer.await.unwrap().unwrap();
+        assert_eq!(kept(&mut keeper).await, Ok(()));
+        assert_eq!(claim(&store).await.current().paused.as_deref(), Some("lunch"));
     }
 
     #[tokio::test]

@@ -17,11 +17,13 @@ mod error;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod history;
 pub mod http;
 mod journal;
 mod keeper;
 mod ledger;
 mod listen;
+mod lookout;
 mod metrics;
 mod moment;
 mod pruner;

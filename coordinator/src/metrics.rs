@@ -291,6 +291,8 @@ impl Instruments {
             | RunEvent::CaughtUp { .. }
             | RunEvent::GateRecovered { .. }
             | RunEvent::LoopLossFalls { .. }
+            | RunEvent::StoreAway { .. }
+            | RunEvent::StoreBack { .. }
             | RunEvent::Draining { .. }
             | RunEvent::Pausing { .. }
             | RunEvent::Resumed

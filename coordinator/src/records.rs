@@ -183,6 +183,25 @@ pub struct EvaluationRecord {
     pub seconds: f64,
 }
 
+#[cfg(test)]
+impl EvaluationRecord {
+    /// Like any other.
+    pub(crate) fn example(step: u64) -> Self {
+        Self {
+            step: Step(step),
+            sequences: 1,
+            tokens: 10,
+            loss: 2.0,
+            loss_per_loop: vec![2.0],
+            exit_pdf: vec![1.0],
+            mean_depth: 1.0,
+            entropy: 0.0,
+            perplexity: 7.4,
+            seconds: 0.1,
+        }
+    }
+}
+
 /// Mean loop of exit, counted from 1, of an exit distribution.
 pub(crate) fn mean_depth(exit_pdf: &[f64]) -> f64 {
     exit_pdf.iter().enumerate().map(|(at, share)| (at + 1) as f64 * share).sum()
@@ -381,6 +400,18 @@ pub enum RunEvent {
         /// Its cross-entropy.
         loss: f64,
     },
+    /// Workers wait for the object store, and nobody is to blame: the run waits with them.
+    StoreAway {
+        /// Who waits.
+        names: String,
+        /// For what, and what the store says.
+        detail: String,
+    },
+    /// Nobody waits for the object store any more.
+    StoreBack {
+        /// For how long the run has waited.
+        seconds: f64,
+    },
     /// A worker has been told to leave.
     Draining {
         /// Its name.
@@ -474,6 +505,12 @@ impl fmt::Display for RunEvent {
             ),
             Self::LoopLossFalls { step, at, loss } => {
                 write!(f, "step {step}: the loss of loop {at} rises no longer: {loss:.4}")
+            }
+            Self::StoreAway { names, detail } => {
+                write!(f, "the store is away, and the run waits for it: {names}, for {detail}")
+            }
+            Self::StoreBack { seconds } => {
+                write!(f, "the store is back, after the run has waited for {seconds:.0} s")
             }
             Self::Draining { name, reason } => write!(f, "worker {name} is to leave: {reason}"),
             Self::Pausing { reason } => write!(f, "pausing: {reason}"),

@@ -77,6 +77,11 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
             step: Step(fetched.step),
             result: if fetched.error.is_empty() { Ok(()) } else { Err(fetched.error) },
         },
+        Kind::Waiting(waiting) => Report::Waiting {
+            generation: Generation(waiting.generation),
+            detail: waiting.detail,
+            failed: waiting.failed,
+        },
         Kind::Communicator(communicator) => Report::Communicator {
             generation: Generation(communicator.generation),
             id: communicator.id,

@@ -16,6 +16,7 @@ use crate::core::{Action, Core, Event, Snapshot};
 use crate::error::CoordinatorError;
 use crate::journal::Entry;
 use crate::keeper::Note;
+use crate::lookout::Lookout;
 use crate::metrics::Instruments;
 use crate::moment::Watch;
 use crate::records::{Outcome, RunEvent};
@@ -34,6 +35,8 @@ pub(crate) enum Input {
     Event(Event),
     /// Somebody wants a worker to leave; the answer is why it may not.
     Drain { name: String, reason: String, reply: oneshot::Sender<Result<(), String>> },
+    /// Somebody wants to know whether what was noted before is in the store.
+    Kept(oneshot::Sender<Result<(), String>>),
     /// Somebody wants to know how things are.
     Snapshot(oneshot::Sender<Snapshot>),
     /// This process must not go on.
@@ -46,6 +49,7 @@ pub(crate) struct Runtime {
     pub(crate) tick: Duration,
     pub(crate) inputs: mpsc::Receiver<Input>,
     pub(crate) stop: CancellationToken,
+    pub(crate) lookout: Lookout,
     pub(crate) notes: mpsc::UnboundedSender<Note>,
     pub(crate) entries: mpsc::UnboundedSender<Entry>,
     pub(crate) events: broadcast::Sender<RunEvent>,
@@ -94,6 +98,10 @@ impl Runtime {
                             Ok(worker) => Event::DrainRequested { worker, reason },
                             Err(_) => continue,
                         }
+                    }
+                    Some(Input::Kept(reply)) => {
+                        self.note(Note::Kept(reply));
+                        continue;
                     }
                     Some(Input::Snapshot(reply)) => {
                         // Whoever asked may have hung up.
@@ -148,6 +156,7 @@ impl Runtime {
                     }
                     Action::Publish(event) => self.publish(event),
                     Action::PinNumerics { numerics } => self.note(Note::Numerics(numerics)),
+                    Action::KeepPause(reason) => self.note(Note::Pause(reason)),
                     Action::GoOn { from, lost } => {
                         self.enter(Entry::Rewind(from));
                         self.board.go_on(from, &lost);
@@ -156,6 +165,7 @@ impl Runtime {
                     }
                     Action::SealMetrics => self.enter(Entry::Seal),
                     Action::WriteManifest(draft) => self.note(Note::Manifest(draft)),
+                    Action::LookAtStore => self.lookout.look(),
                     Action::Explain(reason) => tracing::debug!(reason, "phase"),
                     Action::Ignored { worker, reason } => {
                         tracing::debug!(%worker, reason, "message not acted on");

@@ -46,6 +46,9 @@ const LARGEST_MESSAGE: usize = 16 << 20;
 /// Streams of a connection at a time: a session, and what is asked beside it.
 const STREAMS: u32 = 16;
 
+/// How long whoever pauses a run, or has it go on, waits until that is in the store.
+const KEPT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How long a worker may take to hang up after its last message.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -130,6 +133,16 @@ impl Service {
         self.inputs.send(Input::Event(order)).await.map_err(|_| over())?;
         Ok(self.snapshot().await?.step.0)
     }
+
+    /// Waits until what was ordered before is in the store; why it is not yet, or nothing.
+    async fn kept(&self) -> Result<String, Status> {
+        let (reply, kept) = oneshot::channel();
+        self.inputs.send(Input::Kept(reply)).await.map_err(|_| over())?;
+        match timeout(KEPT_PATIENCE, kept).await {
+            Ok(kept) => Ok(kept.map_err(|_| over())?.err().unwrap_or_default()),
+            Err(_) => Ok(format!("the store has not answered for {KEPT_PATIENCE:?}")),
+        }
+    }
 }
 
 /// Serves until `shutdown`; then no new calls are taken, and those in flight end.
@@ -212,7 +225,16 @@ impl Coordinator for Service {
         self.allow(&request, "pause the run", &[Role::Operator])?;
         let reason = said(request.into_inner().reason);
         let step = self.order(Event::PauseRequested { reason }).await?;
-        Ok(Response::new(v1::PauseReply { step }))
+        Ok(Response::new(v1::PauseReply { step, not_kept: self.kept().await? }))
+    }
+
+    async fn save(
+        &self,
+        request: Request<v1::SaveRequest>,
+    ) -> Result<Response<v1::SaveReply>, Status> {
+        self.allow(&request, "have the run saved", &[Role::Operator])?;
+        let step = self.order(Event::SaveRequested).await?;
+        Ok(Response::new(v1::SaveReply { step }))
     }
 
     async fn resume(
@@ -220,8 +242,10 @@ impl Coordinator for Service {
         request: Request<v1::ResumeRequest>,
     ) -> Result<Response<v1::ResumeReply>, Status> {
         self.allow(&request, "resume the run", &[Role::Operator])?;
+        let was_paused = self.snapshot().await?.paused;
         let step = self.order(Event::ResumeRequested).await?;
-        Ok(Response::new(v1::ResumeReply { step }))
+        let not_kept = self.kept().await?;
+        Ok(Response::new(v1::ResumeReply { step, not_kept, was_paused }))
     }
 }
 

@@ -1,10 +1,13 @@
 //! From settings to a running coordinator: what the store says about the run, then the tasks.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::{BoxFuture, LocalBoxFuture};
 use looptrain_proto::transport::Credentials;
 use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Spec, Step};
@@ -19,11 +22,13 @@ use crate::claim::{Claim, Found, Past};
 use crate::core::{Books, Core, Mark, Resume};
 use crate::dashboard::{self, RenderMetrics};
 use crate::error::CoordinatorError;
+use crate::history::read_history;
 use crate::http::{self, Access};
-use crate::journal::{Journal, read_chronicle, read_history};
-use crate::keeper::Keeper;
+use crate::journal::{Journal, read_chronicle};
+use crate::keeper::{Keeper, Owed};
 use crate::ledger::Ledger;
 use crate::listen::{Listen, Tcp};
+use crate::lookout::Lookout;
 use crate::metrics::Instruments;
 use crate::moment::{OnMoment, Watch};
 use crate::pruner::Pruner;
@@ -90,6 +95,8 @@ pub struct Running {
     pub dashboard: Option<SocketAddr>,
     /// The checkpoint the run goes on from.
     pub resumed_from: Option<Step>,
+    /// Why the run holds until an operator has it go on: it was paused when an earlier coordinator ended.
+    pub paused: Option<String>,
     /// Newer checkpoints that did not verify, and why.
     pub skipped_checkpoints: Vec<(Step, String)>,
     /// Everything that happens, from the first event on.
@@ -122,18 +129,47 @@ impl Running {
 /// When the store does not work, holds another run or one on other data under this name, or holds
 /// no good checkpoint where there should be one; when an address is taken. Nothing of the run is
 /// written or removed before all of that is known to be well.
-pub async fn start(settings: Settings) -> Result<Started, CoordinatorError> {
-    start_on(Tcp { credentials: settings.credentials.clone() }, settings).await
+pub fn start(settings: Settings) -> LocalBoxFuture<'static, Result<Started, CoordinatorError>> {
+    start_on(Tcp { credentials: settings.credentials.clone() }, settings)
 }
+
+/// Serves whoever comes in.
+type Serve = Box<
+    dyn FnOnce(
+            Service,
+            Duration,
+            CancellationToken,
+        ) -> BoxFuture<'static, Result<(), tonic::transport::Error>>
+        + Send,
+>;
+
+/// Takes an address, and gives it with who serves there.
+type Bind =
+    Box<dyn FnOnce(SocketAddr) -> BoxFuture<'static, io::Result<(SocketAddr, Serve)>> + Send>;
 
 /// As [`start`], with workers that come in over another network; the dashboard stays on this one.
 ///
 /// # Errors
 /// As [`start`].
-pub async fn start_on(
-    network: impl Listen,
+pub fn start_on(
+    network: impl Listen + Sync + 'static,
     settings: Settings,
-) -> Result<Started, CoordinatorError> {
+) -> LocalBoxFuture<'static, Result<Started, CoordinatorError>> {
+    let bind: Bind = Box::new(move |address| {
+        let bound = async move {
+            let (address, incoming) = network.bind(address).await?;
+            let serve: Serve = Box::new(move |service, worker_timeout, shutdown| {
+                server::serve(incoming, service, worker_timeout, shutdown).boxed()
+            });
+            Ok((address, serve))
+        };
+        bound.boxed()
+    });
+    // A future behind a pointer is compiled here, and not in each crate that awaits it.
+    start_bound(bind, settings).boxed_local()
+}
+
+async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, CoordinatorError> {
     let Settings {
         spec,
         store,
@@ -161,10 +197,11 @@ pub async fn start_on(
             Found::Past(past) => past,
         },
     };
-    let (address, workers) = network
-        .bind(listen)
-        .await
-        .map_err(|error| CoordinatorError::Listen { what: "workers", address: listen, error })?;
+    let (address, serve) = bind(listen).await.map_err(|error| CoordinatorError::Listen {
+        what: "workers",
+        address: listen,
+        error,
+    })?;
     let page = match dashboard {
         Some(address) => {
             let what = "the dashboard";
@@ -200,7 +237,7 @@ pub async fn start_on(
     let at = resumed_from.unwrap_or_default();
     // Workers may hold later steps than the checkpoint: whether the log is cut back to it shows
     // when they are here.
-    let history = read_history(&store, &run, Step(u64::MAX)).await?;
+    let history = read_history(&store, &run, at).await?;
     let now = unix_ms();
     let chronicle = read_chronicle(&store, &run, now).await?;
     let since = |then: u64| Duration::from_millis(now.saturating_sub(then));
@@ -218,6 +255,7 @@ pub async fn start_on(
         Some(saved) => read_memory(&checkpoints, saved).await,
         None => None,
     };
+    let paused = register.current().paused.clone();
     let mark = manifest.map(|manifest| Mark {
         step: manifest.step,
         weights_digest: manifest.weights_digest,
@@ -227,6 +265,7 @@ pub async fn start_on(
         incarnation: register.incarnation(),
         checkpoint: mark,
         numerics: register.current().numerics.clone(),
+        paused: paused.clone(),
         generation: history.steps.last().map(|record| record.generation).unwrap_or_default(),
         lineage: claim.lineage(register.current()).to_vec(),
         // Nobody comes back to an address that is another one at each start.
@@ -254,6 +293,9 @@ pub async fn start_on(
         None => format!("coordinator {} begins the run", register.incarnation()),
     };
     board.note("coordinator_started", text, Tone::Plain);
+    if let Some(reason) = &paused {
+        board.note("paused", format!("the run is still paused: {reason}"), Tone::Plain);
+    }
     let worker_timeout = Duration::from_secs_f64(spec.cluster.worker_timeout);
 
     let witness = register.witness();
@@ -272,7 +314,7 @@ pub async fn start_on(
         board: Arc::clone(&board),
     };
     let keeper = Keeper {
-        numerics: None,
+        owed: Owed::default(),
         run: run.clone(),
         trajectory,
         register,
@@ -283,6 +325,7 @@ pub async fn start_on(
         leave,
     };
     tokio::spawn(keeper.run(note_receiver));
+    let lookout = Lookout { store: store.clone(), inputs: input_sender.clone() };
     tokio::spawn(Journal::new(store, run, log, witness, Arc::clone(&board)).run(entry_receiver));
 
     let readers = Readers::default();
@@ -293,7 +336,7 @@ pub async fn start_on(
         Arc::clone(&board),
         credentials.is_some(),
     );
-    let server = tokio::spawn(server::serve(workers, service, worker_timeout, shutdown.clone()));
+    let server = tokio::spawn(serve(service, worker_timeout, shutdown.clone()));
     let dashboard = page.as_ref().map(|(address, _)| *address);
     let page = page.map(|(_, listener)| {
         let app = dashboard::app(input_sender, Arc::clone(&board), render_metrics);
@@ -302,6 +345,7 @@ pub async fn start_on(
     let runtime = Runtime {
         core: Core::new(Spec::clone(&spec), resume).stopping_at(until),
         tick: worker_timeout / 8,
+        lookout,
         inputs,
         stop,
         notes,
@@ -320,6 +364,7 @@ pub async fn start_on(
         address,
         dashboard,
         resumed_from,
+        paused,
         skipped_checkpoints,
         events,
         outcome,

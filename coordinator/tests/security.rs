@@ -110,16 +110,18 @@ async fn everybody_does_what_the_role_allows_and_nothing_else() {
         }
         let paused = client.pause(v1::PauseRequest { reason: String::new() }).await;
         let resumed = client.resume(v1::ResumeRequest {}).await;
+        let saved = client.save(v1::SaveRequest {}).await;
         let drained = client.drain(v1::DrainRequest { worker: "w".into(), reason: "".into() });
         let drained = drained.await.unwrap_err();
         match role {
             Role::Operator => {
-                assert!(paused.is_ok() && resumed.is_ok());
+                assert!(paused.is_ok() && resumed.is_ok() && saved.is_ok());
                 assert_eq!(drained.code(), Code::FailedPrecondition, "there is no such worker");
             }
             _ => {
                 denied(paused.unwrap_err(), role);
                 denied(resumed.unwrap_err(), role);
+                denied(saved.unwrap_err(), role);
                 denied(drained, role);
                 let stopped = client.stop(v1::StopRequest { reason: String::new() }).await;
                 denied(stopped.unwrap_err(), role);

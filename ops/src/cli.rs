@@ -84,6 +84,9 @@ pub(crate) enum Command {
     /// Have a paused run go on
     #[command(after_help = "Example: looptrain resume --coordinator http://127.0.0.1:7400")]
     Resume(Resume),
+    /// Save a checkpoint of a run at the next step, beside training, and wait until it is there
+    #[command(after_help = "Example: looptrain save --coordinator http://127.0.0.1:7400")]
+    Save(Save),
     /// Stop a run at the next step, with a checkpoint; the same start command goes on from there
     #[command(after_help = "Example: looptrain stop --coordinator http://127.0.0.1:7400")]
     Stop(Stop),
@@ -165,6 +168,7 @@ impl Command {
             Self::Plot(_) => "plot",
             Self::Drain(_) => "drain",
             Self::Pause(_) => "pause",
+            Self::Save(_) => "save",
             Self::Resume(_) => "resume",
             Self::Stop(_) => "stop",
             Self::Certs(_) => "certs",
@@ -213,10 +217,10 @@ pub(crate) struct SpecArgs {
 #[derive(Debug, Args)]
 pub(crate) struct DryRun {
     /// Share of a GPU's peak that training reaches, for the plan
-    #[arg(long, value_name = "SHARE", default_value_t = 0.4, value_parser = positive)]
+    #[arg(long, value_name = "SHARE", requires = "dry_run", default_value_t = 0.4, value_parser = positive)]
     pub(crate) mfu: f64,
     /// A GPU's peak in TFLOP/s, for the plan: dense bf16 of an H100 by default
-    #[arg(long, value_name = "TFLOPS", default_value_t = 989.0, value_parser = positive)]
+    #[arg(long, value_name = "TFLOPS", requires = "dry_run", default_value_t = 989.0, value_parser = positive)]
     pub(crate) peak_tflops: f64,
 }
 
@@ -399,6 +403,15 @@ pub(crate) struct Pause {
 
 #[derive(Debug, Args)]
 pub(crate) struct Resume {
+    /// The coordinator's address
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Save {
     /// The coordinator's address
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: String,

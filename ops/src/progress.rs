@@ -263,6 +263,8 @@ impl RunProgress {
             | RunEvent::GateRecovered { .. }
             | RunEvent::LoopLossRises { .. }
             | RunEvent::LoopLossFalls { .. }
+            | RunEvent::StoreAway { .. }
+            | RunEvent::StoreBack { .. }
             | RunEvent::Draining { .. }
             | RunEvent::Pausing { .. }
             | RunEvent::Resumed

@@ -25,7 +25,7 @@ pub mod v1 {
 }
 
 /// Version of the wire protocol; a worker and a coordinator must have the same.
-pub const PROTOCOL_VERSION: u32 = 11;
+pub const PROTOCOL_VERSION: u32 = 12;
 
 /// Slots per step whose fixed-point gradients can be added up without overflow.
 pub const MAX_SLOTS: u32 = 1 << 16;

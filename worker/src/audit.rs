@@ -5,12 +5,13 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use looptrain_proto::{Digest, Rank, Spec, Step};
-use looptrain_storage::{Attempt, SlotUse, Store, write_audit};
+use looptrain_storage::{Attempt, Error, SlotUse, Store, write_audit};
 
 use crate::data::Slot;
 use crate::reduce::tcp::RingId;
+use crate::waits::Waits;
 
-/// Pause before the store is asked again.
+/// Pause before the store is asked again for what it refuses.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Writes the audit of an audited run.
@@ -18,15 +19,17 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(crate) struct Audit {
     store: Store,
     run: String,
+    waits: Waits,
     /// The ring that was formed last, and this worker's place in it.
     place: Mutex<(RingId, Rank)>,
 }
 
 impl Audit {
     /// `None` when the spec asks for none.
-    pub(crate) fn new(spec: &Spec, store: &Store) -> Option<Self> {
+    pub(crate) fn new(spec: &Spec, store: &Store, waits: Waits) -> Option<Self> {
         spec.run.audit.then(|| Self {
             store: store.clone(),
+            waits,
             run: spec.run.name.clone(),
             place: Mutex::default(),
         })
@@ -43,7 +46,9 @@ impl Audit {
         let (ring, rank) = *self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let RingId { incarnation, generation } = ring;
         let attempt = Attempt { step, incarnation, generation, rank };
-        while let Err(error) = write_audit(&self.store, &self.run, attempt, slots).await {
+        let what = || format!("the audit of step {step}");
+        let write = || write_audit(&self.store, &self.run, attempt, slots);
+        while let Err(error) = self.waits.until_answered(what(), Error::may_pass, write).await {
             tracing::warn!(%step, %error, "the audit of the step waits for the store");
             tokio::time::sleep(PAUSE).await;
         }

@@ -44,6 +44,13 @@ pub enum DataError {
     Store(#[from] looptrain_storage::Error),
 }
 
+impl DataError {
+    /// Whether the same may be read later: the store is at fault, and not what it holds.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self, Self::Store(error) if error.may_pass())
+    }
+}
+
 /// One slot of one step, and what it is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
@@ -114,7 +121,7 @@ impl Data {
         Some(size_of::<Slot>() + stage.slot_sequences * sequence)
     }
 
-    /// The evaluation sequences `range` of the stage of `step`, each a batch of its own, so that a
+    /// The sequences `range` of an evaluation of `all`, for the stage of `step`, each a batch of its own, so that a
     /// sequence's share of the loss does not depend on its neighbours.
     ///
     /// The evaluation's sequences are spread evenly over each validation split, so that a few long
@@ -124,15 +131,16 @@ impl Data {
         &self,
         step: Step,
         range: Range<u64>,
+        all: u64,
     ) -> Result<Vec<SlotBatch>, DataError> {
         let index = self.spec.stage_of(step);
         let stage = &self.spec.stages[index];
         let length = stage.sequence_length;
         let mixture = self.spec.mixture(index);
         let turns = mixture.len() as u64;
-        let wanted = self.spec.evaluation.sequences.div_ceil(turns);
+        let wanted = all.div_ceil(turns);
         let mut batches = Vec::new();
-        for index in range.start..range.end.min(self.spec.evaluation.sequences) {
+        for index in range.start..range.end.min(all) {
             let (dataset, turn) = (mixture[(index % turns) as usize].0, index / turns);
             let held = self.datasets[dataset].sequences(Split::Validation, length);
             let sequence = if wanted <= held { spread(turn, wanted, held) } else { turn };
@@ -226,18 +234,19 @@ mod tests {
                 assert_eq!(plain.tokens, found.tokens);
             }
         }
-        data.validation(Step(1), 0..u64::MAX).await.unwrap().iter().for_each(&mut check);
+        let all = data.spec.evaluation.sequences;
+        let batches = data.validation(Step(1), 0..u64::MAX, all).await.unwrap();
+        batches.iter().for_each(&mut check);
         assert!(ends > 0, "documents end within sequences");
     }
 
     #[tokio::test]
     async fn an_evaluation_is_spread_over_the_split() {
-        let (mut spec, store) = tiny_store().await;
-        Arc::make_mut(&mut spec).evaluation.sequences = 4;
+        let (spec, store) = tiny_store().await;
         let data = Data::open(spec, &store, &Reading::default()).await.unwrap();
         let held = data.datasets[0].sequences(Split::Validation, 8);
         assert!(held >= 8, "the split has {held} sequences");
-        let found = data.validation(Step(1), 0..u64::MAX).await.unwrap();
+        let found = data.validation(Step(1), 0..u64::MAX, 4).await.unwrap();
         assert_eq!(found.len(), 4);
         for (turn, batch) in found.iter().enumerate() {
             let place = turn as u64 * held / 4;
@@ -248,12 +257,12 @@ mod tests {
 
     #[tokio::test]
     async fn validation_stops_at_its_end_however_much_is_asked_for() {
-        let (mut spec, store) = tiny_store().await;
-        Arc::make_mut(&mut spec).evaluation.sequences = 1 << 40;
+        let (spec, store) = tiny_store().await;
+        let every = 1 << 40;
         let data = Data::open(spec, &store, &Reading::default()).await.unwrap();
         let all = data.datasets[0].sequences(Split::Validation, 8);
-        let some = data.validation(Step(1), 0..3).await.unwrap();
-        let rest = data.validation(Step(1), 3..all + 9).await.unwrap();
+        let some = data.validation(Step(1), 0..3, every).await.unwrap();
+        let rest = data.validation(Step(1), 3..all + 9, every).await.unwrap();
         assert_eq!(some.len(), 3);
         assert_eq!((some.len() + rest.len()) as u64, all);
         assert!(rest.iter().all(|batch| batch.sequences == 1 && batch.tokens.len() == 9));

@@ -1,7 +1,7 @@
 //! Slots of this rank, read ahead of the steps that need them.
 //!
 //! Asking for a slot never fails because it was not read ahead: prefetching is only ever a head
-//! start. Of the slots last asked for, those of the next [`STEPS`] steps are read ahead, as far as
+//! start. Nor does it fail because the store is away: it waits. Of the slots last asked for, those of the next [`STEPS`] steps are read ahead, as far as
 //! [`BYTES`] of tokens go; what belongs to steps gone by, or to other ranks now, is given up.
 
 use std::collections::BTreeMap;
@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::data::{Data, DataError, Slot};
+use crate::waits::Waits;
 
 /// Steps to read ahead: some seconds, even of small steps, for a read may take as long.
 const STEPS: u64 = 8;
@@ -40,14 +41,16 @@ pub(crate) struct Feed {
     data: Arc<Data>,
     ahead: Mutex<BTreeMap<(Step, u32), Ahead>>,
     readers: Arc<Semaphore>,
+    waits: Waits,
     /// How much may be read ahead.
     bytes: usize,
 }
 
 impl Feed {
-    pub(crate) fn new(data: Arc<Data>) -> Self {
+    pub(crate) fn new(data: Arc<Data>, waits: Waits) -> Self {
         Self {
             data,
+            waits,
             ahead: Mutex::new(BTreeMap::new()),
             readers: Arc::new(Semaphore::new(READERS)),
             bytes: BYTES,
@@ -91,15 +94,23 @@ impl Feed {
     }
 
     async fn slot(&self, step: Step, slot: u32) -> Result<Slot, DataError> {
-        let ahead = self.ahead().remove(&(step, slot));
-        if let Some(mut ahead) = ahead {
-            // What failed in the background may pass now: the store retries, a shard may be back.
-            if let Ok(Ok(slot)) = (&mut ahead.0).await {
-                return Ok(slot);
+        let mut ahead = self.ahead().remove(&(step, slot));
+        let read = || {
+            let ahead = ahead.take();
+            async move {
+                if let Some(mut ahead) = ahead {
+                    // What failed in the background may pass now: the store retries, a shard may be
+                    // back.
+                    if let Ok(Ok(slot)) = (&mut ahead.0).await {
+                        return Ok(slot);
+                    }
+                }
+                let _reader = self.readers.acquire().await;
+                self.data.slot(step, slot).await
             }
-        }
-        let _reader = self.readers.acquire().await;
-        self.data.slot(step, slot).await
+        };
+        let what = format!("the tokens of step {step}");
+        self.waits.until_answered(what, DataError::may_pass, read).await
     }
 
     fn read_ahead(&self, step: Step, slot: u32) -> Ahead {
@@ -116,18 +127,20 @@ impl Feed {
 mod tests {
     use std::time::Duration;
 
-    use looptrain_storage::{Reading, Store};
+    use looptrain_storage::{Faults, Reading, Store};
     use object_store::memory::InMemory;
     use object_store::throttle::{ThrottleConfig, ThrottledStore};
     use tokio::time::Instant;
 
     use super::*;
     use crate::testing::{tiny_dataset, tiny_spec, tiny_store};
+    use crate::waits::Lasting;
 
     async fn feed() -> Feed {
         let (mut spec, store) = tiny_store().await;
         Arc::make_mut(&mut spec).stages[0].steps = 20;
-        Feed::new(Arc::new(Data::open(spec, &store, &Reading::default()).await.unwrap()))
+        let data = Data::open(spec, &store, &Reading::default()).await.unwrap();
+        Feed::new(Arc::new(data), Waits::default())
     }
 
     fn held(feed: &Feed) -> Vec<(u64, u32)> {
@@ -180,6 +193,33 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn slots_come_when_a_store_that_was_away_is_back() {
+        let (mut spec, store) = tiny_store().await;
+        Arc::make_mut(&mut spec).stages[0].steps = 20;
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("away");
+        let store = store.with_faults(Faults::away_while(file.clone()));
+        let data = Data::open(spec, &store, &Reading::default()).await.unwrap();
+        let waits = Waits::default();
+        let feed = Feed::new(Arc::new(data), waits.clone());
+        std::fs::write(&file, "").unwrap();
+        let slots = feed.slots(Step(1), 0..4);
+        let outage = async {
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+            std::fs::remove_file(&file).unwrap();
+            waits.lasting()
+        };
+        let (slots, told) = tokio::join!(slots, outage);
+        assert_eq!(slots.unwrap().len(), 4);
+        let Lasting { detail, failed } = told.unwrap();
+        assert!(detail.starts_with("the tokens of step 1: cannot ") && failed, "{detail}");
+        assert!(detail.contains("503"), "{detail}");
+        assert_eq!(waits.lasting(), None);
+        // What is wrong with the data does not pass.
+        assert!(feed.slots(Step(21), 0..1).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn steps_do_not_wait_for_a_store_that_delivers_in_the_time_of_a_few_steps() {
         let slow = Arc::new(ThrottledStore::new(InMemory::new(), ThrottleConfig::default()));
         let store = Store::simulated(Arc::clone(&slow) as _, "slow://");
@@ -187,7 +227,7 @@ mod tests {
         let mut spec = tiny_spec("slow://");
         spec.stages[0].steps = 12;
         let data = Data::open(Arc::new(spec), &store, &Reading::default()).await.unwrap();
-        let feed = Feed::new(Arc::new(data));
+        let feed = Feed::new(Arc::new(data), Waits::default());
         let latency = Duration::from_millis(60);
         slow.config_mut(|config| config.wait_get_per_call = latency);
         let mut waits = Vec::new();

@@ -5,7 +5,8 @@
 //!
 //! - `session`: the stream of directives and votes with the coordinator, and what each directive
 //!   does;
-//! - `feed` and `data`: from (step, slot) to tokens, read ahead; `audit`: what became of them;
+//! - `feed` and `data`: from (step, slot) to tokens, read ahead; `audit`: what became of them; `waits`: a
+//!   store that is away;
 //! - `compute`: the thread that owns the model and the training state;
 //! - [`reduce`]: fixed point, and the ring that sums it over ranks;
 //! - `state`: the training state as the tensors of a checkpoint;
@@ -32,6 +33,7 @@ mod state;
 mod testing;
 mod trace;
 mod transfer;
+mod waits;
 
 use std::net::SocketAddr;
 #[cfg(feature = "cuda")]
@@ -59,6 +61,7 @@ pub use trace::UNTRACED;
 pub mod parts {
     pub use crate::memory::Memory;
     pub use crate::session::{Dial, Duties, Failure, Holding, Membership, Rendezvous};
+    pub use crate::waits::Lasting;
 }
 
 use audit::Audit;
@@ -72,6 +75,7 @@ use reduce::NcclError;
 use reduce::nccl::Nccl;
 use reduce::tcp::PeerListener;
 use session::{Dial, Duties, Link, Session, Tcp, Work};
+use waits::Waits;
 
 /// How a worker's part in a run ended well.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -216,6 +220,8 @@ async fn come_back(
     let url = &settings.coordinator;
     // Whoever was fetching it is asked anew by the next coordinator.
     work.withdraw(false);
+    // What it computes comes to its end first, and takes nothing from the time to look for one.
+    session::brought(work).await?;
     let deadline = Instant::now() + settings.reconnect_timeout;
     // The last of several attempts has had but a moment; all of them together count.
     let in_all = |error| match error {
@@ -344,13 +350,14 @@ async fn furnish(
         tokio::spawn(health::watch(uuid, settings.stop.clone()));
     }
     let compute = Compute::start(Arc::clone(&spec), trainer, memory, moments.clone())?;
-    let past = Memory::default();
+    let (past, waits) = (Memory::default(), Waits::default());
     // Ends with the listener, which hands the joiners on.
     let shelf = compute.shelf().clone();
     tokio::spawn(transfer::serve(joiners, shelf, past.clone(), moments.clone()));
     Ok(Work {
-        audit: Audit::new(&spec, &store),
-        feed: Feed::new(Arc::new(data)),
+        audit: Audit::new(&spec, &store, waits.clone()),
+        feed: Feed::new(Arc::new(data), waits.clone()),
+        waits,
         compute,
         sources: Mutex::default(),
         memory: past,
@@ -360,6 +367,7 @@ async fn furnish(
         store,
         peers,
         streams: spec.cluster.streams.into(),
+        evaluated: spec.evaluation.sequences.into(),
         #[cfg(feature = "cuda")]
         nccl: None,
         spec,

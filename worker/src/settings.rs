@@ -124,24 +124,32 @@ pub(crate) fn reachable(
     listening: SocketAddr,
     coordinator: &str,
 ) -> Result<SocketAddr, WorkerError> {
-    if listening.ip().is_loopback() && facing(coordinator).is_some_and(|ip| !ip.is_loopback()) {
+    let elsewhere = |ip: IpAddr| !ip.is_loopback();
+    if listening.ip().is_loopback() && facing(coordinator, |_| true).is_some_and(elsewhere) {
         return Err(WorkerError::PeerAddress { address: listening });
     }
     if !listening.ip().is_unspecified() {
         return Ok(listening);
     }
-    let facing = facing(coordinator).unwrap_or_else(|| {
-        tracing::warn!(coordinator, "cannot tell this machine's address; peers get the loopback");
+    // Who listens on all addresses of IPv6 is there for IPv4 as well.
+    let heard = |target: &SocketAddr| target.is_ipv4() || listening.is_ipv6();
+    let facing = facing(coordinator, heard).unwrap_or_else(|| {
+        tracing::warn!(
+            coordinator,
+            "cannot tell this machine's address; peers get the loopback: say which with --peer-listen, where \
+             [::]:0 is for IPv6 as well"
+        );
         IpAddr::from([127, 0, 0, 1])
     });
     Ok(SocketAddr::new(facing, listening.port()))
 }
 
-/// The address from which this machine would talk to the coordinator. Connecting a datagram socket
-/// sends nothing; it only asks the system for the route.
-fn facing(coordinator: &str) -> Option<IpAddr> {
+/// The address from which this machine would talk to the first of the coordinator's addresses that is of
+/// use. Connecting a datagram socket sends nothing; it only asks the system for the route.
+fn facing(coordinator: &str, useful: impl Fn(&SocketAddr) -> bool) -> Option<IpAddr> {
     let authority = coordinator.split("://").nth(1)?.split('/').next()?;
-    let target = authority.to_socket_addrs().ok()?.next()?;
+    let mut targets = authority.to_socket_addrs().ok()?;
+    let target = targets.find(useful)?;
     let any: IpAddr = match target {
         SocketAddr::V4(_) => IpAddr::from([0; 4]),
         SocketAddr::V6(_) => IpAddr::from([0u16; 8]),
@@ -168,6 +176,9 @@ mod tests {
         let told = reachable(listening, "http://127.0.0.1:5000/").unwrap();
         assert_eq!(told, "127.0.0.1:4000".parse().unwrap());
         assert_eq!(reachable(listening, "nonsense").unwrap().port(), 4000);
+        // Nobody listens where the coordinator is.
+        let told = reachable(listening, "http://[::1]:5000").unwrap();
+        assert_eq!(told, "127.0.0.1:4000".parse().unwrap());
     }
 
     #[test]
@@ -175,7 +186,7 @@ mod tests {
         let listening: SocketAddr = "127.0.0.1:4000".parse().unwrap();
         assert!(reachable(listening, "http://127.0.0.1:5000").is_ok());
         // Nothing is sent there: the system is asked for the route.
-        if facing("http://192.0.2.1:5000").is_some() {
+        if facing("http://192.0.2.1:5000", |_| true).is_some() {
             let error = reachable(listening, "http://192.0.2.1:5000").unwrap_err().to_string();
             assert!(error.contains("--peer-listen 0.0.0.0:0"), "{error}");
         }

@@ -20,6 +20,8 @@ pub(crate) enum Action {
     Publish(RunEvent),
     /// Write down, for later starts of the run, how its workers compute.
     PinNumerics { numerics: String },
+    /// Write down, for later starts of the run, that it is paused, and why, or that it goes on.
+    KeepPause(Option<String>),
     /// The first generation is about to form, or the one before is lost with its state: the log
     /// ends after step `from`; of those steps, these are not in it yet.
     GoOn { from: Step, lost: Vec<StepRecord> },
@@ -27,6 +29,8 @@ pub(crate) enum Action {
     SealMetrics,
     /// All parts are in the store: write the manifest that makes them a checkpoint.
     WriteManifest(ManifestDraft),
+    /// See whether the store answers this process: [`super::Event::StoreSeen`] tells.
+    LookAtStore,
     /// The run is over; nothing follows.
     End(Result<Outcome, String>),
     /// Why the run is in its phase; only when that changed.

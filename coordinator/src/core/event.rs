@@ -23,10 +23,14 @@ pub(crate) enum Event {
     PauseRequested { reason: String },
     /// An operator wants a paused run to go on.
     ResumeRequested,
+    /// An operator wants a checkpoint at the next step boundary.
+    SaveRequested,
     /// The manifest of this step's checkpoint is in the store.
     CheckpointWritten { step: Step },
     /// The manifest of this step's checkpoint could not be written.
     CheckpointRefused { step: Step, reason: String },
+    /// Whether the store answers this process, and what it says if not.
+    StoreSeen(Result<(), String>),
 }
 
 /// What a worker that has joined can say.
@@ -70,6 +74,12 @@ pub(crate) enum Report {
         generation: Generation,
         id: Vec<u8>,
     },
+    /// It has waited for the store for a while, and goes on waiting.
+    Waiting {
+        generation: Generation,
+        detail: String,
+        failed: bool,
+    },
     Fetched {
         step: Step,
         result: Result<(), String>,
@@ -83,7 +93,16 @@ impl Report {
     /// Whether it answers what the members of a generation are asked to do. Heartbeats come from a
     /// worker that is stuck, too, and uploads go on beside everything.
     pub(crate) fn is_an_answer(&self) -> bool {
-        !matches!(self, Self::Heartbeat | Self::PartSaved { .. } | Self::Communicator { .. })
+        match self {
+            Self::Heartbeat | Self::Waiting { .. } => false,
+            Self::PartSaved { .. } | Self::Communicator { .. } => false,
+            Self::Ready { .. }
+            | Self::Prepared { .. }
+            | Self::Evaluated { .. }
+            | Self::Failed { .. }
+            | Self::Fetched { .. }
+            | Self::Leave { .. } => true,
+        }
     }
 }
 

@@ -104,7 +104,7 @@ impl Core {
     }
 
     /// Whether a member has the committed state, or comes to have it without help.
-    fn holds_the_state(&self, member: WorkerId) -> bool {
+    pub(super) fn holds_the_state(&self, member: WorkerId) -> bool {
         self.anchors.contains(&member)
     }
 

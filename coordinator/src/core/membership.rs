@@ -219,7 +219,9 @@ impl Core {
         if since > timeout / 2 {
             self.roster.hear_all(self.now);
         }
-        self.awake += since.min(timeout);
+        if !self.is_held_up_by_the_store(since) {
+            self.awake += since.min(timeout);
+        }
         self.ticked = self.now;
         self.book_while_it_lasts();
         let silent: Vec<WorkerId> = (self.roster.iter())
@@ -266,6 +268,7 @@ impl Core {
         }
         let reason = reason.to_owned();
         self.publish(RunEvent::WorkerLost { worker, name: name.clone(), cause, reason });
+        self.away.forget(worker);
         self.save_lost_writer(worker);
         self.leave_admission(worker);
         if self.roster.len() == 0 && !self.numerics_pinned {

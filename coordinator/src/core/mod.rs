@@ -31,6 +31,7 @@
 mod action;
 mod admission;
 mod agreement;
+mod away;
 mod boundary;
 mod depth;
 mod evaluation;
@@ -74,9 +75,11 @@ pub(crate) struct Resume {
     pub(crate) checkpoint: Option<Mark>,
     /// How the run's workers compute, when that has been settled.
     pub(crate) numerics: Option<String>,
+    /// Why an operator has the run hold at step boundaries.
+    pub(crate) paused: Option<String>,
     /// The highest generation in the run's metrics; the next one is above it.
     pub(crate) generation: Generation,
-    /// All evaluations, in order.
+    /// Evaluations in order, some of those of long ago.
     pub(crate) evaluations: Vec<EvaluationRecord>,
     /// The newest steps of the run's log, at least those behind the checkpoint.
     pub(crate) tail: Vec<StepRecord>,
@@ -111,8 +114,8 @@ pub(crate) struct Core {
 
     now: Duration,
     ticked: Duration,
-    /// Time that passed with ticks coming in time: deadlines count in it, so that a coordinator
-    /// that was frozen, or asleep with its machine, blames nobody.
+    /// Time that passed with ticks coming in time and the store not away: deadlines count in it, so that
+    /// nobody is blamed for a coordinator that was frozen, or asleep with its machine, or for the store.
     awake: Duration,
     out: Vec<Action>,
 
@@ -166,6 +169,8 @@ pub(crate) struct Core {
     checkpoint: Option<Mark>,
     saving: Option<saving::Saving>,
     save_overdue: bool,
+    /// When the last save was begun; of what happened before there is no knowledge.
+    saved_at: Duration,
     save_errors: u32,
     save_retry_at: Duration,
 
@@ -184,6 +189,8 @@ pub(crate) struct Core {
     /// Times that workers disagreed.
     divergences: u64,
 
+    /// Who waits for the store.
+    away: away::Away,
     stop: Option<String>,
     /// Why the run holds at step boundaries.
     paused: Option<String>,
@@ -215,6 +222,7 @@ impl Core {
             incarnation,
             checkpoint,
             numerics,
+            paused,
             generation,
             evaluations,
             tail,
@@ -265,6 +273,7 @@ impl Core {
             checkpoint,
             saving: None,
             save_overdue: false,
+            saved_at: Duration::ZERO,
             save_errors: 0,
             save_retry_at: Duration::ZERO,
             admission: None,
@@ -275,8 +284,9 @@ impl Core {
             gone: HashMap::new(),
             retried_steps: 0,
             divergences: 0,
+            away: away::Away::default(),
             stop: None,
-            paused: None,
+            paused,
             until: None,
         }
     }
@@ -300,8 +310,10 @@ impl Core {
             Event::DrainRequested { worker, reason } => self.on_drain(worker, reason),
             Event::PauseRequested { reason } => self.on_pause(reason),
             Event::ResumeRequested => self.on_resume(),
+            Event::SaveRequested => self.on_save(),
             Event::CheckpointWritten { step } => self.on_checkpoint_written(step),
             Event::CheckpointRefused { step, reason } => self.on_checkpoint_refused(step, reason),
+            Event::StoreSeen(seen) => self.on_store_seen(seen),
         }
         self.keep_ledger();
         std::mem::take(&mut self.out)
@@ -316,6 +328,7 @@ impl Core {
         }
         if report.is_an_answer() {
             self.roster.answered(worker);
+            self.away.is_over_for(worker);
         }
         match report {
             Report::Heartbeat => {}
@@ -351,6 +364,9 @@ impl Core {
             }
             Report::Communicator { generation, id } => {
                 self.on_communicator(worker, generation, id);
+            }
+            Report::Waiting { generation, detail, failed } => {
+                self.on_waiting(worker, generation, away::Wait { told: self.now, detail, failed });
             }
             Report::Fetched { step, result } => self.on_fetched(worker, step, result),
             Report::Leave { reason } => self.on_leave(worker, &reason),
@@ -397,6 +413,7 @@ impl Core {
     fn set_members(&mut self, members: Vec<WorkerId>) {
         self.ranks = members.iter().copied().zip(0..).collect();
         self.members = members;
+        self.away.is_over();
     }
 
     fn world(&self) -> u32 {

@@ -1,9 +1,10 @@
-//! What operators ask of a run beside its end: that a worker leave, that it pause, that it go on.
+//! What operators ask of a run beside its end: that a worker leave, that it pause, that it go on, that it
+//! be saved.
 
 use looptrain_proto::WorkerId;
 use looptrain_proto::v1::Drain;
 
-use super::{Core, Directive, Phase};
+use super::{Action, Core, Directive, Phase};
 use crate::records::RunEvent;
 
 impl Core {
@@ -45,12 +46,28 @@ impl Core {
     pub(super) fn on_pause(&mut self, reason: String) {
         if self.paused.is_none() {
             self.paused = Some(reason.clone());
+            self.out.push(Action::KeepPause(Some(reason.clone())));
             self.publish(RunEvent::Pausing { reason });
+        }
+    }
+
+    /// Has a checkpoint made at the next boundary, which may be this one.
+    pub(super) fn on_save(&mut self) {
+        let at_a_boundary = matches!(self.phase, Phase::Holding);
+        let there = self.checkpoint.as_ref().is_some_and(|mark| mark.step == self.committed);
+        if at_a_boundary && there {
+            return;
+        }
+        self.save_overdue = true;
+        self.save_retry_at = self.now;
+        if at_a_boundary {
+            self.proceed();
         }
     }
 
     pub(super) fn on_resume(&mut self) {
         if self.paused.take().is_some() {
+            self.out.push(Action::KeepPause(None));
             self.publish(RunEvent::Resumed);
             if matches!(self.phase, Phase::Holding) {
                 self.proceed();

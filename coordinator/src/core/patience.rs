@@ -1,7 +1,8 @@
 //! Answers that do not come. A worker whose heartbeats go on but which is stuck would hold the run
 //! for ever, so every answer has a deadline.
 //!
-//! Who has not answered when others have is sent away. In a step that only holds for a single one:
+//! Who has not answered when others have is sent away; and so is who says that the store fails it, while it
+//! answers others ([`super::away`]). In a step that only holds for a single one:
 //! a rank that is stuck keeps others in the all-reduce, and nobody can tell whose fault it is.
 //! Then, and when nobody has answered at all, the generation is formed again, for whoever still can
 //! answers that; and everybody gets twice the time, in case it was too short. When nobody answers
@@ -44,6 +45,17 @@ impl Core {
         let in_a_step = matches!(self.phase, Phase::Training(_));
         if late == 0 {
             return;
+        }
+        // The store answers this coordinator, so whoever it fails has kept the others waiting.
+        let starved: Vec<WorkerId> =
+            overdue.iter().copied().filter(|id| self.away.failed(*id).is_some()).collect();
+        let one = starved.first().and_then(|id| self.away.failed(*id));
+        if let Some(detail) = one.filter(|_| starved.len() < world) {
+            let reason = format!(
+                "it has not {what} within {seconds} s: it waits for {detail}, while the store answers the \
+                 coordinator"
+            );
+            return self.expel_and_reform(&starved, &reason);
         }
         if late < world && (late == 1 || !in_a_step) {
             let reason = format!("it has not {what} within {seconds} s");

@@ -67,7 +67,9 @@ impl Core {
             return;
         }
         let regular = step.0.is_multiple_of(self.spec.checkpoint.every_steps);
-        if !(regular || self.save_overdue || self.ending()) {
+        let after = Duration::from_secs(self.spec.checkpoint.every_seconds);
+        let old = !after.is_zero() && self.now.saturating_sub(self.saved_at) >= after;
+        if !(regular || old || self.save_overdue || self.ending()) {
             return;
         }
         if let Some(saving) = &self.saving {
@@ -84,6 +86,7 @@ impl Core {
             return;
         }
         self.save_overdue = false;
+        self.saved_at = self.now;
         let parts = self.members.len();
         for (part, worker) in self.members.clone().into_iter().enumerate() {
             let save = Save {

@@ -17,6 +17,7 @@ pub(crate) struct Snapshot {
     pub(crate) phase: &'static str,
     pub(crate) reason: String,
     pub(crate) stopping: bool,
+    pub(crate) paused: bool,
     pub(crate) workers: Vec<WorkerView>,
     /// The newest committed step's record.
     pub(crate) last: Option<StepRecord>,
@@ -102,6 +103,7 @@ impl Core {
             phase,
             reason,
             stopping: self.stop.is_some(),
+            paused: self.paused.is_some(),
             workers: self.roster.iter().map(view).collect(),
             last: self.last.clone(),
             evaluation: self.evaluations.last().cloned(),

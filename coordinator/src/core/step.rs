@@ -95,6 +95,7 @@ impl Core {
             };
             self.send(worker, Directive::Plan(plan));
         }
+        self.away.step_begins();
         let (started, votes) = (self.now, vec![None; world]);
         self.phase = Phase::Training(Round { step, started, shares, votes, missing: world });
         self.explain(format!("generation {}: {world} worker{}", self.generation, plural(world)));
@@ -155,7 +156,8 @@ impl Core {
             let commit = Commit { generation: self.generation.0, step: step.0 };
             self.send(worker, Directive::Commit(commit));
         }
-        let seconds = (self.now - started).as_secs_f64();
+        let held_up = self.away.step_ends();
+        let seconds = (self.now - started).saturating_sub(held_up).as_secs_f64();
         self.observe(votes, seconds);
         let mut record = StepRecord { seconds, ..self.record(step, digest, votes) };
         record.mfu = self.mfu(&record);

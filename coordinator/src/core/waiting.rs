@@ -45,6 +45,9 @@ impl Wait {
     }
 }
 
+/// No step is waited for longer than this many seconds.
+const LONGEST_STEP: f64 = 900.0;
+
 impl Core {
     /// Waiting: forms a generation as soon as enough workers are here. To be called when one comes
     /// or goes, and as time passes.
@@ -111,7 +114,8 @@ impl Core {
     /// How long a step took when the run was last at work; nothing where that is not known.
     fn latest_pace(&self) -> Duration {
         let latest = self.tail.last().or(self.last.as_ref());
-        let seconds = latest.map(|record| record.seconds);
+        // One that waited for something is no measure.
+        let seconds = latest.map(|record| record.seconds.min(LONGEST_STEP));
         seconds.and_then(|it| Duration::try_from_secs_f64(it).ok()).unwrap_or_default()
     }
 

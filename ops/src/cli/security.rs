@@ -66,7 +66,7 @@ pub(crate) struct Issue {
     /// Directory of the authority
     #[arg(long, value_name = "DIR")]
     pub(crate) ca: PathBuf,
-    /// What its holder may do: coordinator, worker, operator (drain, pause, resume, stop, see) or viewer
+    /// What its holder may do: coordinator, worker, operator (drain, pause, resume, save, stop, see) or viewer
     #[arg(long)]
     pub(crate) role: Role,
     /// Whose it is, for logs: letters, digits, `-`, `_` and `.`

@@ -73,6 +73,8 @@ pub(crate) struct PreparedRun {
     events: Option<EventFile>,
     /// Whether the status page is served with TLS.
     page_secured: bool,
+    /// Whether workers and operators have to show certificates.
+    workers_secured: bool,
 }
 
 impl PreparedRun {
@@ -97,7 +99,17 @@ impl PreparedRun {
         }
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
-        Ok(Self { spec, store, datasets, fresh, until, events: None, page_secured: false })
+        let (page_secured, workers_secured) = (false, false);
+        Ok(Self {
+            spec,
+            store,
+            datasets,
+            fresh,
+            until,
+            events: None,
+            page_secured,
+            workers_secured,
+        })
     }
 
     pub(crate) async fn start(
@@ -108,6 +120,7 @@ impl PreparedRun {
         telemetry: &Telemetry,
     ) -> Result<Started> {
         self.page_secured = doors.access.credentials.is_some();
+        self.workers_secured = doors.credentials.is_some();
         let started = looptrain_coordinator::start(Settings {
             spec: self.spec.clone(),
             store: self.store.clone(),
@@ -182,6 +195,17 @@ pub(crate) async fn follow(
     let from = running.resumed_from.unwrap_or(Step(0));
     if from > Step(0) {
         print_line(&format!("going on from the checkpoint of step {from}"));
+    }
+    if let Some(reason) = &running.paused {
+        let scheme = if run.workers_secured { "https" } else { "http" };
+        let tls = if run.workers_secured { " --tls DIR" } else { "" };
+        let address = running.address;
+        let url = match address.ip().is_unspecified() {
+            true => format!("{scheme}://HOST:{}", address.port()),
+            false => format!("{scheme}://{address}"),
+        };
+        let then = format!("`looptrain resume --coordinator {url}{tls}` has it go on");
+        print_line(&format!("the run is still paused: {reason}; {then}"));
     }
     let mut progress = RunProgress::new(run.spec.total_steps(), from);
     let mut show = |event: &RunEvent| {

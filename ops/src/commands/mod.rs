@@ -33,6 +33,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Plot(args) => plot::run(args).await,
         Command::Drain(args) => orders::drain(args).await,
         Command::Pause(args) => orders::pause(args).await,
+        Command::Save(args) => orders::save(args).await,
         Command::Resume(args) => orders::resume(args).await,
         Command::Stop(args) => orders::stop(args).await,
         Command::Certs(args) => certs::run(args),

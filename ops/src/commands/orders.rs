@@ -1,14 +1,18 @@
-//! `looptrain drain`, `pause`, `resume` and `stop`: what an operator asks of a running coordinator.
+//! `looptrain drain`, `pause`, `resume`, `save` and `stop`: what an operator asks of a running coordinator.
 
 use std::error::Error;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use looptrain_proto::transport::{self, Role, innermost};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
-use looptrain_proto::v1::{DrainRequest, PauseRequest, ResumeRequest, StopRequest};
+use looptrain_proto::v1::{
+    self, DrainRequest, PauseRequest, ResumeRequest, SaveRequest, StatusRequest, StopRequest,
+};
 use tonic::transport::Channel;
 
-use crate::cli::{Drain, Pause, Resume, Stop, TlsArgs};
+use crate::cli::{Drain, Pause, Resume, Save, Stop, TlsArgs};
+use crate::progress::print_line;
 use crate::security::Usage;
 
 /// A client of the coordinator at `url`, with the certificate of one of these roles when there is one.
@@ -53,14 +57,57 @@ pub(crate) async fn pause(args: Pause) -> Result<()> {
     let mut client = as_operator(&coordinator, &tls).await?;
     let reply = answered(client.pause(PauseRequest { reason }).await)?;
     println!("the run pauses after the step in flight; committed so far: {}", reply.step);
+    warn_unless_kept("paused", &reply.not_kept);
     Ok(())
+}
+
+/// A coordinator that takes over before the order is in the store does not know of it.
+fn warn_unless_kept(how: &str, not_kept: &str) {
+    if !not_kept.is_empty() {
+        print_line(&format!(
+            "that the run is {how} is not in the store yet, and lost if its coordinator dies now; it tries again \
+             until it is: {not_kept}"
+        ));
+    }
 }
 
 pub(crate) async fn resume(args: Resume) -> Result<()> {
     let coordinator = as_operator(&args.coordinator, &args.tls).await;
     let reply = answered(coordinator?.resume(ResumeRequest {}).await)?;
-    println!("the run goes on from step {}", reply.step);
+    match reply.was_paused {
+        true => println!("the run goes on from step {}", reply.step),
+        false => println!("the run was not paused; committed so far: {}", reply.step),
+    }
+    warn_unless_kept("to go on", &reply.not_kept);
     Ok(())
+}
+
+/// How often somebody who waits for one is told why.
+const REMIND_EVERY: Duration = Duration::from_secs(20);
+
+/// How often it is looked whether a checkpoint is there.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+pub(crate) async fn save(args: Save) -> Result<()> {
+    let mut client = as_operator(&args.coordinator, &args.tls).await?;
+    let v1::SaveReply { step } = answered(client.save(SaveRequest {}).await)?;
+    print_line(&format!("a checkpoint is saved at the next step; committed so far: {step}"));
+    let mut said = Instant::now();
+    loop {
+        let status = answered(client.status(StatusRequest {}).await)?;
+        if status.checkpoint_step >= step.max(1) {
+            println!("the checkpoint of step {} is saved", status.checkpoint_step);
+            return Ok(());
+        }
+        if said.elapsed() >= REMIND_EVERY {
+            said = Instant::now();
+            print_line(&format!(
+                "there is none yet; the run is {}: {}",
+                status.phase, status.reason
+            ));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 pub(crate) async fn stop(args: Stop) -> Result<()> {

@@ -600,6 +600,9 @@ pub struct Checkpoint {
     /// A checkpoint after every this many steps, and always after the last.
     #[cfg_attr(test, schemars(range(min = 1)))]
     pub every_steps: u64,
+    /// A checkpoint also when the last one was begun so many seconds ago, whatever became of the run's
+    /// speed; 0 for never.
+    pub every_seconds: u64,
     /// Checkpoints to keep: the newest so many.
     #[cfg_attr(test, schemars(range(min = 1)))]
     pub keep: usize,
@@ -611,7 +614,13 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every_steps: 100, keep: 3, keep_every_steps: 0, orphan_seconds: 3600 }
+        Self {
+            every_steps: 100,
+            every_seconds: 0,
+            keep: 3,
+            keep_every_steps: 0,
+            orphan_seconds: 3600,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ pub enum Role {
     Coordinator,
     /// Joins runs and exchanges gradients and state with other workers.
     Worker,
-    /// Drains workers; pauses, resumes and stops runs; sees what a viewer sees.
+    /// Drains workers; pauses, resumes, saves and stops runs; sees what a viewer sees.
     Operator,
     /// Sees the status, the page and metrics.
     Viewer,

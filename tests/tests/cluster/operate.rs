@@ -75,6 +75,13 @@ fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() 
     let (stays, goes) = (named(&cluster, "stays"), named(&cluster, "goes"));
     cluster.coordinator.wait_for(|line| line.starts_with("step "));
 
+    // There is no other checkpoint of this run.
+    let said = cluster.order(&["save"]);
+    let step = said.strip_prefix("the checkpoint of step ").and_then(|it| it.split_once(' '));
+    let (step, end) = step.expect(&said);
+    assert_eq!(end, "is saved", "{said}");
+    assert_eq!(cluster.status()["checkpoint_step"].to_string(), step);
+
     let said = cluster.order(&["drain", "goes", "--reason", "a new disk"]);
     assert_eq!(said, "goes leaves after the step it computes");
     let end = goes.end();
@@ -92,8 +99,19 @@ fn a_drained_worker_leaves_a_paused_run_waits_and_a_stopped_one_goes_on_later() 
     assert_eq!(why, format!("paused at step {at}: thunderstorm"));
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(cluster.status()["step"], at, "nothing is committed in a pause");
+    // Nor under a coordinator that takes over.
+    cluster.coordinator.signal("KILL");
+    cluster.restart();
+    cluster
+        .coordinator
+        .wait_for(|line| line.starts_with("the run is still paused: thunderstorm; "));
+    let status = cluster.wait_for(|status| status["phase"] == "paused");
+    assert_eq!((&status["step"], &status["reason"]), (&at.into(), &why.into()), "{status:#}");
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(cluster.status()["step"], at, "nothing is committed in a pause");
     cluster.resume();
     cluster.wait_for(|status| status["step"].as_u64() > Some(at));
+    assert!(cluster.order(&["resume"]).starts_with("the run was not paused; "));
 
     cluster.order(&["stop"]);
     let Cluster { coordinator, scratch, .. } = cluster;

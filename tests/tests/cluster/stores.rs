@@ -4,6 +4,7 @@ use std::process::Command;
 
 use looptrain_storage::Faults;
 
+use crate::cluster::{Cluster, ENDLESS};
 use crate::seaweed::{ACCESS_KEY, SECRET_KEY, Seaweed};
 use crate::support::{End, Running, Scratch, repository, signal, text, wait_until, workers_of};
 
@@ -112,4 +113,36 @@ fn a_run_through_a_storm_in_the_store_ends_with_the_same_weights() {
     command.env("LOOPTRAIN_STORE_FAULTS", "often");
     let wrong = Running::start(command).end();
     wrong.fails(2, &["LOOPTRAIN_STORE_FAULTS", "seed=NUMBER", "often"]);
+}
+
+#[test]
+fn a_store_that_is_away_costs_its_time_and_no_worker() {
+    let elsewhere = Scratch::new();
+    let away = elsewhere.path("away");
+    let faults = ("LOOPTRAIN_STORE_FAULTS".to_owned(), format!("away={}", away.display()));
+    let two = ["--set", "cluster.workers=2"];
+    let mut cluster = Cluster::start_in(&[faults], &[&ENDLESS[..], &two].concat());
+    // Until the store is away, nobody has read any tokens.
+    cluster.order(&["pause"]);
+    let workers = ["one", "other"].map(|name| cluster.worker(&["--name", name]));
+    cluster.wait_for(|status| status["phase"] == "paused");
+    std::fs::write(&away, "").unwrap();
+    assert!(cluster.order(&["resume"]).starts_with("the run goes on"));
+    let line = cluster.coordinator.wait_for(|line| line.starts_with("the store is away, "));
+    assert!(line.contains("the tokens of step 1") && line.contains("503"), "{line}");
+    let reason = cluster.status()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.starts_with("waiting for the store: the tokens of step 1"), "{reason}");
+    // A call has been given up by then.
+    wait_until(|| cluster.status()["reason"].as_str().unwrap().contains("(10 attempts in "));
+    let status = cluster.status();
+    assert_eq!((status["step"].as_u64(), status["generation"].as_u64()), (Some(0), Some(1)));
+    std::fs::remove_file(&away).unwrap();
+    cluster.coordinator.wait_for(|line| line.starts_with("the store is back, "));
+    cluster.wait_for(|status| status["step"].as_u64() > Some(10));
+    let status = cluster.status();
+    assert_eq!(status["generation"], 1, "nobody was sent away: {status:#}");
+    cluster.stop(&ENDLESS);
+    for worker in workers {
+        assert_eq!(worker.end().code, Some(0));
+    }
 }

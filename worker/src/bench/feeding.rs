@@ -8,6 +8,7 @@ use looptrain_storage::{ReadCounts, Reading, ReadingOptions, Store};
 use crate::WorkerError;
 use crate::data::{Data, DataError};
 use crate::feed::Feed;
+use crate::waits::Waits;
 
 /// The feed of one worker that has all slots.
 pub struct Feeding {
@@ -35,7 +36,7 @@ impl Feeding {
         let store = Store::open(&spec.run.store)?;
         let reading = Reading::new(options);
         let data = Data::open(Arc::clone(&spec), &store, &reading).await?;
-        Ok(Self { feed: Feed::new(Arc::new(data)), spec, reading })
+        Ok(Self { feed: Feed::new(Arc::new(data), Waits::default()), spec, reading })
     }
 
     /// Takes all slots of a step.

@@ -14,6 +14,7 @@ use super::failure::Failure;
 use super::rendezvous::Rendezvous;
 use crate::memory::Memory;
 use crate::reduce::tcp::{Peer, RingId};
+use crate::waits::Lasting;
 use crate::{Moment, WorkerError};
 
 /// A generation as its members see it.
@@ -61,6 +62,11 @@ pub trait Duties: Send + Sync + 'static {
 
     /// The worker is at this moment, which a test may want to know.
     fn at(&self, _moment: Moment) {}
+
+    /// What it has waited for from the store for a while, and what the store says.
+    fn waits_for(&self) -> Option<Lasting> {
+        None
+    }
 
     /// What there is when all that was asked before is done.
     fn holding(&self) -> impl Future<Output = Result<Holding, WorkerError>> + Send;

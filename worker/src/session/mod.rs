@@ -31,6 +31,7 @@ use looptrain_proto::{Generation, Incarnation, Rank, Step};
 use opentelemetry::Context;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
 use tracing::Instrument;
 
 pub(crate) use self::duties::brought;
@@ -42,10 +43,14 @@ pub(crate) use self::link::{Link, Tcp};
 pub use self::rendezvous::Rendezvous;
 pub(crate) use self::work::Work;
 use crate::reduce::tcp::{Peer, RingId};
+use crate::waits::Lasting;
 use crate::{Finished, Moment, Stop, WorkerError, trace};
 
 /// How long a leaving worker waits for the coordinator to take notice.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How often the coordinator is told that this worker still waits for the store.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 /// What an activity gives back: the collective, if it still works, and the answer.
 type Outcome<C> = (Option<C>, Result<Vote, Failure>);
@@ -112,6 +117,8 @@ impl<W: Duties> Session<W> {
 
     /// Carries out directives until the run is over or `stop` says to leave.
     pub(crate) async fn run(mut self, stop: &Stop) -> Result<Finished, WorkerError> {
+        let mut tell = interval(TELL_EVERY);
+        tell.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(reason) = self.leaving.clone().filter(|_| self.may_leave()) {
                 self.link.send(Vote::Leave(v1::Leave { reason: reason.clone() }))?;
@@ -138,11 +145,23 @@ impl<W: Duties> Session<W> {
                 }
                 Some(saved) = self.saves.join_next() => match saved {
                     Ok(saved) => self.link.send(Vote::PartSaved(saved))?,
+                    Err(error) if error.is_cancelled() => {}
                     // Not by a panic of the save itself, which has an answer.
                     Err(error) => tracing::error!(%error, "a save ended unexpectedly"),
                 },
                 reason = stop.told(), if self.leaving.is_none() => self.leave(reason.to_owned()),
+                _ = tell.tick() => self.tell_what_it_waits_for()?,
             }
+        }
+    }
+
+    fn tell_what_it_waits_for(&self) -> Result<(), WorkerError> {
+        match self.work.waits_for().filter(|_| self.activity.is_some()) {
+            Some(Lasting { detail, failed }) => {
+                let generation = self.generation.0;
+                self.link.send(Vote::Waiting(v1::Waiting { generation, detail, failed }))
+            }
+            None => Ok(()),
         }
     }
 
@@ -153,7 +172,9 @@ impl<W: Duties> Session<W> {
 
     /// Nobody waits for anything of this worker but its next step.
     fn may_leave(&self) -> bool {
-        let in_step = self.activity.as_ref().is_some_and(|activity| activity.is_step);
+        // While the store fails it, the step cannot end; without it others may have the tokens.
+        let starved = || self.work.waits_for().is_some_and(|wait| wait.failed);
+        let in_step = self.activity.as_ref().is_some_and(|it| it.is_step) && !starved();
         !in_step && !self.owes_commit && self.saves.is_empty()
     }
 
@@ -187,6 +208,9 @@ impl<W: Duties> Session<W> {
             Directive::Save(order) => {
                 let (step, part) = (order.step, order.part);
                 let span = self.span(tracing::info_span!("save", step, part));
+                // There is one checkpoint in the making at most: another one has been given up, and
+                // what it copied goes with it.
+                self.saves.abort_all();
                 let save = span.in_scope(|| self.work.save(order));
                 self.saves.spawn(save.instrument(span));
                 Ok(())

@@ -43,6 +43,38 @@ async fn a_lone_worker_trains_saves_evaluates_and_finishes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_save_that_was_given_up_goes_when_the_next_one_comes() {
+    let mut rig = Rig::start().await;
+    let (compute, held) = std::sync::mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    rig.moments = Moments::watched_by(move |moment| {
+        if let Moment::Compute(_) = moment {
+            // Until the sender is gone; the copies for the saves come behind it.
+            let _ = held.lock().unwrap().recv_timeout(rig::PATIENCE);
+        }
+    });
+    let (workers, mut guests) = rig.cluster(1).await;
+    let guest = &mut guests[0];
+    guest.plan(1, 1, 0..4);
+    guest.save(0, 0, 1);
+    guest.save(0, 0, 2);
+    // It is busy, and says so when it has heard all that came before.
+    guest.evaluate(1, 0, 0..3);
+    assert!(guest.failed().await.detail.contains("still busy with step 1"));
+    drop(compute);
+    guest.prepared().await;
+    guest.commit(1, 1);
+    let saved = guest.saved().await;
+    assert_eq!((saved.error.as_str(), saved.part, saved.parts), ("", 0, 2));
+    guest.say(Directive::Drain(v1::Drain { reason: "enough".into() }));
+    assert!(matches!(guest.hear().await, Some(Vote::Leave(_))));
+    assert!(!guest.has_parts(), "nothing is told of the first one");
+    for worker in workers {
+        assert_eq!(worker.await.unwrap().unwrap().reason, "enough");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_number_of_workers_ends_at_the_same_weights() {
     let mut digests = Vec::new();
     for world in 1..=3 {
@@ -594,6 +626,27 @@ async fn a_worker_takes_no_orders_from_a_coordinator_that_was_replaced() {
     new.welcome_as(6, &rig.spec);
     new.form(1, 0, &[&alone], 0);
     assert_eq!(new.ready().await.step, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_comes_back_evaluates_as_much_as_its_new_coordinator_says() {
+    let mut rig = Rig::start().await;
+    rig.reconnect = Duration::from_secs(20);
+    let many = 3;
+    Arc::make_mut(&mut rig.spec).evaluation.sequences = many;
+    let (_workers, mut guests) = rig.cluster(1).await;
+    guests[0].evaluate(1, 0, 0..many + 2);
+    assert_eq!(guests[0].evaluated().await.tokens, 8 * many);
+    drop(guests);
+    let mut guest = rig.guest().await;
+    let mut spec = (*rig.spec).clone();
+    spec.evaluation.sequences = many + 2;
+    guest.welcome_as(2, &spec);
+    let alone = guest.join.clone();
+    guest.form(1, 0, &[&alone], 0);
+    guest.ready().await;
+    guest.evaluate(1, 0, 0..many + 2);
+    assert_eq!(guest.evaluated().await.tokens, 8 * (many + 2));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use looptrain_proto::spec::Initial;
 use looptrain_proto::v1::failed::Cause;
 use looptrain_proto::v1::{self, Evaluated, Fetched, PartSaved, Prepared, Ready, Sections};
 use looptrain_proto::{Digest, Incarnation, Spec, Step};
-use looptrain_storage::{Checkpoints, Store};
+use looptrain_storage::{Checkpoints, Error, Store};
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
@@ -26,6 +26,7 @@ use super::failure::Failure;
 use super::rendezvous::Rendezvous;
 use crate::audit::Audit;
 use crate::compute::{Bench, Compute, ComputeError};
+use crate::data::DataError;
 use crate::feed::Feed;
 use crate::memory::Memory;
 #[cfg(feature = "cuda")]
@@ -34,12 +35,17 @@ use crate::reduce::tcp::{Peer, Peers, Ring};
 use crate::reduce::{Collective, Reduced};
 use crate::state::{self, Part, StateError};
 use crate::transfer::{self, FetchError, Item};
+use crate::waits::{Lasting, Waits};
 use crate::{Moment, Moments, WorkerError};
 
 /// How long a ring may take to form; the coordinator gives up earlier when a member is dead.
 const FORM_TIME: Duration = Duration::from_secs(30);
 
-/// How long a joiner waits for what the members were told to offer.
+/// How long a joiner waits for the state that the members were told to offer: they copy it behind what
+/// they do at the same boundary, a save's copy perhaps.
+const STATE_TIME: Duration = Duration::from_secs(60);
+
+/// How long it waits for an update.
 const OFFER_TIME: Duration = Duration::from_secs(10);
 
 /// How long a follower waits for one update before it asks again.
@@ -53,6 +59,8 @@ const UPDATE_SOURCES: usize = 3;
 pub(crate) struct Work {
     pub(crate) spec: Arc<Spec>,
     pub(crate) feed: Feed,
+    /// For the store.
+    pub(crate) waits: Waits,
     /// In an audited run.
     pub(crate) audit: Option<Audit>,
     pub(crate) compute: Compute,
@@ -61,6 +69,8 @@ pub(crate) struct Work {
     pub(crate) peers: Peers,
     /// Of the next ring, to each neighbour.
     pub(crate) streams: AtomicU32,
+    /// Sequences of an evaluation, as the coordinator counts them.
+    pub(crate) evaluated: AtomicU64,
     /// When it is there, and the state on a device.
     #[cfg(feature = "cuda")]
     pub(crate) nccl: Option<Arc<Nccl>>,
@@ -172,7 +182,7 @@ impl Work {
     async fn fetch_state(&self, step: Step, sources: &mut Vec<Peer>) -> Result<(), Fault> {
         let parameters = Layout::new(&self.spec.model).parameters();
         let (item, lengths) = (Item::State(step), [parameters; 3]);
-        let fetched = transfer::fetch(&self.peers, sources, item, &lengths, OFFER_TIME).await?;
+        let fetched = transfer::fetch(&self.peers, sources, item, &lengths, STATE_TIME).await?;
         let transfer::Fetched { buffers, votes } =
             fetched.ok_or(FetchError::NotOffered { item })?;
         let [weights, first_moment, second_moment] =
@@ -220,7 +230,9 @@ impl Work {
         if matches!(caught, Caught::Up) {
             return Ok(());
         }
-        let loaded = self.load(step).instrument(tracing::info_span!("load", %step)).await;
+        // Who has another way does not wait for the store.
+        let patient = matches!(caught, Caught::Unrelated);
+        let loaded = self.load(step, patient).instrument(tracing::info_span!("load", %step)).await;
         match (caught, loaded) {
             // There is no such checkpoint; but what is held may be of use.
             (Caught::Behind(held, why), Err(Failure::Told(Cause::Store, _))) => {
@@ -255,7 +267,9 @@ impl Work {
     /// Takes the weights that the run begins from.
     async fn load_initial(&self, initial: &Initial) -> Result<(), Failure> {
         let models = Checkpoints::of_model(self.checkpoints.store(), &initial.model);
-        let (manifest, tensors) = models.weights(Step(0)).await?;
+        let what = format!("the weights of {}", initial.model);
+        let read = || models.weights(Step(0));
+        let (manifest, tensors) = self.waits.until_answered(what, Error::may_pass, read).await?;
         let (theirs, ours) = (manifest.weights_digest, initial.weights);
         if theirs != ours {
             let model = initial.model.clone();
@@ -271,9 +285,13 @@ impl Work {
         Ok(())
     }
 
-    async fn load(&self, step: Step) -> Result<(), Failure> {
+    /// From a checkpoint; if need be, as soon as the store is there.
+    async fn load(&self, step: Step, patient: bool) -> Result<(), Failure> {
         let start = Instant::now();
-        let (manifest, tensors) = self.checkpoints.load(step).await?;
+        let what = format!("the checkpoint of step {step}");
+        let passes = |error: &Error| patient && error.may_pass();
+        let read = || self.checkpoints.load(step);
+        let (manifest, tensors) = self.waits.until_answered(what, passes, read).await?;
         let (theirs, ours) = (manifest.trajectory, self.spec.trajectory_digest());
         if theirs != ours {
             return Err(StateError::OtherTrajectory { step, theirs, ours }.into());
@@ -329,10 +347,18 @@ impl Duties for Work {
 
     fn welcomed_back(&self, spec: &Spec) {
         self.streams.store(spec.cluster.streams, Ordering::Relaxed);
+        self.evaluated.store(spec.evaluation.sequences, Ordering::Relaxed);
+        if spec.run.audit && self.audit.is_none() {
+            tracing::warn!("run.audit is on now, and this worker writes none: start it anew");
+        }
     }
 
     fn at(&self, moment: Moment) {
         self.moments.at(moment);
+    }
+
+    fn waits_for(&self) -> Option<Lasting> {
+        self.waits.lasting()
     }
 
     async fn holding(&self) -> Result<Holding, WorkerError> {
@@ -444,7 +470,10 @@ impl Duties for Work {
         cancelled: Arc<AtomicBool>,
     ) -> Result<Evaluated, Failure> {
         let step = Step(order.step);
-        let batches = self.feed.data().validation(step, order.begin..order.end).await?;
+        let what = format!("the tokens to evaluate step {step} with");
+        let all = self.evaluated.load(Ordering::Relaxed);
+        let read = || self.feed.data().validation(step, order.begin..order.end, all);
+        let batches = self.waits.until_answered(what, DataError::may_pass, read).await?;
         let evaluated =
             self.compute.submit(move |bench| bench.evaluate(step, &batches, &cancelled));
         let (sums, tokens) = evaluated.await??;

@@ -15,8 +15,11 @@ use super::wire::Item;
 /// state.
 const KEPT_BYTES: usize = 512 << 20;
 
-/// Updates that are kept for joiners that hold a state and follow: they lag by a step or two.
+/// Updates that are kept for joiners that hold a state and follow: they lag by a step or two. As many as
+/// fit into so many bytes, but some.
 const KEPT_FOR_FOLLOWERS: usize = 8;
+const BYTES_FOR_FOLLOWERS: usize = 4 << 30;
+const FEWEST_FOR_FOLLOWERS: usize = 3;
 
 /// Threads that hash what is offered: a joiner waits for it, and more would take too much from the
 /// training.
@@ -44,13 +47,28 @@ impl Offer {
 
     /// Without the state, the newest updates are all that is of use.
     fn shrink(&mut self) {
-        while self.state.is_none() && self.updates.len() > KEPT_FOR_FOLLOWERS {
-            self.updates.pop_first();
+        if self.state.is_none() {
+            keep_newest(&mut self.updates, BYTES_FOR_FOLLOWERS);
         }
     }
 
     fn bytes(&self) -> usize {
-        self.updates.values().map(|goods| goods.bytes()).sum()
+        bytes(&self.updates)
+    }
+}
+
+fn bytes(updates: &BTreeMap<Step, Arc<Goods>>) -> usize {
+    updates.values().map(|goods| goods.bytes()).sum()
+}
+
+/// Leaves what followers need.
+fn keep_newest(updates: &mut BTreeMap<Step, Arc<Goods>>, room: usize) {
+    let too_many = |updates: &BTreeMap<_, _>| {
+        updates.len() > KEPT_FOR_FOLLOWERS
+            || (updates.len() > FEWEST_FOR_FOLLOWERS && bytes(updates) > room)
+    };
+    while too_many(updates) {
+        updates.pop_first();
     }
 }
 
@@ -78,9 +96,7 @@ impl Shelf {
         let mut offer = self.offer();
         let before = offer.take().filter(|open| open.newest() == step);
         let mut updates = before.map(|open| open.updates).unwrap_or_default();
-        while updates.len() > KEPT_FOR_FOLLOWERS {
-            updates.pop_first();
-        }
+        keep_newest(&mut updates, BYTES_FOR_FOLLOWERS);
         *offer = Some(Offer { step, state, updates, room });
     }
 
@@ -230,6 +246,19 @@ mod tests {
         assert_eq!(shelf.find(Item::State(Step(5))).err(), Some(Lack::Gone));
         assert_eq!(shelf.find(Item::Update(Step(6))).err(), Some(Lack::Gone));
         assert!(shelf.find(Item::Update(Step(7))).is_ok());
+    }
+
+    #[test]
+    fn followers_of_a_large_model_find_some_updates() {
+        let update = |step| (Step(step), Arc::new(Goods::new(vec![vec![0.5_f32; 3]])));
+        let left = |room| {
+            let mut updates: BTreeMap<_, _> = (1..=20).map(update).collect();
+            keep_newest(&mut updates, room);
+            updates.keys().map(|step| step.0).collect::<Vec<_>>()
+        };
+        assert_eq!(left(usize::MAX), (13..=20).collect::<Vec<_>>());
+        assert_eq!(left(5 * 12), (16..=20).collect::<Vec<_>>());
+        assert_eq!(left(0), [18, 19, 20]);
     }
 
     #[test]

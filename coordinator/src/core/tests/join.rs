@@ -278,6 +278,25 @@ fn a_guest_that_cannot_fetch_takes_part_after_the_next_checkpoint() {
 }
 
 #[test]
+fn a_guest_that_the_store_fails_keeps_nobody_waiting() {
+    let (mut rig, ids, guest) = with_a_guest();
+    fetched(&mut rig, guest, 2, Err("no route"));
+    (0..2).for_each(|_| rig.prepare_all());
+    rig.saved_all();
+    rig.manifest_written();
+    ids.iter().for_each(|worker| rig.ready(*worker));
+    let generation = Generation(rig.form_of(guest).generation);
+    let wait = |detail: &str, failed| {
+        let detail = format!("the checkpoint of step 4{detail}");
+        Report::Waiting { generation, detail, failed }
+    };
+    rig.say(guest, wait(", for 10 s", false));
+    assert_eq!(rig.members().len(), 3, "it may take its time");
+    rig.say(guest, wait(": 503", true));
+    assert_eq!(rig.members(), ids);
+}
+
+#[test]
 fn a_guest_that_never_answers_is_not_kept_for_for_ever() {
     let long = ["stages.0.steps=100", "checkpoint.every_steps=90", "evaluation.every_steps=90"];
     let (mut rig, ids) = Rig::training(2, &long);

@@ -2,6 +2,7 @@
 //! the runtime and the workers.
 #![allow(clippy::unwrap_used)]
 
+mod away;
 mod collective;
 mod commit;
 mod evaluate;
@@ -101,6 +102,10 @@ pub(super) struct Rig {
     pub(super) published: Vec<RunEvent>,
     pub(super) manifests: Vec<ManifestDraft>,
     pub(super) pinned: Vec<String>,
+    /// What was written down of pauses.
+    pub(super) pauses: Vec<Option<String>>,
+    /// Times that the store was to be looked at.
+    pub(super) looks: u32,
     /// Where the log was told to end, and the steps that it lacked.
     pub(super) went_on: Vec<(u64, Vec<u64>)>,
     pub(super) ignored: Vec<String>,
@@ -124,6 +129,8 @@ impl Rig {
             published: Vec::new(),
             manifests: Vec::new(),
             pinned: Vec::new(),
+            pauses: Vec::new(),
+            looks: 0,
             went_on: Vec::new(),
             ignored: Vec::new(),
             result: None,
@@ -176,6 +183,8 @@ impl Rig {
                 }
                 Action::Publish(event) => self.published.push(event),
                 Action::PinNumerics { numerics } => self.pinned.push(numerics),
+                Action::LookAtStore => self.looks += 1,
+                Action::KeepPause(reason) => self.pauses.push(reason),
                 Action::WriteManifest(draft) => self.manifests.push(draft),
                 Action::End(result) => {
                     assert!(self.result.is_none(), "a run ends once");

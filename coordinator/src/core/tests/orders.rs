@@ -51,6 +51,25 @@ fn a_paused_run_holds_at_the_next_boundary_and_goes_on_when_resumed() {
     assert_eq!((rig.phase(), rig.members()), ("paused", vec![ids[1]]), "whoever comes or goes");
     rig.feed(Event::ResumeRequested);
     assert_eq!(rig.plan_of(ids[1]).step, 3);
+    let reason = Some("new switches".to_owned());
+    assert_eq!(rig.pauses, [reason, None], "for later coordinators");
+}
+
+#[test]
+fn a_run_that_was_paused_forms_under_the_next_coordinator_and_holds() {
+    let paused = Some("new switches".to_owned());
+    let mut rig = Rig::resumed(&[], Resume { paused, ..Resume::default() });
+    let worker = rig.join("w0");
+    rig.join("w1");
+    rig.pass(6.0);
+    rig.ready_all();
+    assert_eq!(rig.phase(), "paused");
+    assert_eq!(rig.core.snapshot(rig.now).reason, "paused at step 0: new switches");
+    rig.feed(Event::PauseRequested { reason: "even newer ones".into() });
+    assert_eq!(rig.pauses, [], "it is paused");
+    rig.feed(Event::ResumeRequested);
+    assert_eq!(rig.plan_of(worker).step, 1);
+    assert_eq!(rig.pauses, [None]);
 }
 
 #[test]

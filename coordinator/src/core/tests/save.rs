@@ -73,6 +73,52 @@ fn a_save_slower_than_the_interval_delays_the_next_one_and_says_so_once() {
     assert_eq!(save.step, 13, "of the state that is committed by then");
 }
 
+fn steps_saved(rig: &Rig, worker: WorkerId) -> Vec<u64> {
+    rig.saves(worker).iter().map(|save| save.step).collect()
+}
+
+#[test]
+fn an_operator_has_a_checkpoint_made_at_the_next_boundary() {
+    let (mut rig, ids) = Rig::training(1, &[]);
+    rig.prepare_all();
+    rig.feed(Event::SaveRequested);
+    assert!(steps_saved(&rig, ids[0]).is_empty(), "not in the middle of a step");
+    rig.prepare_all();
+    assert_eq!(steps_saved(&rig, ids[0]), [2]);
+    rig.saved(ids[0]);
+    rig.manifest_written();
+    // In a pause at once, unless there is one.
+    rig.feed(Event::PauseRequested { reason: "new disks".into() });
+    rig.prepare_all();
+    rig.feed(Event::SaveRequested);
+    assert_eq!(steps_saved(&rig, ids[0]), [2, 3]);
+    rig.saved(ids[0]);
+    rig.manifest_written();
+    rig.feed(Event::SaveRequested);
+    assert_eq!((rig.phase(), steps_saved(&rig, ids[0])), ("paused", vec![2, 3]));
+    rig.feed(Event::ResumeRequested);
+    rig.prepare_all();
+    assert_eq!(steps_saved(&rig, ids[0]), [2, 3, 4], "as it is due");
+}
+
+#[test]
+fn a_checkpoint_is_also_made_when_the_last_one_is_old() {
+    let rarely = ["checkpoint.every_steps=1000", "checkpoint.every_seconds=100"];
+    let more = ["stages.0.steps=20", "evaluation.every_steps=0"];
+    let (mut rig, ids) = Rig::training(1, &[rarely, more].concat());
+    let mut saved = Vec::new();
+    for _ in 1..=5 {
+        rig.pass(60.0);
+        rig.prepare_all();
+        saved.push(steps_saved(&rig, ids[0]));
+        if rig.core.saving.is_some() {
+            rig.saved(ids[0]);
+            rig.manifest_written();
+        }
+    }
+    assert_eq!(saved, [vec![], vec![2], vec![2], vec![2, 4], vec![2, 4]]);
+}
+
 #[test]
 fn parts_of_an_older_generation_still_count() {
     let (mut rig, ids) = to_the_save(3);

@@ -219,19 +219,21 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
         let all = last[key].as_array().into_iter().flatten();
         all.map(|value| value.as_f64().unwrap_or(f64::NAN)).collect()
     };
-    let (phase, reason) = match &record.finished {
-        Some(_) => ("finished", "the record says so"),
-        None => (
-            "unknown",
-            "the store does not say whether a coordinator is running; ask it with --coordinator",
-        ),
+    let unknown =
+        "the store does not say whether a coordinator is running; ask it with --coordinator";
+    let (phase, reason) = match (&record.finished, &record.paused) {
+        (Some(_), _) => ("finished", "the record says so".to_owned()),
+        (None, Some(why)) => {
+            ("unknown", format!("paused, until `looptrain resume`: {why}; {unknown}"))
+        }
+        (None, None) => ("unknown", unknown.to_owned()),
     };
     let events = Vec::<Event>::deserialize(&chronicle["events"]).unwrap_or_default();
     let goodput = BTreeMap::deserialize(&chronicle["ledger"]["seconds"]).unwrap_or_default();
     Ok(View {
         run: run.to_owned(),
         phase: phase.to_owned(),
-        reason: reason.to_owned(),
+        reason,
         incarnation: record.incarnation.0,
         generation: last["generation"].as_u64(),
         step: last["step"].as_u64().unwrap_or_default(),

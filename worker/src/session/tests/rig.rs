@@ -75,6 +75,10 @@ impl Coordinator for Door {
     ) -> Result<Response<v1::ResumeReply>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
+
+    async fn save(&self, _: Request<v1::SaveRequest>) -> Result<Response<v1::SaveReply>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
 }
 
 pub(super) struct Rig {
@@ -280,6 +284,11 @@ impl Guest {
                 other => return other,
             }
         }
+    }
+
+    /// Whether parts were saved of which nobody has asked yet.
+    pub(super) fn has_parts(&self) -> bool {
+        !self.parts.is_empty()
     }
 
     pub(super) async fn beat(&mut self) {
