@@ -121,8 +121,8 @@ impl Data {
         Some(size_of::<Slot>() + stage.slot_sequences * sequence)
     }
 
-    /// The sequences `range` of an evaluation of `all`, for the stage of `step`, each a batch of its own, so that a
-    /// sequence's share of the loss does not depend on its neighbours.
+    /// The sequences `range` of an evaluation of `all`, for the stage of `step`, each a batch of its own,
+    /// so that a sequence's share of the loss does not depend on its neighbours.
     ///
     /// The evaluation's sequences are spread evenly over each validation split, so that a few long
     /// documents do not stand for all; several datasets take turns: index `i` belongs to the

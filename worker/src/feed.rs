@@ -1,8 +1,9 @@
 //! Slots of this rank, read ahead of the steps that need them.
 //!
 //! Asking for a slot never fails because it was not read ahead: prefetching is only ever a head
-//! start. Nor does it fail because the store is away: it waits. Of the slots last asked for, those of the next [`STEPS`] steps are read ahead, as far as
-//! [`BYTES`] of tokens go; what belongs to steps gone by, or to other ranks now, is given up.
+//! start. Nor does it fail because the store is away: it waits. Of the slots last asked for, those of the
+//! next [`STEPS`] steps are read ahead, as far as [`BYTES`] of tokens go; what belongs to steps gone by, or
+//! to other ranks now, is given up.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -94,8 +94,10 @@ impl Report {
     /// worker that is stuck, too, and uploads go on beside everything.
     pub(crate) fn is_an_answer(&self) -> bool {
         match self {
-            Self::Heartbeat | Self::Waiting { .. } => false,
-            Self::PartSaved { .. } | Self::Communicator { .. } => false,
+            Self::Heartbeat
+            | Self::Waiting { .. }
+            | Self::PartSaved { .. }
+            | Self::Communicator { .. } => false,
             Self::Ready { .. }
             | Self::Prepared { .. }
             | Self::Evaluated { .. }

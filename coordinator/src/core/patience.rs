@@ -1,12 +1,12 @@
 //! Answers that do not come. A worker whose heartbeats go on but which is stuck would hold the run
 //! for ever, so every answer has a deadline.
 //!
-//! Who has not answered when others have is sent away; and so is who says that the store fails it, while it
-//! answers others ([`super::away`]). In a step that only holds for a single one:
-//! a rank that is stuck keeps others in the all-reduce, and nobody can tell whose fault it is.
-//! Then, and when nobody has answered at all, the generation is formed again, for whoever still can
-//! answers that; and everybody gets twice the time, in case it was too short. When nobody answers
-//! even that, all are sent away, and the run goes back to its checkpoint.
+//! Who has not answered when others have is sent away. In a step that only holds for a single one:
+//! a rank that is stuck keeps others in the all-reduce, and nobody can tell whose fault it is, unless
+//! one of them has said that the store fails it ([`super::away`]). Then, and when nobody has answered
+//! at all, the generation is formed again, for whoever still can answers that; and everybody gets twice
+//! the time, in case it was too short. When nobody answers even that, all are sent away, and the run
+//! goes back to its checkpoint.
 
 use std::time::Duration;
 

@@ -4,9 +4,9 @@
 //! A signal is exported when the standard variables name an endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT`, or
 //! that of the signal such as `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`), unless `OTEL_SDK_DISABLED` is true
 //! or its exporter is `none` (`OTEL_LOGS_EXPORTER=none`). Resource, time-outs, batches, headers, compression
-//! and TLS follow their `OTEL_*` variables as well; so does the sampler, for the spans at the top of a trace. `RUST_LOG`
-//! sets the level of both kinds of logs. Nothing here waits for a collector but the end of the program,
-//! for a few seconds, and what cannot be set up is told and left out.
+//! and TLS follow their `OTEL_*` variables as well; so does the sampler, for the spans at the top of a
+//! trace. `RUST_LOG` sets the level of both kinds of logs. Nothing here waits for a collector but the end
+//! of the program, for a few seconds, and what cannot be set up is told and left out.
 
 mod bounded;
 mod otlp;

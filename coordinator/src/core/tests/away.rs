@@ -4,15 +4,26 @@ use super::*;
 
 const DETAIL: &str = "the tokens of step 1: 503";
 
-fn wait(rig: &mut Rig, worker: WorkerId) {
-    let generation = rig.core.generation;
-    rig.say(worker, Report::Waiting { generation, detail: DETAIL.into(), failed: true });
+fn wait(rig: &mut Rig, worker: WorkerId, failed: bool) {
+    let (generation, detail) = (rig.core.generation, DETAIL.to_owned());
+    rig.say(worker, Report::Waiting { generation, detail, failed });
 }
 
-/// Time passes in which these say that they wait, and the store answers the coordinator like this.
+/// Time passes in which these say that the store fails them, and it answers the coordinator like this.
 fn pass(rig: &mut Rig, seconds: u32, waiting: &[WorkerId], seen: &Result<(), String>) {
+    pass_with(rig, seconds, waiting, true, seen);
+}
+
+/// Time passes in which these say that they wait: since the store has `failed` them, or merely takes long.
+fn pass_with(
+    rig: &mut Rig,
+    seconds: u32,
+    waiting: &[WorkerId],
+    failed: bool,
+    seen: &Result<(), String>,
+) {
     for _ in 0..seconds / 5 {
-        waiting.iter().for_each(|worker| wait(rig, *worker));
+        waiting.iter().for_each(|worker| wait(rig, *worker, failed));
         for _ in 0..5 {
             if std::mem::take(&mut rig.looks) > 0 {
                 rig.feed(Event::StoreSeen(seen.clone()));
@@ -97,17 +108,7 @@ fn whoever_was_held_up_has_the_whole_time_when_the_store_is_back() {
 fn several_whose_reads_are_merely_long_are_not_sent_away() {
     let (mut rig, ids) = Rig::training(4, &[]);
     rig.prepare_all();
-    let generation = rig.core.generation;
-    for _ in 0..14 {
-        for worker in &ids[..3] {
-            let detail = "the tokens of step 2, for 10 s".to_owned();
-            rig.say(*worker, Report::Waiting { generation, detail, failed: false });
-        }
-        if std::mem::take(&mut rig.looks) > 0 {
-            rig.feed(Event::StoreSeen(Ok(())));
-        }
-        rig.pass(5.0);
-    }
+    pass_with(&mut rig, 70, &ids[..3], false, &Ok(()));
     assert_eq!((rig.phase(), rig.members(), rig.core.stalls), ("forming", ids, 1));
 }
 
@@ -148,17 +149,7 @@ fn a_short_wait_is_no_event_and_one_of_an_older_generation_is_none() {
 fn a_read_that_is_merely_long_holds_no_deadline_up_while_the_store_answers() {
     let (mut rig, ids) = Rig::training(2, &[]);
     rig.prepare_all();
-    let generation = rig.core.generation;
-    for _ in 0..14 {
-        for worker in &ids {
-            let detail = "the checkpoint of step 1, for 10 s".to_owned();
-            rig.say(*worker, Report::Waiting { generation, detail, failed: false });
-        }
-        if std::mem::take(&mut rig.looks) > 0 {
-            rig.feed(Event::StoreSeen(Ok(())));
-        }
-        rig.pass(5.0);
-    }
+    pass_with(&mut rig, 70, &ids, false, &Ok(()));
     assert_eq!((rig.phase(), rig.core.stalls), ("forming", 1), "nobody voted for a minute");
     assert_eq!(told(&rig), [""; 0]);
 }
