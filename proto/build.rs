@@ -7,6 +7,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // Written by hand, in src/form.rs.
         .extern_path(".looptrain.v1.Form", "crate::form::Form")
+        // It lies in logs and manifests, too.
+        .type_attribute(".looptrain.v1.Trend", "#[derive(serde::Serialize, serde::Deserialize)]")
         .compile_fds(descriptors)?;
     Ok(())
 }

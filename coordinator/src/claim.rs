@@ -120,11 +120,21 @@ impl Claim<'_> {
     fn check_record(&self, record: &RunRecord) -> Result<(), CoordinatorError> {
         let (run, store) = (self.spec.run.name.clone(), self.store.url().to_owned());
         if record.trajectory != self.trajectory {
-            let (recorded, given) = (record.trajectory, self.trajectory);
-            return Err(CoordinatorError::OtherSpec { run, store, recorded, given });
+            let differences = self.differences(record);
+            return Err(CoordinatorError::OtherSpec { run, store, differences });
         }
         let other = |reason| CoordinatorError::OtherData { run, store, reason };
         record.check_datasets(self.datasets).map_err(other)
+    }
+
+    /// What tells the spec from that of the record.
+    fn differences(&self, record: &RunRecord) -> String {
+        let before = Spec::parse("the run record", &record.spec, &[]);
+        let told = before.map(|before| before.differences(self.spec)).unwrap_or_default();
+        match told.is_empty() {
+            true => format!("trajectory {}, now {}", record.trajectory, self.trajectory),
+            false => told.join(", "),
+        }
     }
 
     fn check_manifest(&self, manifest: &CheckpointManifest) -> Result<(), CoordinatorError> {

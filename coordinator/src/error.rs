@@ -27,18 +27,25 @@ pub enum CoordinatorError {
     Store(#[from] looptrain_storage::Error),
     /// The store has a run of this name that trains something else.
     #[error(
-        "run `{run}` in {store} was started with another spec (trajectory {recorded}, now \
-         {given}): use --fresh to start over, or another run.name"
+        "run `{run}` in {store} was started with another spec: {differences}; put that back, use \
+         --fresh to start over, or give the new one another run.name (`looptrain branch` writes a spec \
+         that goes on from a checkpoint of this run by other settings)"
     )]
     OtherSpec {
         /// The run.
         run: String,
         /// Its store.
         store: String,
-        /// Trajectory digest in the run record.
-        recorded: Digest,
-        /// Trajectory digest of the spec at hand.
-        given: Digest,
+        /// The keys that differ, or the trajectory digests where that cannot be told.
+        differences: String,
+    },
+    /// There is nothing that the spec's `[branch]` names.
+    #[error("branch.{key}: {reason}")]
+    Branch {
+        /// The key at fault.
+        key: &'static str,
+        /// What is wrong and what to do.
+        reason: String,
     },
     /// The run of this name trains on other data.
     #[error("run `{run}` in {store}: {reason}")]

@@ -11,7 +11,7 @@ use looptrain_storage::Store;
 use prost::Message;
 
 use crate::board::{Board, Chronicle};
-use crate::core::{Action, Books, Core, Directive, Event, Mark, Resume};
+use crate::core::{Action, Books, Core, Directive, Event, Loss, Mark, Resume};
 use crate::history::{History, read_history};
 use crate::journal::{chronicle_key, read_chronicle};
 use crate::ledger::{Category, Ledger};
@@ -144,7 +144,7 @@ impl Run {
                 let Some(worker) = self.open.remove(&said.first().copied().unwrap_or(0)) else {
                     return;
                 };
-                Event::Broken { worker, reason: "cable".into() }
+                Event::Lost(vec![Loss::broken(worker, "cable")])
             }
         };
         self.feed(event);
@@ -164,7 +164,7 @@ impl Run {
             Ok(Ok(report)) => Event::Report { worker, report },
             wrong => {
                 self.open.remove(&who);
-                Event::Broken { worker, reason: format!("it sent {wrong:?}") }
+                Event::Lost(vec![Loss::broken(worker, format!("it sent {wrong:?}"))])
             }
         };
         self.feed(event);
@@ -186,6 +186,7 @@ impl Run {
                             false => Event::CheckpointRefused { step, reason: format!("{count}") },
                         });
                     }
+                    Action::FindCheckpoint { .. } => events.push_back(Event::CheckpointFound(None)),
                     Action::End(result) => self.ended = Some(result.is_ok()),
                     Action::PinNumerics { .. }
                     | Action::KeepPause(_)
@@ -429,6 +430,7 @@ fn history(bytes: &[u8]) -> bool {
         step: Step(2),
         weights_digest: Digest::of(b"weights 2"),
         record: history.steps.iter().rfind(|record| record.step == Step(2)).cloned(),
+        trend: None,
     };
     let resume = Resume {
         incarnation: Incarnation(2),

@@ -9,6 +9,7 @@
 
 use std::time::Duration;
 
+use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Step};
 use looptrain_storage::{
     CheckpointManifest, Checkpoints, Error, Finished, PartEntry, Register, RunRecord,
@@ -18,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{Event, ManifestDraft};
+use crate::core::{Event, Left, ManifestDraft, Mark};
 use crate::error::CoordinatorError;
 use crate::runtime::Input;
 
@@ -42,6 +43,8 @@ pub(crate) enum Note {
     Kept(oneshot::Sender<Result<(), String>>),
     /// A checkpoint whose parts are all in the store.
     Manifest(ManifestDraft),
+    /// Somebody may have left a checkpoint of a later step than this.
+    Find { behind: Step },
     /// The last note: answered when all notes are durable, among them, when the run is done, how
     /// it ended.
     Last(Option<Finished>, oneshot::Sender<Result<(), CoordinatorError>>),
@@ -80,6 +83,17 @@ impl Owed {
     fn is_none(&self) -> bool {
         self.numerics.is_none() && self.pause.is_none()
     }
+}
+
+/// What the worker knew of the latest steps that left this checkpoint without a coordinator. Without
+/// it the log lacks some lines, and nothing else.
+pub(crate) async fn read_memory(checkpoints: &Checkpoints, step: Step) -> Option<Held> {
+    let read = checkpoints.memory(step).await.map_err(|error| error.to_string());
+    let decoded = read.and_then(|bytes| bytes.map(|bytes| Held::from_bytes(&bytes)).transpose());
+    decoded.unwrap_or_else(|error| {
+        tracing::warn!(%step, error, "the step log lacks what its checkpoint should add to it");
+        None
+    })
 }
 
 /// The run has another coordinator, and the runtime has been told: what was begun ends here.
@@ -131,6 +145,7 @@ impl Keeper {
                 Ok(())
             }
             Note::Manifest(draft) => self.commit(draft).await,
+            Note::Find { behind } => self.find(behind).await,
             Note::Last(finished, reply) => {
                 let over = finished.is_some();
                 let updated = match finished {
@@ -169,6 +184,56 @@ impl Keeper {
         self.tell(Input::Event(Event::CheckpointWritten { step })).await;
         self.newest.send_replace(Some(step));
         Ok(())
+    }
+
+    /// Looks for the newest good checkpoint behind a step, which becomes the one to go on from.
+    async fn find(&mut self, behind: Step) -> Result<(), Replaced> {
+        let found = match self.newest_behind(behind).await {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(%error, "could not look for newer checkpoints");
+                None
+            }
+        };
+        if let Some(manifest) = &found {
+            let step = manifest.step;
+            let updated = self.update(|record| record.last_checkpoint = Some(step)).await;
+            self.unless_replaced("note the newest checkpoint", updated).await?;
+            self.newest.send_replace(Some(step));
+        }
+        let found = match found {
+            None => None,
+            Some(manifest) => {
+                let memory = read_memory(&self.checkpoints, manifest.step).await;
+                let CheckpointManifest { step, weights_digest, trend, .. } = manifest;
+                let mark = Mark { step, weights_digest, record: None, trend };
+                Some(Box::new(Left { mark, memory }))
+            }
+        };
+        self.tell(Input::Event(Event::CheckpointFound(found))).await;
+        Ok(())
+    }
+
+    async fn newest_behind(&self, step: Step) -> Result<Option<CheckpointManifest>, Error> {
+        let there = self.checkpoints.list().await?;
+        let damaged = self.checkpoints.damaged();
+        for newer in there.into_iter().rev().take_while(|there| *there > step) {
+            if damaged.contains(&newer) {
+                continue;
+            }
+            match self.checkpoints.verify(newer).await {
+                Ok(manifest) if manifest.trajectory == self.trajectory => {
+                    return Ok(Some(manifest));
+                }
+                Ok(_) => tracing::warn!(step = %newer, "passing over a checkpoint of another spec"),
+                Err(error) if self.checkpoints.store().is_to_blame(&error) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "passing over a checkpoint");
+                    self.checkpoints.distrust(newer);
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Waits until what is old is gone: a run that is `over` has no other time for it. One that has
@@ -225,6 +290,7 @@ impl Keeper {
             generation: draft.generation,
             weights_digest: draft.weights_digest,
             parts: draft.parts.into_iter().map(part).collect(),
+            trend: draft.trend,
         }
     }
 
@@ -283,7 +349,7 @@ mod tests {
 
     /// A checkpoint whose one part is in the store.
     async fn draft(checkpoints: &Checkpoints, step: u64) -> ManifestDraft {
-        let CheckpointManifest { step, cursor, generation, weights_digest, parts, .. } =
+        let CheckpointManifest { step, cursor, generation, weights_digest, parts, trend, .. } =
             saved(checkpoints, step).await;
         let part = |part: PartEntry| {
             let PartEntry { file, bytes, digest, tensors } = part;
@@ -291,7 +357,7 @@ mod tests {
             crate::core::SavedPart { file, bytes, digest, tensors, weights_digest, stall }
         };
         let parts = parts.into_iter().map(part).collect();
-        ManifestDraft { step, cursor, generation, weights_digest, parts }
+        ManifestDraft { step, cursor, generation, weights_digest, parts, trend }
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@
 //! a start, the checkpoints themselves are asked.
 
 mod board;
+mod branch;
 mod claim;
 mod core;
 mod dashboard;
@@ -36,6 +37,7 @@ mod start;
 mod testing;
 mod trace;
 
+pub use branch::find_branch;
 pub use dashboard::RenderMetrics;
 pub use error::CoordinatorError;
 pub use journal::read_chronicle_json;

@@ -112,7 +112,7 @@ impl Watch {
 mod tests {
     use std::sync::Mutex;
 
-    use looptrain_proto::v1::{Commit, Plan, Sections, StepStatistics};
+    use looptrain_proto::v1::{Commit, Plan, Sections};
     use looptrain_proto::{Digest, Generation, WorkerId};
 
     use super::*;
@@ -126,7 +126,7 @@ mod tests {
             generation: Generation(1),
             step: Step(step),
             digest: Digest([0; 32]),
-            statistics: StepStatistics::default(),
+            statistics: Box::default(),
             sections: Sections::default(),
             computed_slots: 0,
             detail: String::new(),

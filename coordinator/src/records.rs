@@ -144,6 +144,9 @@ pub struct StepRecord {
     /// Why the step changed no weight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
+    /// Where loss and gradient norm have been, with this step, under a spec with a guard against spikes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trend: Option<v1::Trend>,
     /// Sections of the slowest ranks.
     pub sections: SectionSeconds,
 }
@@ -558,6 +561,7 @@ pub(crate) fn example(step: u64, loss: f64) -> StepRecord {
         digest: Digest([0; 32]),
         bad_slots: 0,
         skipped: None,
+        trend: None,
         sections: SectionSeconds::default(),
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
             generation: Generation(vote.generation),
             step: Step(vote.step),
             digest: digest("Prepared", "digest", &vote.digest)?,
-            statistics: vote.statistics.ok_or(Malformed::NoStatistics)?,
+            statistics: Box::new(vote.statistics.ok_or(Malformed::NoStatistics)?),
             sections: vote.sections.unwrap_or_default(),
             computed_slots: vote.computed_slots,
             detail: vote.detail,
@@ -86,6 +86,7 @@ pub(crate) fn report(message: v1::WorkerMessage) -> Result<Report, Malformed> {
             generation: Generation(communicator.generation),
             id: communicator.id,
         },
+        Kind::Leaving(leaving) => Report::Leaving { reason: leaving.reason },
         Kind::Leave(leave) => Report::Leave { reason: leave.reason },
     })
 }

@@ -12,7 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
-use crate::core::{Action, Core, Event, Snapshot};
+use crate::core::{Action, Core, Event, Loss, Report, Snapshot};
 use crate::error::CoordinatorError;
 use crate::journal::Entry;
 use crate::keeper::Note;
@@ -43,6 +43,28 @@ pub(crate) enum Input {
     Abort(CoordinatorError),
 }
 
+/// Losses that are dealt with as one.
+const LOSSES: usize = 4096;
+
+/// The losses that an event tells of, or the event.
+fn loss_of(event: Event) -> Result<Vec<Loss>, Box<Event>> {
+    match event {
+        Event::Lost(losses) => Ok(losses),
+        Event::Report { worker, report: Report::Leave { reason } } => {
+            Ok(vec![Loss::left(worker, &reason)])
+        }
+        other => Err(Box::new(other)),
+    }
+}
+
+/// What has been taken already, or else the next input.
+async fn next_of(taken: &mut Option<Input>, inputs: &mut mpsc::Receiver<Input>) -> Option<Input> {
+    match taken.take() {
+        Some(input) => Some(input),
+        None => inputs.recv().await,
+    }
+}
+
 /// The task's state.
 pub(crate) struct Runtime {
     pub(crate) core: Core,
@@ -71,6 +93,8 @@ impl Runtime {
         let mut tick = interval(self.tick);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stopping = false;
+        // Taken from the inputs, and not dealt with yet.
+        let mut next = None;
         let result = loop {
             let event = tokio::select! {
                 // Here and elsewhere: what happens at the same time happens in the same order, so
@@ -84,12 +108,12 @@ impl Runtime {
                     self.glanced = None;
                     Event::Tick
                 }
-                input = self.inputs.recv() => match input {
+                input = next_of(&mut next, &mut self.inputs) => match input {
                     Some(Input::Open { worker, join, session }) => {
                         self.sessions.insert(worker, session);
                         Event::Joined { worker, join }
                     }
-                    Some(Input::Event(event)) => event,
+                    Some(Input::Event(event)) => self.with_its_like(event, &mut next),
                     Some(Input::Drain { name, reason, reply }) => {
                         let found = self.core.drainable(&name);
                         // Whoever asked may have hung up.
@@ -124,6 +148,32 @@ impl Runtime {
         self.make_durable(result).await
     }
 
+    /// A loss together with those that wait right behind it: when many go at once, the others form one
+    /// generation and not one for each. What comes next that is none goes into `next`.
+    fn with_its_like(&mut self, event: Event, next: &mut Option<Input>) -> Event {
+        let mut losses = match loss_of(event) {
+            Ok(losses) => losses,
+            Err(event) => return *event,
+        };
+        while losses.len() < LOSSES {
+            match self.inputs.try_recv() {
+                Ok(Input::Event(event)) => match loss_of(event) {
+                    Ok(more) => losses.extend(more),
+                    Err(other) => {
+                        *next = Some(Input::Event(*other));
+                        break;
+                    }
+                },
+                Ok(other) => {
+                    *next = Some(other);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        Event::Lost(losses)
+    }
+
     /// Feeds the core one event, and those that follow from executing its actions.
     fn feed(&mut self, event: Event) -> Option<Result<Outcome, String>> {
         let mut events = VecDeque::from([event]);
@@ -134,6 +184,7 @@ impl Runtime {
             if let Some(traces) = &mut self.traces {
                 traces.hear(&event);
             }
+            let mut deaf = Vec::new();
             for action in self.core.handle(self.started.elapsed(), event) {
                 if let Some(watch) = &mut self.watch {
                     watch.before(&action);
@@ -147,8 +198,7 @@ impl Runtime {
                         let session = self.sessions.get(&worker);
                         if session.is_some_and(|session| !session.send(message, traceparent)) {
                             self.sessions.remove(&worker);
-                            let reason = "it does not read its messages".into();
-                            events.push_back(Event::Broken { worker, reason });
+                            deaf.push(Loss::broken(worker, "it does not read its messages"));
                         }
                     }
                     Action::Close { worker } => {
@@ -165,6 +215,7 @@ impl Runtime {
                     }
                     Action::SealMetrics => self.enter(Entry::Seal),
                     Action::WriteManifest(draft) => self.note(Note::Manifest(draft)),
+                    Action::FindCheckpoint { behind } => self.note(Note::Find { behind }),
                     Action::LookAtStore => self.lookout.look(),
                     Action::Explain(reason) => tracing::debug!(reason, "phase"),
                     Action::Ignored { worker, reason } => {
@@ -175,6 +226,10 @@ impl Runtime {
             }
             if let Some(watch) = &mut self.watch {
                 watch.done();
+            }
+            // Of all at once: each loss tells all others of a generation, which fills their queues.
+            if !deaf.is_empty() {
+                events.push_back(Event::Lost(deaf));
             }
         }
         None

@@ -28,7 +28,7 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::board::Board;
-use crate::core::{Event, Snapshot, WorkerView};
+use crate::core::{Event, Loss, Snapshot, WorkerView};
 use crate::ledger::Category;
 use crate::reports;
 use crate::runtime::Input;
@@ -303,7 +303,7 @@ async fn read_session(
         }
     };
     // Fails only when the run is over, and then the loss does not matter.
-    let _ = inputs.send(Input::Event(Event::Broken { worker, reason })).await;
+    let _ = inputs.send(Input::Event(Event::Lost(vec![Loss::broken(worker, reason)]))).await;
 }
 
 /// Lets the worker read its last message and hang up by itself: hanging up first could cut that
@@ -343,6 +343,8 @@ fn status_reply(snapshot: Snapshot, board: &Board) -> v1::StatusReply {
         hidden_rms_per_loop: last.hidden_rms_per_loop,
         gradient_norm_per_loop: last.gradient_norm_per_loop,
         agreement_per_loop: last.agreement_per_loop,
+        spike: String::new(),
+        trend: last.trend,
     });
     let worker = |view: WorkerView| v1::WorkerStatus {
         worker_id: view.id.0,

@@ -9,7 +9,6 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::{BoxFuture, LocalBoxFuture};
 use looptrain_proto::transport::Credentials;
-use looptrain_proto::v1::Held;
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, MetricsLog, Retention, Store, run_prefix};
 use tokio::sync::{broadcast, mpsc, watch};
@@ -18,6 +17,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Tone, unix_ms};
+use crate::branch::{self, find_branch};
 use crate::claim::{Claim, Found, Past};
 use crate::core::{Books, Core, Mark, Resume};
 use crate::dashboard::{self, RenderMetrics};
@@ -25,7 +25,7 @@ use crate::error::CoordinatorError;
 use crate::history::read_history;
 use crate::http::{self, Access};
 use crate::journal::{Journal, read_chronicle};
-use crate::keeper::{Keeper, Owed};
+use crate::keeper::{Keeper, Owed, read_memory};
 use crate::ledger::Ledger;
 use crate::listen::{Listen, Tcp};
 use crate::lookout::Lookout;
@@ -95,6 +95,8 @@ pub struct Running {
     pub dashboard: Option<SocketAddr>,
     /// The checkpoint the run goes on from.
     pub resumed_from: Option<Step>,
+    /// It has been copied from another run, off which this one begins to branch.
+    pub branched: bool,
     /// Why the run holds until an operator has it go on: it was paused when an earlier coordinator ended.
     pub paused: Option<String>,
     /// Newer checkpoints that did not verify, and why.
@@ -197,6 +199,9 @@ async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, Coordina
             Found::Past(past) => past,
         },
     };
+    if manifest.is_none() {
+        find_branch(&store, &spec).await?;
+    }
     let (address, serve) = bind(listen).await.map_err(|error| CoordinatorError::Listen {
         what: "workers",
         address: listen,
@@ -210,7 +215,7 @@ async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, Coordina
         }
         None => None,
     };
-    let register = match fresh {
+    let mut register = match fresh {
         true => claim.take_anew().await?,
         false => claim.take().await?,
     };
@@ -221,6 +226,19 @@ async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, Coordina
             Found::Past(past) => past,
         };
     }
+    let begun = match &manifest {
+        None => branch::begin(&store, &spec, &register).await?,
+        Some(_) => None,
+    };
+    let branched = match begun {
+        Some(begun) => {
+            let noted = register.update(|record| record.last_checkpoint = Some(begun.step)).await;
+            noted.map_err(CoordinatorError::of_store)?;
+            manifest = Some(begun);
+            true
+        }
+        None => false,
+    };
     match store.sweep(&run_prefix(&run), LEFT_BEHIND).await {
         Ok(swept) => tracing::debug!(swept, "removed half-written files of dead writers"),
         Err(error) => tracing::warn!(%error, "half-written files of dead writers stay"),
@@ -260,6 +278,7 @@ async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, Coordina
         step: manifest.step,
         weights_digest: manifest.weights_digest,
         record: history.steps.iter().rfind(|record| record.step == manifest.step).cloned(),
+        trend: manifest.trend,
     });
     let resume = Resume {
         incarnation: register.incarnation(),
@@ -286,6 +305,11 @@ async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, Coordina
     let damaged = skipped_checkpoints.iter().map(|(step, _)| *step);
     board.checkpoints_are(&there, resumed_from, damaged);
     let text = match resumed_from {
+        Some(step) if branched => format!(
+            "coordinator {} begins the run at step {step} of run `{}`",
+            register.incarnation(),
+            spec.branch.as_ref().map(|it| it.run.as_str()).unwrap_or_default()
+        ),
         Some(step) => format!(
             "coordinator {} goes on from the checkpoint of step {step}",
             register.incarnation()
@@ -364,22 +388,12 @@ async fn start_bound(bind: Bind, settings: Settings) -> Result<Started, Coordina
         address,
         dashboard,
         resumed_from,
+        branched,
         paused,
         skipped_checkpoints,
         events,
         outcome,
     }))
-}
-
-/// What the worker knew of the latest steps that left this checkpoint without a coordinator. Without
-/// it the log lacks some lines, and nothing else.
-async fn read_memory(checkpoints: &Checkpoints, step: Step) -> Option<Held> {
-    let read = checkpoints.memory(step).await.map_err(|error| error.to_string());
-    let decoded = read.and_then(|bytes| bytes.map(|bytes| Held::from_bytes(&bytes)).transpose());
-    decoded.unwrap_or_else(|error| {
-        tracing::warn!(%step, error, "the step log lacks what its checkpoint should add to it");
-        None
-    })
 }
 
 /// Runs the runtime to its end and takes the servers down after it; a server that dies takes the

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use looptrain_proto::{Cursor, Digest, Generation, Step};
+use looptrain_proto::{Cursor, Digest, Generation, Spec, Step};
 use looptrain_storage::{
     CheckpointManifest, Checkpoints, Register, Retention, RunRecord, Store, Tensor, weights_digest,
 };
@@ -17,6 +17,33 @@ use crate::pruner::Pruner;
 pub(crate) async fn claim(store: &Store) -> Register {
     let fresh = || RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
     Register::claim(store, "r", |newest| Ok(newest.cloned().unwrap_or_else(fresh))).await.unwrap()
+}
+
+/// A run of ten steps.
+pub(crate) fn spec() -> Spec {
+    let text = r#"
+        [run]
+        name = "r"
+        store = "memory://"
+        [model]
+        hidden_size = 8
+        num_hidden_layers = 1
+        num_attention_heads = 2
+        intermediate_size = 16
+        vocab_size = 512
+        [[datasets]]
+        name = "text"
+        [[stages]]
+        name = "only"
+        steps = 10
+        sequence_length = 16
+        slots = 5
+        slot_sequences = 2
+        loops = 2
+        entropy_weight = 0.05
+        learning_rate = { peak = 1e-3 }
+    "#;
+    Spec::parse("r", text, &[]).unwrap()
 }
 
 /// One that keeps the newest checkpoint.
@@ -51,5 +78,6 @@ pub(crate) async fn saved(checkpoints: &Checkpoints, step: u64) -> CheckpointMan
         generation: Generation(1),
         weights_digest,
         parts: vec![part],
+        trend: None,
     }
 }

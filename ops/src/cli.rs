@@ -6,6 +6,7 @@ mod data;
 mod doctor;
 mod model;
 mod security;
+mod tokenizer;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,7 +19,8 @@ pub(crate) use bench::{
     ReduceBench, Reduced, StepBench, TokenizeBench, TransferBench,
 };
 pub(crate) use checkpoint::{
-    Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify, StoredRun,
+    Branch, Checkpoint, CheckpointList, CheckpointPrune, CheckpointUrl, CheckpointVerify,
+    Sequences, StoredRun,
 };
 pub(crate) use data::{Data, Inspect, Making, ManoData, Prepare, Verify};
 pub(crate) use doctor::Doctor;
@@ -29,6 +31,7 @@ pub(crate) use model::{
 pub(crate) use security::{
     Certs, Issue, ListenArgs, NewAuthority, NewToken, ShowCertificate, TlsArgs,
 };
+pub(crate) use tokenizer::{InspectTokenizer, Tokenizer, TrainTokenizer};
 
 use crate::fault::Fault;
 use crate::preemption;
@@ -64,6 +67,7 @@ pub(crate) enum Command {
     #[command(
         after_help = "Examples: looptrain status --coordinator http://127.0.0.1:7400\n          \
         looptrain status --coordinator http://127.0.0.1:7400 --watch\n          \
+        looptrain status --store file://.looptrain\n          \
         looptrain status --store file://.looptrain --run quickstart --json"
     )]
     Status(Status),
@@ -100,6 +104,20 @@ pub(crate) enum Command {
         there is one."
     )]
     Audit(Audit),
+    /// Show the text that a step of a run is computed from
+    #[command(
+        after_help = "Example: looptrain sequences --store file://.looptrain --run quickstart \
+        --step 24 --slot 1\nWhat an error or a spike names: a step, a slot and its sequences."
+    )]
+    Sequences(Sequences),
+    /// Write the spec of a run that goes on from a checkpoint of another one, by other settings
+    #[command(after_help = "Examples:\n  \
+        looptrain branch file://.looptrain/runs/quickstart/checkpoints/step-0000000300 --name slower \
+        --set stages.0.learning_rate.peak=1e-3 > slower.toml\n  \
+        looptrain train slower.toml\n\
+        Weights, moments and the place in the data are those of the checkpoint; the run that it is of \
+        stays as it is. With --skip-steps 50 the branch passes over the data of the next 50 steps.")]
+    Branch(Branch),
     /// Continue a text
     #[command(after_help = "Examples:\n  \
         looptrain generate --checkpoint file://.looptrain/runs/quickstart --prompt 'fn main() {'\n  \
@@ -142,6 +160,9 @@ pub(crate) enum Command {
     /// Make datasets, look into them, check them
     #[command(subcommand)]
     Data(Data),
+    /// Train a tokenizer for several datasets, look into one
+    #[command(subcommand)]
+    Tokenizer(Tokenizer),
     /// Measure a part of the system on this machine; one JSON line on stdout
     #[command(after_help = "Example: looptrain bench commit --workers 2000")]
     #[command(subcommand)]
@@ -173,6 +194,8 @@ impl Command {
             Self::Stop(_) => "stop",
             Self::Certs(_) => "certs",
             Self::Audit(_) => "audit",
+            Self::Sequences(_) => "sequences",
+            Self::Branch(_) => "branch",
             Self::Generate(_) => "generate",
             Self::Eval(_) => "eval",
             Self::Gate(_) => "gate",
@@ -181,6 +204,7 @@ impl Command {
             Self::Upcycle(_) => "upcycle",
             Self::Checkpoint(_) => "checkpoint",
             Self::Data(_) => "data",
+            Self::Tokenizer(_) => "tokenizer",
             Self::Bench(_) => "bench",
             Self::Chaos(_) => "chaos",
             Self::Doctor(_) => "doctor",
@@ -349,9 +373,9 @@ pub(crate) struct Status {
     #[command(flatten)]
     pub(crate) tls: TlsArgs,
     /// Read this store, when no coordinator is running
-    #[arg(long, value_name = "URL", requires = "run")]
+    #[arg(long, value_name = "URL")]
     pub(crate) store: Option<String>,
-    /// Name of the run in the store
+    /// Name of the run in the store; without it, all that there are
     #[arg(long, requires = "store")]
     pub(crate) run: Option<String>,
     /// Print JSON

@@ -4,6 +4,9 @@
 //! Everything else in the project only emits telemetry and obeys cancellation tokens; SDKs, signal
 //! handlers and the allocator are installed here.
 
+#[macro_use]
+mod output;
+
 mod chaos;
 mod chart;
 mod cli;

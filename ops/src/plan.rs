@@ -85,7 +85,7 @@ pub(crate) fn print(plan: &Value) {
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
     let count = |value: &Value| HumanCount(whole(value));
     let bytes = |value: &Value| BinaryBytes(whole(value));
-    println!(
+    outln!(
         "run {}: {} parameters, {} steps, {} tokens",
         plan["run"].as_str().unwrap_or_default(),
         count(&plan["parameters"]),
@@ -111,27 +111,27 @@ pub(crate) fn print(plan: &Value) {
                 number(&rate["last"])
             );
         }
-        println!("\nstage {}", stage["name"].as_str().unwrap_or_default());
-        println!(
+        outln!("\nstage {}", stage["name"].as_str().unwrap_or_default());
+        outln!(
             "  {} steps of {batch} tokens, {} in all",
             count(&stage["steps"]),
             count(&stage["tokens"])
         );
-        println!(
+        outln!(
             "  sequences of {}, {} loops, beta {}, RoPE base {}",
             count(&stage["sequence_length"]),
             stage["loops"],
             stage["entropy_weight"],
             number(&stage["rope_base"]),
         );
-        println!("  learning rate: {schedule}");
+        outln!("  learning rate: {schedule}");
         let mixture: Vec<String> = (stage["mixture"].as_array().into_iter().flatten())
             .map(|part| {
                 format!("{} {}", part["dataset"].as_str().unwrap_or_default(), part["weight"])
             })
             .collect();
-        println!("  data: {}", mixture.join(", "));
-        println!(
+        outln!("  data: {}", mixture.join(", "));
+        outln!(
             "  {:.3e} FLOPs, {:.0} GPU-hours",
             number(&stage["flops"]),
             number(&stage["gpu_hours"])
@@ -142,10 +142,10 @@ pub(crate) fn print(plan: &Value) {
         ] {
             let memory = &stage[name];
             if memory.is_null() {
-                println!("  memory of {what}: there are no kernels for this");
+                outln!("  memory of {what}: there are no kernels for this");
                 continue;
             }
-            println!(
+            outln!(
                 "  memory of {what}: {}, or {} with a loop at a time computed again, {} with a layer",
                 bytes(&memory["none"]),
                 bytes(&memory["loop"]),
@@ -153,14 +153,14 @@ pub(crate) fn print(plan: &Value) {
             );
         }
     }
-    println!(
+    outln!(
         "\nin all {:.3e} FLOPs: {:.0} GPU-hours at {:.0}% of {} TFLOP/s",
         number(&plan["flops"]),
         number(&plan["gpu_hours"]),
         100.0 * number(&plan["mfu"]),
         number(&plan["peak_tflops"]),
     );
-    println!(
+    outln!(
         "{} checkpoints of {} (weights and moments); exported {} in bf16, {} in f32",
         count(&plan["checkpoints"]),
         bytes(&plan["checkpoint_bytes"]),

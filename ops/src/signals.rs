@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM: the first asks for an orderly stop, the second ends the process at once.
+//! Ctrl-C, SIGTERM and a terminal that goes away: the first asks for an orderly stop, the second ends the
+//! process at once.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -15,10 +16,16 @@ pub(crate) fn stop_on_signals(notice: &'static str) -> std::io::Result<Cancellat
     let stop = token.clone();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    // Under nohup it is to go on.
+    let mut hangup = match ignores_hangup() {
+        true => None,
+        false => Some(signal(SignalKind::hangup())?),
+    };
     tokio::spawn(async move {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            Some(_) = async { hangup.as_mut()?.recv().await } => {}
         }
         crate::progress::print_line(notice);
         stop.cancel();
@@ -29,6 +36,13 @@ pub(crate) fn stop_on_signals(notice: &'static str) -> std::io::Result<Cancellat
         std::process::exit(INTERRUPTED);
     });
     Ok(token)
+}
+
+/// Whether whoever started this process has it ignore SIGHUP; where the system does not tell, nobody has.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|it| it & 1 == 1)
 }
 
 /// Ends this process when its stdin does, for then whoever started it is gone. A process under

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use looptrain_model::{Engine, Layout, StageSettings};
-use looptrain_proto::{Digest, Spec, spec};
+use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::{
     CheckpointManifest, Checkpoints, Dataset, SkippedCheckpoint, Store, Tensor, TextTokenizer,
     read_record,
@@ -19,19 +19,19 @@ use crate::progress::print_line;
 /// Weights that were found, of which those of a folder are still to be read.
 pub(crate) enum Found {
     Folder(ModelFolder),
-    /// A verified checkpoint.
+    /// A checkpoint whose weights are what was saved.
     Checkpoint {
         spec: Box<Spec>,
         /// Digests of the datasets that the run is trained on, by name.
         pins: BTreeMap<String, Digest>,
         manifest: CheckpointManifest,
-        /// Sorted by name.
+        /// The weights, sorted by name.
         tensors: Vec<Tensor>,
     },
 }
 
 impl Found {
-    /// Opens a folder, or reads a checkpoint; the store of that.
+    /// Opens a folder, or reads the weights of a checkpoint; the store of that.
     pub(crate) async fn open(source: &ModelSource) -> Result<(Self, Option<Store>)> {
         match source {
             ModelSource::Folder(path) => Ok((Self::Folder(ModelFolder::open(path)?), None)),
@@ -143,23 +143,21 @@ pub(crate) struct Trained {
     /// The last token of a document, where it has learned to see nothing of the document before.
     pub(crate) document_end: Option<u32>,
     /// The datasets that the stage of a checkpoint draws from, to be opened.
-    stored: Vec<(Store, String, Option<Digest>)>,
+    stored: Vec<StoredDataset>,
 }
 
 impl Trained {
     /// Opens what the arguments name and loads its weights.
     pub(crate) async fn open(args: &ModelArgs) -> Result<Self> {
         let (found, store) = Found::open(&args.source()).await?;
-        let mut stored = Vec::new();
-        if let (Found::Checkpoint { spec, pins, manifest, .. }, Some(store)) = (&found, &store) {
-            for (index, _) in spec.mixture(spec.stage_of(manifest.step)) {
-                let name = spec.datasets[index].name.clone();
-                let pin = pins.get(&name).copied();
-                stored.push((store.clone(), name, pin));
+        let stored = match (&found, &store) {
+            (Found::Checkpoint { spec, pins, manifest, .. }, Some(store)) => {
+                drawn_from(store, spec, pins, manifest.step)
             }
-        }
+            _ => Vec::new(),
+        };
         let tokenizer = match stored.first() {
-            Some(first) => Some(open_dataset(first).await?.tokenizer().await?),
+            Some(first) => Some(first.open().await?.tokenizer().await?),
             None => None,
         };
         let threads = args.threads.unwrap_or_else(all_threads);
@@ -228,7 +226,7 @@ impl Trained {
     pub(crate) async fn datasets(&self) -> Result<Vec<Dataset>> {
         let mut datasets = Vec::new();
         for stored in &self.stored {
-            datasets.push(open_dataset(stored).await?);
+            datasets.push(stored.open().await?);
         }
         Ok(datasets)
     }
@@ -250,15 +248,46 @@ fn of_folder(folder: &ModelFolder) -> Result<Option<TextTokenizer>> {
     read.with_context(place).map(Some)
 }
 
-/// Opens a dataset that a run is trained on.
-async fn open_dataset((store, name, pin): &(Store, String, Option<Digest>)) -> Result<Dataset> {
-    let dataset = Dataset::open(store, name).await?;
-    let dataset =
-        dataset.with_context(|| format!("dataset `{name}`, which the run uses, is gone"))?;
-    let has = dataset.digest();
-    ensure!(
-        pin.is_none_or(|pin| pin == has),
-        "dataset `{name}` is not what the run was trained on any more: it has the digest {has}"
-    );
-    Ok(dataset)
+/// A dataset that a run is trained on.
+#[derive(Clone, Debug)]
+pub(crate) struct StoredDataset {
+    store: Store,
+    name: String,
+    /// Its digest, if the run has pinned it.
+    pin: Option<Digest>,
+}
+
+impl StoredDataset {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When it is gone, or is not what the run was trained on.
+    pub(crate) async fn open(&self) -> Result<Dataset> {
+        let Self { store, name, pin } = self;
+        let dataset = Dataset::open(store, name).await?;
+        let dataset =
+            dataset.with_context(|| format!("dataset `{name}`, which the run uses, is gone"))?;
+        let has = dataset.digest();
+        ensure!(
+            pin.is_none_or(|pin| pin == has),
+            "dataset `{name}` is not what the run was trained on any more: it has the digest {has}"
+        );
+        Ok(dataset)
+    }
+}
+
+/// The datasets that the stage of a run's step draws from, in the order of its mixture; `pins` are those of
+/// the run's record.
+pub(crate) fn drawn_from(
+    store: &Store,
+    spec: &Spec,
+    pins: &BTreeMap<String, Digest>,
+    step: Step,
+) -> Vec<StoredDataset> {
+    let stored = |(index, _): (usize, u32)| {
+        let name = spec.datasets[index].name.clone();
+        let pin = pins.get(&name).copied();
+        StoredDataset { store: store.clone(), name, pin }
+    };
+    spec.mixture(spec.stage_of(step)).into_iter().map(stored).collect()
 }

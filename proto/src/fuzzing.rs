@@ -159,6 +159,7 @@ fn said() -> Vec<Vec<u8>> {
         Kind::PartSaved(saved),
         Kind::Failed(v1::Failed { detail: "no ring".into(), cause: 1, ..v1::Failed::default() }),
         Kind::Fetched(v1::Fetched { step: 4, error: String::new() }),
+        Kind::Leaving(v1::Leaving { reason: "told to".into() }),
         Kind::Leave(v1::Leave { reason: "told to".into() }),
     ];
     kinds.map(|kind| v1::WorkerMessage { kind: Some(kind) }.encode_to_vec()).into()
@@ -179,7 +180,7 @@ fn told() -> Vec<Vec<u8>> {
         Kind::Welcome(welcome),
         Kind::Refused(v1::Refused { reason: "no".into(), for_now: true }),
         Kind::Form(form),
-        Kind::Plan(v1::Plan { generation: 3, step: 5, slot_begin: 1, slot_end: 3 }),
+        Kind::Plan(v1::Plan { generation: 3, step: 5, slot_begin: 1, slot_end: 3, trend: None }),
         Kind::Commit(v1::Commit { generation: 3, step: 5 }),
         Kind::Evaluate(v1::Evaluate { generation: 3, step: 5, begin: 0, end: 9 }),
         Kind::Save(v1::Save { generation: 3, step: 5, part: 1, parts: 2 }),

@@ -11,10 +11,12 @@ mod ids;
 pub mod metrics;
 pub mod spec;
 pub mod transport;
+mod trend;
 
 pub use form::Members;
 pub use ids::{Cursor, Digest, Generation, Incarnation, NoDigest, Rank, Step, WorkerId};
 pub use spec::{Spec, SpecError};
+pub use trend::Bounds;
 
 /// Messages and services, generated from `proto/looptrain/v1/looptrain.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
@@ -25,7 +27,7 @@ pub mod v1 {
 }
 
 /// Version of the wire protocol; a worker and a coordinator must have the same.
-pub const PROTOCOL_VERSION: u32 = 12;
+pub const PROTOCOL_VERSION: u32 = 13;
 
 /// Slots per step whose fixed-point gradients can be added up without overflow.
 pub const MAX_SLOTS: u32 = 1 << 16;

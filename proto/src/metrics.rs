@@ -106,7 +106,7 @@ catalogue! {
     WORKERS_JOINED: Counter "looptrain.workers.joined" ["{worker}"] {} Coordinator "Workers welcomed.";
     WORKERS_REFUSED: Counter "looptrain.workers.refused" ["{worker}"] {} Coordinator "Workers turned away.";
     WORKERS_LOST: Counter "looptrain.workers.lost" ["{worker}"] {"cause"} Coordinator "Workers that are gone: died (their connection broke), fell silent, left (told to, or by themselves) or were expelled for a fault of theirs.";
-    SKIPPED: Counter "looptrain.steps.skipped" ["{step}"] {} Coordinator "Steps committed without an update, for a slot had no usable gradient.";
+    SKIPPED: Counter "looptrain.steps.skipped" ["{step}"] {} Coordinator "Steps committed without an update: a slot had no usable gradient, or the step was a spike.";
     RETRIED: Counter "looptrain.steps.retried" ["{step}"] {} Coordinator "Steps that were planned again, for the generation ended before their commit.";
     STRAGGLERS: Counter "looptrain.stragglers" ["{worker}"] {"section"} Coordinator "Times that a worker began to take much longer than the others in a section of its steps.";
     REWINDS: Counter "looptrain.rewinds" ["{rewind}"] {} Coordinator "Times that committed steps had to be done again from a checkpoint.";

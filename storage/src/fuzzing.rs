@@ -127,7 +127,7 @@ fn audit(bytes: &[u8]) -> bool {
         (attempt.key("r"), bytes.to_vec()),
         ("runs/r/metrics/steps-0000000001.jsonl".to_owned(), line),
     ]);
-    let Ok(used) = wait(read_audit(&store, "r")) else { return false };
+    let Ok(used) = wait(read_audit(&store, "r", Step(0))) else { return false };
     assert_eq!((used.len(), used[0].step), (1, step));
     dataset::fuzzing::check_audit(&used)
 }
@@ -147,7 +147,7 @@ fn keys(bytes: &[u8]) -> bool {
     }
     let _ = wait(read_record(&store, "r"));
     let _ = wait(Register::claim(&store, "r", |_| Err("it is only looked at".to_owned())));
-    let _ = wait(read_audit(&store, "r"));
+    let _ = wait(read_audit(&store, "r", Step(0)));
     let _ = wait(read_metrics(&store, "r"));
     let _ = wait(read_newest_metrics(&store, "r", 5));
     let _ = wait(MetricsLog::open(&store, "r", Step(3)));

@@ -39,13 +39,16 @@ pub use checkpoint::{
     weights_digest,
 };
 pub use dataset::{
-    BadFile, Bucket, Dataset, DatasetManifest, Input, Lengths, Mano, Origin, PrepareEvent,
-    ReadCounts, Reading, ReadingOptions, Recipe, SampleText, ShardEntry, SourceSummary, Split,
-    SplitManifest, Synthetic, TextTokenizer, TokenType, check_fit, dataset_prefix, inspect,
-    prepare, prepare_from, read_sequences, synthetic, verify,
+    BadFile, Bucket, Dataset, DatasetManifest, Input, InputSample, Lengths, Mano, Origin,
+    PrepareEvent, ReadCounts, Reading, ReadingOptions, Recipe, SampleText, ShardEntry,
+    SourceSummary, Split, SplitManifest, Synthetic, TextTokenizer, TokenType, TrainedTokenizer,
+    check_fit, dataset_prefix, inspect, prepare, prepare_from, read_sequences, read_tokenizer,
+    synthetic, train_tokenizer, verify, write_tokenizer,
 };
 pub use error::{Error, Result, Tries};
-pub use metrics::{MetricsLog, read_metrics, read_metrics_by_segment, read_newest_metrics};
+pub use metrics::{
+    MetricsLog, copy_metrics, read_metrics, read_metrics_by_segment, read_newest_metrics,
+};
 pub use order::{Order, SequenceRef};
 pub use record::{Finished, Register, RunRecord, Witness, read_record};
 pub use store::{Faults, Measured, ObjectInfo, Store, Version};

@@ -110,7 +110,7 @@ impl MetricsLog {
     /// When the store fails; the lines are kept for the next flush.
     pub async fn flush(&mut self) -> Result<()> {
         for segment in self.segments.iter_mut().filter(|segment| segment.dirty) {
-            let key = format!("{}/steps-{:010}.jsonl", self.prefix, segment.first.0);
+            let key = segment_key(&self.prefix, segment.first);
             self.store.put(&key, segment.lines.clone()).await?;
             segment.dirty = false;
         }
@@ -175,6 +175,29 @@ pub async fn read_metrics_by_segment(
     Ok(())
 }
 
+/// Makes the log of run `to` that of run `from` up to step `last`, a segment at a time.
+///
+/// # Errors
+/// When the store fails; the log is then to be made again.
+pub async fn copy_metrics(store: &Store, from: &str, to: &str, last: Step) -> Result<()> {
+    let target = prefix(to);
+    store.delete_prefix(&target).await?;
+    let segments = segments(store, &prefix(from)).await?;
+    let ends = segments.iter().skip(1).map(|(next, _)| *next).chain([Step(u64::MAX)]);
+    for ((first, key), end) in segments.iter().zip(ends).filter(|((first, _), _)| *first <= last) {
+        let text = store.get(key).await?;
+        let mut kept = Vec::with_capacity(text.len());
+        for (line, value) in readable(store, key, &text) {
+            if step_of(&value).is_some_and(|step| step <= last && step < end) {
+                kept.extend_from_slice(line);
+                kept.push(b'\n');
+            }
+        }
+        store.put(&segment_key(&target, *first), kept).await?;
+    }
+    Ok(())
+}
+
 /// The newest `count` lines of `run` that are JSON, in the order of steps.
 ///
 /// # Errors
@@ -199,6 +222,10 @@ pub async fn read_newest_metrics(store: &Store, run: &str, count: usize) -> Resu
 
 fn prefix(run: &str) -> String {
     format!("{}/metrics", run_prefix(run))
+}
+
+fn segment_key(prefix: &str, first: Step) -> String {
+    format!("{prefix}/steps-{:010}.jsonl", first.0)
 }
 
 /// First step and key of every segment, ascending.
@@ -251,6 +278,26 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_copy_ends_where_it_should_and_leaves_out_what_does_not_count() {
+        let store = Store::open("memory://").unwrap();
+        let put = async |run: &str, first: u64, steps: &[u64]| {
+            let line = |step: &u64| format!("{{\"step\":{step},\"of\":\"{run}\"}}\n");
+            let text: String = steps.iter().map(line).collect();
+            store.put(&segment_key(&prefix(run), Step(first)), text).await.unwrap();
+        };
+        // Lines past the next segment are of a writer that was replaced.
+        put("r", 1, &[1, 2, 3, 4]).await;
+        put("r", 3, &[3, 4, 5]).await;
+        put("r", 6, &[6, 7]).await;
+        put("b", 6, &[6, 9]).await;
+        copy_metrics(&store, "r", "b", Step(4)).await.unwrap();
+        let steps: Vec<_> = read_metrics(&store, "b").await.unwrap();
+        let steps: Vec<u64> = steps.iter().filter_map(|line| line["step"].as_u64()).collect();
+        assert_eq!(steps, [1, 2, 3, 4]);
+        assert_eq!(read_metrics(&store, "r").await.unwrap().len(), 7);
+    }
 
     async fn log(
         store: &Store,

@@ -425,6 +425,25 @@ impl Store {
         Ok(objects)
     }
 
+    /// The names right below `prefix` that have objects below themselves, ascending; those objects are not
+    /// listed.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        let path = self.path(prefix);
+        let attempt = || async {
+            let found = self.objects.list_with_delimiter(Some(path.as_ref().map_err(wrong_key)?));
+            self.patience.answer(0, found).await
+        };
+        let found = self.retried("list", prefix, attempt).await;
+        let found = found.map_err(|failure| self.failed("list", prefix, failure))?;
+        let names = found.common_prefixes.iter().filter_map(|below| below.filename());
+        let mut names: Vec<String> = names.map(str::to_owned).collect();
+        names.sort();
+        Ok(names)
+    }
+
     /// Deletes all objects below `prefix` and says how many there were.
     ///
     /// # Errors

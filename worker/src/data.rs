@@ -1,7 +1,8 @@
 //! The token sequences of a run: which sequence stands where, read from the store.
 //!
-//! [`Data::open`] checks once that the datasets can serve every stage, so that a run does not find
-//! out at its thousandth step. After that a slot is a pure function of (spec, step, slot number).
+//! [`Data::open`] checks once that the datasets go together and can serve every stage, so that a run
+//! does not find out at its thousandth step, or never. After that a slot is a pure function of (spec, step,
+//! slot number).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -39,7 +40,7 @@ pub enum DataError {
     /// There is no such step in the spec.
     #[error("the spec has no step {0}")]
     NoSuchStep(Step),
-    /// The store failed, or a stage needs more than there is.
+    /// The store failed, datasets are of two tokenizers, or a stage needs more than there is.
     #[error(transparent)]
     Store(#[from] looptrain_storage::Error),
 }
@@ -177,6 +178,9 @@ fn spread(index: u64, count: u64, length: u64) -> u64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use looptrain_proto::spec::{self, MixturePart};
+    use looptrain_storage::{Synthetic, synthetic};
+
     use super::*;
     use crate::testing::{tiny_spec, tiny_store};
 
@@ -202,6 +206,21 @@ mod tests {
         assert!(text.contains("more than model.vocab_size = 270"), "{text}");
         let text = refusal(|spec| spec.stages[0].sequence_length = 100_000).await;
         assert!(text.contains("training sequences") && text.contains("`only`"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn datasets_of_two_tokenizers_are_not_mixed() {
+        let (spec, store) = tiny_store().await;
+        let what = Synthetic { tokens: 9000, shard_tokens: 9000, vocabulary_size: 300 };
+        synthetic(&store, "other", what).await.unwrap();
+        let mut spec = (*spec).clone();
+        spec.datasets.push(spec::Dataset { name: "other".into(), source: None });
+        let part = |name: &str| MixturePart { dataset: name.into(), weight: 1 };
+        spec.stages[0].mixture = vec![part("text"), part("other")];
+        let opened = Data::open(Arc::new(spec), &store, &Reading::default()).await;
+        let text = opened.unwrap_err().to_string();
+        assert!(text.contains("not the tokenizer of dataset `text`"), "{text}");
+        assert!(text.contains("/datasets/other/tokenizer-"), "{text}");
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use looptrain_proto::v1::{Held, Prepared};
+use looptrain_proto::v1::{Held, Prepared, Trend};
 use looptrain_proto::{Generation, Rank, Step};
 
 /// Votes that a worker remembers: more than a coordinator that dies may have failed to log.
@@ -64,6 +64,11 @@ impl Memory {
         let past = self.past();
         let wanted = past.votes.iter().filter(|vote| steps.contains(&Step(vote.step)));
         wanted.cloned().collect()
+    }
+
+    /// The trend with `step` in it, as the vote on that said; nobody's under a spec that does not watch.
+    pub(crate) fn trend_after(&self, step: Step) -> Option<Trend> {
+        self.votes(step..=step).last()?.statistics.as_ref()?.trend
     }
 
     /// What a worker brings to another session that holds the state of `step`.

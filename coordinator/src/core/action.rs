@@ -1,5 +1,6 @@
 //! What the core wants done. The runtime executes actions in order and decides nothing.
 
+use looptrain_proto::v1::Trend;
 use looptrain_proto::v1::coordinator_message::Kind;
 use looptrain_proto::{Cursor, Digest, Generation, Step, WorkerId};
 
@@ -29,6 +30,9 @@ pub(crate) enum Action {
     SealMetrics,
     /// All parts are in the store: write the manifest that makes them a checkpoint.
     WriteManifest(ManifestDraft),
+    /// See whether the store has a good checkpoint of a later step than this:
+    /// [`super::Event::CheckpointFound`] tells.
+    FindCheckpoint { behind: Step },
     /// See whether the store answers this process: [`super::Event::StoreSeen`] tells.
     LookAtStore,
     /// The run is over; nothing follows.
@@ -48,4 +52,5 @@ pub(crate) struct ManifestDraft {
     pub(crate) weights_digest: Digest,
     /// In part order.
     pub(crate) parts: Vec<SavedPart>,
+    pub(crate) trend: Option<Trend>,
 }

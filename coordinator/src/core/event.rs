@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use looptrain_proto::{Digest, Generation, Step, WorkerId, v1};
 
+use super::Left;
+use crate::records::LossCause;
+
 /// One thing that happened.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
@@ -11,8 +14,8 @@ pub(crate) enum Event {
     Joined { worker: WorkerId, join: v1::Join },
     /// A message on a session.
     Report { worker: WorkerId, report: Report },
-    /// A session is over without a farewell.
-    Broken { worker: WorkerId, reason: String },
+    /// Sessions are over, all at once as far as anybody can tell.
+    Lost(Vec<Loss>),
     /// Time has passed; sent several times per worker time-out.
     Tick,
     /// An operator wants the run to stop at the next step boundary.
@@ -25,6 +28,8 @@ pub(crate) enum Event {
     ResumeRequested,
     /// An operator wants a checkpoint at the next step boundary.
     SaveRequested,
+    /// The newest good checkpoint in the store that nobody has told of, if there is one.
+    CheckpointFound(Option<Box<Left>>),
     /// The manifest of this step's checkpoint is in the store.
     CheckpointWritten { step: Step },
     /// The manifest of this step's checkpoint could not be written.
@@ -46,7 +51,7 @@ pub(crate) enum Report {
         generation: Generation,
         step: Step,
         digest: Digest,
-        statistics: v1::StepStatistics,
+        statistics: Box<v1::StepStatistics>,
         sections: v1::Sections,
         computed_slots: u32,
         detail: String,
@@ -84,9 +89,35 @@ pub(crate) enum Report {
         step: Step,
         result: Result<(), String>,
     },
+    /// It was told to leave, and does when it may.
+    Leaving {
+        reason: String,
+    },
     Leave {
         reason: String,
     },
+}
+
+/// A worker whose session is over.
+#[derive(Clone, Debug)]
+pub(crate) struct Loss {
+    pub(crate) worker: WorkerId,
+    pub(crate) cause: LossCause,
+    pub(crate) reason: String,
+}
+
+impl Loss {
+    /// Without a farewell.
+    pub(crate) fn broken(worker: WorkerId, reason: impl Into<String>) -> Self {
+        Self { worker, cause: LossCause::Died, reason: reason.into() }
+    }
+
+    /// With one.
+    pub(crate) fn left(worker: WorkerId, reason: &str) -> Self {
+        let reason =
+            if reason.is_empty() { "it left".into() } else { format!("it left: {reason}") };
+        Self { worker, cause: LossCause::Left, reason }
+    }
 }
 
 impl Report {
@@ -97,7 +128,8 @@ impl Report {
             Self::Heartbeat
             | Self::Waiting { .. }
             | Self::PartSaved { .. }
-            | Self::Communicator { .. } => false,
+            | Self::Communicator { .. }
+            | Self::Leaving { .. } => false,
             Self::Ready { .. }
             | Self::Prepared { .. }
             | Self::Evaluated { .. }

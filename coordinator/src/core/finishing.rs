@@ -21,6 +21,20 @@ impl Core {
         }
     }
 
+    /// Does not commit the step that has been voted on: it is a spike, and the run ends before it.
+    pub(super) fn end_before(&mut self, step: Step, why: &str) {
+        let last = self.committed;
+        self.spike = Some(format!(
+            "step {step} is a spike and is not committed: {why}. The run ends at step {last}, with a \
+             checkpoint; under this spec it would end there again. Have another run branch off, here \
+             or earlier, with another learning rate, past this data (skip_steps) or with \
+             optimizer.spikes.action = \"skip\": `looptrain branch --help`"
+        ));
+        self.away.step_ends();
+        self.phase = Phase::Holding;
+        self.proceed();
+    }
+
     /// Whether the run is to be stopped at `step`. Not a stop that once asked for stays: should the
     /// state of that step be lost before a checkpoint holds it, the step is done again.
     pub(super) fn is_far_enough(&self, step: Step) -> bool {
@@ -30,6 +44,9 @@ impl Core {
     /// Ends the run at the committed step, which a checkpoint holds (or which is the initial
     /// state).
     pub(super) fn finish(&mut self) {
+        if let Some(reason) = self.spike.take() {
+            return self.fail(reason);
+        }
         let step = self.committed;
         let stopped = step < self.total;
         let reason = match (&self.stop, stopped) {

@@ -108,6 +108,11 @@ impl Core {
         self.anchors.contains(&member)
     }
 
+    /// Whether warm spares could go on if all members were gone.
+    fn others_hold_the_state(&self) -> bool {
+        self.roster.followers().iter().any(|follower| self.rank_of(*follower).is_none())
+    }
+
     /// Workers without a place in the generation.
     pub(super) fn spares(&self) -> Vec<WorkerId> {
         let mut spares = self.roster.ids();
@@ -303,6 +308,8 @@ impl Core {
         self.anchors = self.members.iter().copied().collect();
         self.tail = Vec::new();
         self.bequest = None;
+        self.search = super::search::Search::default();
+        self.silent.clear();
         if !self.numerics_pinned {
             self.numerics_pinned = true;
             let numerics = self.numerics.clone().unwrap_or_default();
@@ -312,6 +319,7 @@ impl Core {
             self.forget_held(member);
         }
         self.end_admission_of_members();
+        self.let_go();
         let (generation, world, step) = (self.generation, self.world(), self.committed);
         self.publish(RunEvent::Formed { generation, world, step, reason: forming.why });
         self.proceed();
@@ -338,7 +346,7 @@ impl Core {
 
     pub(super) fn expel_and_reform(&mut self, workers: &[WorkerId], reason: &str) {
         let names = self.roster.names(workers.iter().copied());
-        if workers.len() == self.members.len() {
+        if workers.len() == self.members.len() && !self.others_hold_the_state() {
             return self.fail(format!("{names}: {reason}; no other worker is left"));
         }
         for worker in workers {
@@ -367,7 +375,9 @@ impl Core {
                 let since = self.now;
                 self.trouble.get_or_insert(Trouble { since, detail });
             }
-            Cause::Store | Cause::Internal | Cause::Unspecified if self.members.len() == 1 => {
+            Cause::Store | Cause::Internal | Cause::Unspecified
+                if self.members.len() == 1 && !self.others_hold_the_state() =>
+            {
                 self.fail(format!("{name}, the only worker: {detail}"));
             }
             Cause::Store | Cause::Internal | Cause::Unspecified => {

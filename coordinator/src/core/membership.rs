@@ -9,7 +9,7 @@ use looptrain_proto::{Generation, PROTOCOL_VERSION, WorkerId};
 
 use super::goodput::Account;
 use super::speed::History;
-use super::{Action, Core, Directive, Phase};
+use super::{Action, Core, Directive, Loss, Phase};
 use crate::records::{LossCause, RunEvent, SectionSeconds};
 
 /// A worker with a session.
@@ -25,6 +25,10 @@ pub(crate) struct Worker {
     pub(crate) history: History,
     /// It follows the members' updates: it holds at least what it is known to hold.
     pub(super) follows: bool,
+    /// Why it is about to leave.
+    pub(super) leaving: Option<String>,
+    /// It has been told that it may.
+    pub(super) released: bool,
     /// What became of its time.
     pub(super) account: Account,
 }
@@ -134,9 +138,27 @@ impl Core {
         }
         // Who begins anew does not come back.
         self.gone.remove(&join.name);
+        self.silent.remove(&join.name);
+        // What is in the log is known.
+        let mut join = join;
+        if let Some(held) = &mut join.held {
+            self.note_trends_of(&held.recent);
+            let known = self.logged.0.min(held.step);
+            held.recent.retain(|vote| vote.step >= known);
+        }
         let account = Account::of_joiner(self.now, returned);
         let asked = None;
-        let joiner = Worker { join, heard, asked, sections, history, follows: false, account };
+        let joiner = Worker {
+            join,
+            heard,
+            asked,
+            sections,
+            history,
+            follows: false,
+            leaving: None,
+            released: false,
+            account,
+        };
         self.roster.workers.insert(worker, joiner);
         self.publish(RunEvent::WorkerJoined { worker, name, host, spare });
         match self.phase {
@@ -195,18 +217,20 @@ impl Core {
         }
     }
 
-    pub(super) fn on_broken(&mut self, worker: WorkerId, reason: &str) {
-        self.out.push(Action::Close { worker });
-        if let Some(name) = self.remove(worker, LossCause::Died, reason) {
-            self.after_loss(&format!("{name} was lost ({reason})"));
+    /// Sessions are over: the others go on without all of these.
+    pub(super) fn on_lost(&mut self, losses: &[Loss]) {
+        let mut said = Vec::new();
+        for Loss { worker, cause, reason } in losses {
+            self.out.push(Action::Close { worker: *worker });
+            if let Some(name) = self.remove(*worker, *cause, reason) {
+                said.push(match cause {
+                    LossCause::Left => format!("{name} left"),
+                    _ => format!("{name} was lost ({reason})"),
+                });
+            }
         }
-    }
-
-    pub(super) fn on_leave(&mut self, worker: WorkerId, reason: &str) {
-        let said = if reason.is_empty() { "it left".into() } else { format!("it left: {reason}") };
-        self.out.push(Action::Close { worker });
-        if let Some(name) = self.remove(worker, LossCause::Left, &said) {
-            self.after_loss(&format!("{name} left"));
+        if !said.is_empty() {
+            self.after_loss(&said.join(", "));
         }
     }
 
@@ -262,6 +286,9 @@ impl Core {
         let name = self.roster.workers.remove(&worker)?.join.name;
         if matches!(cause, LossCause::Died | LossCause::Silent) {
             self.gone.insert(name.clone(), self.now);
+        }
+        if cause == LossCause::Silent {
+            self.silent.insert(name.clone());
         }
         if self.ended() {
             return Some(name);

@@ -23,10 +23,11 @@
 //!
 //! One file a concern: [`membership`] (joins, losses, silence), [`waiting`] (who has to be here),
 //! [`returning`] (what they bring back), [`admission`] (who joins later), [`forming`]
-//! (generations), [`goodput`] (what became of the workers' time), [`step`] (plan, votes, commit), [`evaluation`], [`saving`] (checkpoints),
-//! [`speed`] (shares and stragglers), [`patience`] (answers that do not come), [`finishing`]
-//! (stops and ends), [`orders`] (what operators ask for). [`boundary`] is where they meet: what to
-//! do between two steps.
+//! (generations), [`goodput`] (what became of the workers' time), [`step`] (plan, votes, commit),
+//! [`evaluation`], [`saving`] (checkpoints), [`search`] (those that nobody has told of), [`speed`] (shares
+//! and stragglers), [`patience`] (answers that do not come), [`finishing`] (stops and ends), [`parting`]
+//! (workers that are told to leave), [`orders`] (what operators ask for). [`boundary`] is where they meet:
+//! what to do between two steps.
 
 mod action;
 mod admission;
@@ -41,9 +42,11 @@ mod forming;
 mod goodput;
 mod membership;
 mod orders;
+mod parting;
 mod patience;
 mod returning;
 mod saving;
+mod search;
 mod shares;
 mod speed;
 mod status;
@@ -52,16 +55,17 @@ mod step;
 mod tests;
 mod waiting;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use looptrain_proto::v1::{Held, Rejected};
+use looptrain_proto::v1::{Held, Rejected, Trend};
 use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 
 pub(crate) use action::{Action, Directive, ManifestDraft};
-pub(crate) use event::{Event, Report, SavedPart};
+pub(crate) use event::{Event, Loss, Report, SavedPart};
 pub(crate) use goodput::Books;
 pub(crate) use returning::HIGHEST_GENERATION;
+pub(crate) use search::Left;
 pub(crate) use status::{Snapshot, WorkerView};
 
 use crate::records::{EvaluationRecord, RunEvent, StepRecord};
@@ -102,6 +106,8 @@ pub(crate) struct Mark {
     pub(crate) weights_digest: Digest,
     /// The step's record; `None` when the metrics were lost.
     pub(crate) record: Option<StepRecord>,
+    /// What the next step is judged by, under a spec with a guard against spikes.
+    pub(crate) trend: Option<Trend>,
 }
 
 /// The state of a run in the eyes of its coordinator.
@@ -172,6 +178,8 @@ pub(crate) struct Core {
     /// When the last save was begun; of what happened before there is no knowledge.
     saved_at: Duration,
     save_errors: u32,
+    /// Those of them at the run's end.
+    final_errors: u32,
     save_retry_at: Duration,
 
     admission: Option<admission::Admission>,
@@ -189,9 +197,17 @@ pub(crate) struct Core {
     /// Times that workers disagreed.
     divergences: u64,
 
+    /// Where loss and gradient norm stood after steps that are known, for a run that goes back to one of
+    /// them.
+    trends: BTreeMap<Step, Trend>,
+    /// Names of workers that fell silent since a generation last formed: they may come back.
+    silent: BTreeSet<String>,
+    search: search::Search,
     /// Who waits for the store.
     away: away::Away,
     stop: Option<String>,
+    /// The run ends before the step that is a spike, with this error.
+    spike: Option<String>,
     /// Why the run holds at step boundaries.
     paused: Option<String>,
     /// The run ends here, to go on some other time.
@@ -233,7 +249,7 @@ impl Core {
             books,
         } = resume;
         let at = checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
-        Self {
+        let mut core = Self {
             spec_toml: spec.to_toml(),
             total: spec.total_steps(),
             spec,
@@ -275,6 +291,7 @@ impl Core {
             save_overdue: false,
             saved_at: Duration::ZERO,
             save_errors: 0,
+            final_errors: 0,
             save_retry_at: Duration::ZERO,
             admission: None,
             by_checkpoint: BTreeSet::new(),
@@ -284,11 +301,17 @@ impl Core {
             gone: HashMap::new(),
             retried_steps: 0,
             divergences: 0,
+            trends: BTreeMap::new(),
+            silent: BTreeSet::new(),
+            search: search::Search::default(),
             away: away::Away::default(),
             stop: None,
+            spike: None,
             paused,
             until: None,
-        }
+        };
+        core.note_trends();
+        core
     }
 
     /// The same, to be stopped at the boundary after step `until`.
@@ -303,7 +326,7 @@ impl Core {
         match event {
             Event::Joined { worker, join } => self.on_joined(worker, join),
             Event::Report { worker, report } => self.on_report(worker, report),
-            Event::Broken { worker, reason } => self.on_broken(worker, &reason),
+            Event::Lost(losses) => self.on_lost(&losses),
             _ if self.ended() => {}
             Event::Tick => self.on_tick(),
             Event::StopRequested { reason } => self.on_stop(reason),
@@ -311,6 +334,7 @@ impl Core {
             Event::PauseRequested { reason } => self.on_pause(reason),
             Event::ResumeRequested => self.on_resume(),
             Event::SaveRequested => self.on_save(),
+            Event::CheckpointFound(found) => self.on_checkpoint_found(found.map(|left| *left)),
             Event::CheckpointWritten { step } => self.on_checkpoint_written(step),
             Event::CheckpointRefused { step, reason } => self.on_checkpoint_refused(step, reason),
             Event::StoreSeen(seen) => self.on_store_seen(seen),
@@ -346,7 +370,7 @@ impl Core {
             } => {
                 let vote = step::Vote {
                     digest,
-                    statistics,
+                    statistics: *statistics,
                     sections: sections.into(),
                     computed_slots,
                     detail,
@@ -369,7 +393,8 @@ impl Core {
                 self.on_waiting(worker, generation, away::Wait { told: self.now, detail, failed });
             }
             Report::Fetched { step, result } => self.on_fetched(worker, step, result),
-            Report::Leave { reason } => self.on_leave(worker, &reason),
+            Report::Leaving { reason } => self.on_leaving(worker, reason),
+            Report::Leave { reason } => self.on_lost(&[Loss::left(worker, &reason)]),
         }
     }
 

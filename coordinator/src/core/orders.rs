@@ -38,6 +38,8 @@ impl Core {
     pub(super) fn on_drain(&mut self, worker: WorkerId, reason: String) {
         let Some(known) = self.roster.get_mut(worker) else { return };
         known.history.note_drained();
+        // Others are there that stay, or it may not be asked for.
+        (known.leaving, known.released) = (Some(reason.clone()), true);
         let name = known.join.name.clone();
         self.send(worker, Directive::Drain(Drain { reason: reason.clone() }));
         self.publish(RunEvent::Draining { name, reason });

@@ -71,8 +71,11 @@ impl Core {
     fn go_on_from(&mut self, to: Step) {
         let before = self.committed;
         self.stand_at(to);
-        if to < before {
-            let reason = format!("no worker is left that holds step {before}; it is done again");
+        let newest = before.max(self.logged);
+        if to < newest {
+            // A spike comes again, and is judged again.
+            self.spike = None;
+            let reason = format!("no worker is left that holds step {newest}; it is done again");
             self.publish(RunEvent::Rewound { to, reason });
         }
         let unlogged = self.votes_at_hand().into_values().filter(|record| record.step <= to);

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use looptrain_proto::v1::Save;
+use looptrain_proto::v1::{Save, Trend};
 use looptrain_proto::{Cursor, Digest, Generation, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
@@ -17,8 +17,8 @@ use super::{Action, Core, Directive, ManifestDraft, Mark, Phase};
 use crate::records::{RunEvent, StepRecord};
 
 /// After this many failures in a row to write a checkpoint that the run cannot end without, it
-/// fails.
-const MAX_FINAL_ERRORS: u32 = 5;
+/// fails. With the pauses between them that is some twenty minutes, in which somebody may make room.
+const MAX_FINAL_ERRORS: u32 = 20;
 
 /// How long a part may take to be written; twice as long after each failure.
 const PART: Duration = Duration::from_secs(1800);
@@ -30,6 +30,7 @@ pub(super) struct Saving {
     cursor: Cursor,
     generation: Generation,
     record: Option<StepRecord>,
+    trend: Option<Trend>,
     started: Duration,
     /// The same in the core's waking time.
     begun: Duration,
@@ -69,7 +70,7 @@ impl Core {
         let regular = step.0.is_multiple_of(self.spec.checkpoint.every_steps);
         let after = Duration::from_secs(self.spec.checkpoint.every_seconds);
         let old = !after.is_zero() && self.now.saturating_sub(self.saved_at) >= after;
-        if !(regular || old || self.save_overdue || self.ending()) {
+        if !(regular || old || self.save_overdue || self.ending() || self.all_leave()) {
             return;
         }
         if let Some(saving) = &self.saving {
@@ -103,6 +104,7 @@ impl Core {
             cursor: self.spec.cursor_after(step),
             generation: self.generation,
             record: self.last.clone(),
+            trend: self.trend(),
             started: self.now,
             begun: self.awake,
             parts: self
@@ -164,6 +166,7 @@ impl Core {
                     generation: saving.generation,
                     weights_digest,
                     parts,
+                    trend: saving.trend,
                 };
                 self.out.push(Action::WriteManifest(draft));
             }
@@ -207,13 +210,19 @@ impl Core {
         let bytes = parts().fold(0, |sum: u64, part| sum.saturating_add(part.bytes));
         let stall = parts().map(|part| part.stall).max().unwrap_or_default().as_secs_f64();
         let seconds = (self.now - saving.started).as_secs_f64();
-        self.save_errors = 0;
-        self.checkpoint = Some(Mark { step, weights_digest, record: saving.record });
+        (self.save_errors, self.final_errors) = (0, 0);
+        let Saving { record, trend, .. } = saving;
+        self.checkpoint = Some(Mark { step, weights_digest, record, trend });
         if step == self.committed {
             self.weights = Some((step, weights_digest));
         }
         self.publish(RunEvent::CheckpointSaved { step, seconds, bytes, stall });
         self.after_saving();
+        if step < self.committed {
+            // Whoever could not fetch before is asked again.
+            self.by_checkpoint.clear();
+            self.held_up = None;
+        }
     }
 
     pub(super) fn on_checkpoint_refused(&mut self, step: Step, reason: String) {
@@ -227,11 +236,18 @@ impl Core {
         self.save_errors += 1;
         self.save_retry_at = self.now + Duration::from_secs(1 << self.save_errors.min(6));
         self.give_up_saving(reason.clone());
-        if matches!(self.phase, Phase::Holding)
-            && self.ending()
-            && self.save_errors >= MAX_FINAL_ERRORS
-        {
-            return self.fail(format!("the last checkpoint cannot be written: {reason}"));
+        let waited_for = self.ending() || self.all_leave();
+        if matches!(self.phase, Phase::Holding) && waited_for {
+            self.final_errors += 1;
+        }
+        if self.final_errors >= MAX_FINAL_ERRORS {
+            if !self.ending() {
+                self.explain(format!("workers leave unsaved: {reason}"));
+                self.final_errors = 0;
+                return self.release_all();
+            }
+            let spike = self.spike.take().map_or(String::new(), |spike| format!("; {spike}"));
+            return self.fail(format!("the last checkpoint cannot be written: {reason}{spike}"));
         }
         self.after_saving();
     }

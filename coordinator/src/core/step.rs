@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
-use looptrain_proto::v1::{Commit, Plan, StepStatistics};
+use looptrain_proto::spec::OnSpike;
+use looptrain_proto::v1::{Commit, Plan, Prepared, StepStatistics, Trend};
 use looptrain_proto::{Digest, Generation, Step, WorkerId};
 
 use super::agreement::{self, Verdict};
@@ -17,6 +18,9 @@ const PACE_WINDOW: usize = 20;
 /// Steps in a row that may be committed without an update: after so many the weights are beyond
 /// help.
 const MAX_SKIPPED: u32 = 10;
+
+/// Steps whose trends are known: more than anybody falls behind.
+const TRENDS: usize = 1 << 16;
 
 /// A planned step.
 #[derive(Debug)]
@@ -86,12 +90,14 @@ impl Core {
         let step = self.committed.next();
         let world = self.members.len();
         let shares = self.share_out(step);
+        let trend = self.trend();
         for (worker, slots) in self.members.clone().into_iter().zip(&shares) {
             let plan = Plan {
                 generation: self.generation.0,
                 step: step.0,
                 slot_begin: slots.start,
                 slot_end: slots.end,
+                trend,
             };
             self.send(worker, Directive::Plan(plan));
         }
@@ -137,7 +143,10 @@ impl Core {
     fn decide(&mut self, step: Step, started: Duration, votes: &[Vote]) {
         let digests: Vec<Digest> = votes.iter().map(|vote| vote.digest).collect();
         match agreement::compare(&digests, None) {
-            Verdict::Unanimous(digest) => self.commit(step, started, digest, votes),
+            Verdict::Unanimous(digest) => match self.spike_to_stop_at(votes) {
+                Some(why) => self.end_before(step, &why),
+                None => self.commit(step, started, digest, votes),
+            },
             Verdict::Odd { ranks, .. } => {
                 self.divergences += 1;
                 let reason =
@@ -148,6 +157,45 @@ impl Core {
                 self.divergences += 1;
                 self.fail_split(&format!("reduced gradient of step {step}"), &digests);
             }
+        }
+    }
+
+    /// What of the step is a spike, under a spec that ends the run before one.
+    fn spike_to_stop_at(&self, votes: &[Vote]) -> Option<String> {
+        let guard = self.spec.optimizer.spikes.as_ref()?;
+        let spike = &votes.first()?.statistics.spike;
+        (guard.action == OnSpike::Stop && !spike.is_empty()).then(|| explained(spike, votes))
+    }
+
+    /// Where loss and gradient norm stand after the committed step.
+    pub(super) fn trend(&self) -> Option<Trend> {
+        self.trends.get(&self.committed).copied()
+    }
+
+    /// Notes the trends that an earlier coordinator and the one that left the checkpoint knew.
+    pub(super) fn note_trends(&mut self) {
+        let mark = self.checkpoint.as_ref().map(|mark| (mark.step, mark.trend));
+        let tail = self.tail.iter().map(|record| (record.step, record.trend));
+        let known: Vec<(Step, Option<Trend>)> = tail.chain(mark).collect();
+        known.into_iter().for_each(|(step, trend)| self.note_trend(step, trend));
+        let votes: Vec<Prepared> = self.bequest.iter().flat_map(|it| it.recent.clone()).collect();
+        self.note_trends_of(&votes);
+    }
+
+    /// Notes those that a worker remembers: each is a function of the steps before, whoever tells it.
+    pub(super) fn note_trends_of(&mut self, votes: &[Prepared]) {
+        for vote in votes {
+            let trend = vote.statistics.as_ref().and_then(|statistics| statistics.trend);
+            self.note_trend(Step(vote.step), trend);
+        }
+    }
+
+    fn note_trend(&mut self, step: Step, trend: Option<Trend>) {
+        if let Some(trend) = trend {
+            self.trends.insert(step, trend);
+        }
+        while self.trends.len() > TRENDS {
+            self.trends.pop_first();
         }
     }
 
@@ -163,6 +211,7 @@ impl Core {
         record.mfu = self.mfu(&record);
         let of_depth = self.watch_depth(&mut record);
         self.book_step(step, votes);
+        self.note_trend(step, record.trend);
         self.committed = step;
         self.logged = step;
         self.fruitless = 0;
@@ -191,11 +240,14 @@ impl Core {
     /// The record of a step that this generation commits with these votes; how long it took is
     /// for the caller to say.
     pub(super) fn record(&self, step: Step, digest: Digest, votes: &[Vote]) -> StepRecord {
-        // The statistics are part of the digest: all ranks hold the same.
+        // All but what follows from the plan's trend is part of the digest: all ranks hold the same.
         let statistics = votes.first().map(|vote| vote.statistics.clone()).unwrap_or_default();
         let StepStatistics { loss, loss_per_loop, exit_pdf, entropy, grad_norm, bad_slots, .. } =
             statistics;
-        let skipped = (bad_slots > 0).then(|| why_skipped(bad_slots, votes));
+        let skipped = match statistics.spike.as_str() {
+            "" => (bad_slots > 0).then(|| why_skipped(bad_slots, votes)),
+            spike => Some(explained(&format!("a spike: {spike}"), votes)),
+        };
         let sections = votes.iter().map(|vote| vote.sections);
         StepRecord {
             step,
@@ -221,6 +273,7 @@ impl Core {
             digest,
             bad_slots,
             skipped,
+            trend: statistics.trend,
             sections: sections.fold(SectionSeconds::default(), SectionSeconds::max),
         }
     }
@@ -228,10 +281,23 @@ impl Core {
 
 /// What kept a step from being applied, as the ranks that met it say.
 fn why_skipped(bad_slots: u32, votes: &[Vote]) -> String {
-    let details: Vec<&str> =
-        votes.iter().map(|vote| vote.detail.as_str()).filter(|detail| !detail.is_empty()).collect();
-    match details.is_empty() {
-        true => format!("{bad_slots} slot{} with no usable gradient", plural(bad_slots as usize)),
-        false => details.join("; "),
+    match details(votes) {
+        none if none.is_empty() => {
+            format!("{bad_slots} slot{} with no usable gradient", plural(bad_slots as usize))
+        }
+        details => details,
     }
+}
+
+/// The same with what ranks have to say of it.
+fn explained(what: &str, votes: &[Vote]) -> String {
+    match details(votes) {
+        none if none.is_empty() => what.to_owned(),
+        details => format!("{what}; {details}"),
+    }
+}
+
+fn details(votes: &[Vote]) -> String {
+    let details = votes.iter().map(|vote| vote.detail.as_str()).filter(|detail| !detail.is_empty());
+    details.collect::<Vec<_>>().join("; ")
 }

@@ -19,6 +19,10 @@ const SETTLING: Duration = Duration::from_secs(5);
 /// pause between two attempts.
 const OUTLIVED: Duration = Duration::from_secs(2);
 
+/// How long it takes a worker at most to notice that its coordinator's machine is gone, and to be back, beside
+/// the slot that it computes.
+const NOTICED: Duration = Duration::from_millis(25_500);
+
 /// The same for a run that a new coordinator goes on with: its workers are being started too.
 const RETURNING: Duration = Duration::from_secs(60);
 
@@ -58,7 +62,8 @@ impl Core {
             return self.explain(format!("waiting for the checkpoint of step {step}"));
         }
         let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
-        let ends = self.stop.is_some() || self.is_far_enough(saved);
+        let spike_is_next = self.spike.is_some() && saved == self.committed;
+        let ends = self.stop.is_some() || spike_is_next || self.is_far_enough(saved);
         if ends && self.best_step_at_hand() == saved {
             // The log is left as it is: workers that hold more may come back to the next
             // coordinator.
@@ -70,8 +75,8 @@ impl Core {
             true => (self.holders_at_hand(), self.world_at_hand()),
             false => (self.roster.len(), self.spec.cluster.workers as usize),
         };
-        if self.may_be_outlived() && !self.have_waited(here) {
-            let step = self.logged;
+        if self.time_for_holders().is_some() && !self.have_waited(here) {
+            let step = self.logged.max(self.committed);
             return self
                 .explain(format!("waiting a moment for workers that may still hold step {step}"));
         }
@@ -83,6 +88,9 @@ impl Core {
         }
         if here < wanted && !self.have_waited(here) {
             return self.say_waiting(here, wanted);
+        }
+        if !self.has_looked_for_checkpoints() {
+            return self.explain("looking for a newer checkpoint");
         }
         let members = self.go_back_or_on();
         self.anchors = members.iter().copied().collect();
@@ -98,17 +106,36 @@ impl Core {
 
     /// How long to wait for more workers; `None` for as long as it takes.
     fn settling_time(&self) -> Option<Duration> {
-        match (self.formed, &self.checkpoint) {
-            (true, _) => Some(SETTLING),
-            (false, _) if self.world_at_hand() > 0 => {
-                let back = OUTLIVED.saturating_add(self.latest_pace());
-                // Somebody who holds more than these do is worth a longer wait.
-                Some(if self.may_be_outlived() { back.max(SETTLING) } else { back })
-            }
-            (false, _) if self.roster.len() >= self.spec.cluster.workers as usize => Some(SETTLING),
-            (false, Some(_)) => Some(RETURNING),
-            (false, None) => None,
+        let time = match (self.formed, &self.checkpoint) {
+            (true, _) => SETTLING,
+            (false, _) if self.world_at_hand() > 0 => OUTLIVED.saturating_add(self.latest_pace()),
+            (false, _) if self.roster.len() >= self.spec.cluster.workers as usize => SETTLING,
+            (false, Some(_)) => RETURNING,
+            (false, None) => return None,
+        };
+        // Somebody who holds more than these do is worth a longer wait.
+        Some(time.max(self.time_for_holders().unwrap_or_default()))
+    }
+
+    /// How long workers are waited for that may hold more than those who are here: as long as they may
+    /// take to come back, but no longer than it took to compute what they hold. `None` where nobody can.
+    fn time_for_holders(&self) -> Option<Duration> {
+        let (best, newest) = (self.best_step_at_hand(), self.logged.max(self.committed));
+        let may_come = match self.formed {
+            true => !self.silent.is_empty(),
+            false => self.workers_may_return,
+        };
+        if best >= newest || !may_come {
+            return None;
         }
+        let pace = self.latest_pace();
+        let logged: f64 = (self.tail.iter().filter(|record| record.step > best))
+            .map(|record| record.seconds.min(LONGEST_STEP))
+            .sum();
+        let steps = u32::try_from(newest.0 - best.0).unwrap_or(u32::MAX);
+        let computed = Duration::try_from_secs_f64(logged).unwrap_or_default();
+        let computed = computed.max(pace.saturating_mul(steps));
+        Some(SETTLING.max(NOTICED.saturating_add(pace).min(computed)))
     }
 
     /// How long a step took when the run was last at work; nothing where that is not known.
@@ -117,13 +144,6 @@ impl Core {
         // One that waited for something is no measure.
         let seconds = latest.map(|record| record.seconds.min(LONGEST_STEP));
         seconds.and_then(|it| Duration::try_from_secs_f64(it).ok()).unwrap_or_default()
-    }
-
-    /// Whether workers may be on their way that hold more than those who are here.
-    fn may_be_outlived(&self) -> bool {
-        let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
-        let behind = self.best_step_at_hand() < self.logged;
-        self.workers_may_return && !self.formed && self.logged > saved && behind
     }
 
     /// Notes how many workers are here; whether others have been waited for long enough.

@@ -77,6 +77,37 @@ pub(crate) struct CheckpointPrune {
     pub(crate) json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Sequences {
+    #[command(flatten)]
+    pub(crate) of: StoredRun,
+    /// The step, committed or to come
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) step: u64,
+    /// Only this slot
+    #[arg(long)]
+    pub(crate) slot: Option<u32>,
+    /// Print one JSON object, with the tokens
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Branch {
+    /// URL of the checkpoint: STORE/runs/NAME for the newest of a run
+    #[arg(value_name = "URL")]
+    pub(crate) from: CheckpointUrl,
+    /// Name of the new run
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Pass over the data of so many steps
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    pub(crate) skip_steps: u64,
+    /// Override a key of the spec, such as `optimizer.clip_norm=0.5`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
 /// Where a checkpoint is: `STORE/runs/NAME/checkpoints/step-NUMBER`, or `STORE/runs/NAME` for the
 /// newest one.
 #[derive(Clone, Debug, PartialEq, Eq)]

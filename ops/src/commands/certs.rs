@@ -43,7 +43,7 @@ fn of_days(days: u32) -> Range<SystemTime> {
 fn ca(args: &NewAuthority) -> Result<()> {
     Authority::new(&args.name, of_days(args.days))?.write(&args.to)?;
     let (days, directory) = (args.days, args.to.display());
-    println!("an authority for {days} days in {directory}; keep its ca.key safe");
+    outln!("an authority for {days} days in {directory}; keep its ca.key safe");
     Ok(())
 }
 
@@ -51,7 +51,7 @@ fn issue(args: &Issue) -> Result<()> {
     let identity = Identity::new(args.role, &args.name)?;
     let issued = Authority::load(&args.ca)?.issue(&identity, &args.hosts, of_days(args.days))?;
     issued.write(&args.to, args.renew)?;
-    println!("{identity} for {} days in {}", args.days, args.to.display());
+    outln!("{identity} for {} days in {}", args.days, args.to.display());
     Ok(())
 }
 
@@ -78,7 +78,7 @@ fn show(args: &ShowCertificate) -> Result<()> {
             "good": good.is_ok(),
             "problem": good.as_ref().err().map(ToString::to_string),
         });
-        println!("{}", serde_json::to_string_pretty(&shown)?);
+        outln!("{}", serde_json::to_string_pretty(&shown)?);
     } else {
         let identity = match &certificate.identity {
             Ok(identity) => identity.to_string(),
@@ -88,13 +88,13 @@ fn show(args: &ShowCertificate) -> Result<()> {
             [] => "none".to_owned(),
             hosts => hosts.join(", "),
         };
-        println!("identity  {identity}");
-        println!("hosts     {hosts}");
-        println!("valid     {begins} to {ends} ({days} days left)");
-        println!("issuer    {}", certificate.issuer);
-        println!("serial    {}", certificate.serial);
+        outln!("identity  {identity}");
+        outln!("hosts     {hosts}");
+        outln!("valid     {begins} to {ends} ({days} days left)");
+        outln!("issuer    {}", certificate.issuer);
+        outln!("serial    {}", certificate.serial);
         if good.is_ok() {
-            println!("good      yes: the key fits, and ca.crt has signed it");
+            outln!("good      yes: the key fits, and ca.crt has signed it");
         }
     }
     Ok(good?)
@@ -118,6 +118,6 @@ fn token(args: &NewToken) -> Result<()> {
     let file = options.write(true).create_new(true).mode(0o600).open(&args.to);
     let written = file.and_then(|mut file| file.write_all(token.as_bytes()));
     written.with_context(|| format!("cannot write {}", args.to.display()))?;
-    println!("one token in {}; --page-tokens takes the file", args.to.display());
+    outln!("one token in {}; --page-tokens takes the file", args.to.display());
     Ok(())
 }

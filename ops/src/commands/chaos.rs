@@ -40,7 +40,7 @@ pub(crate) async fn run(args: Chaos) -> Result<()> {
     };
     let report = plan.carry_out(&stop).await?;
     match args.json {
-        true => println!("{}", report.to_json()),
+        true => outln!("{}", report.to_json()),
         false => print(&report),
     }
     match report.failure {
@@ -57,9 +57,9 @@ fn print(report: &Report) {
         let time =
             |key: &str| times[key].as_f64().map_or("-".into(), |time| format!("{time:.3} s"));
         let (count, min, median, max) = (&times["count"], time("min"), time("median"), time("max"));
-        println!("{kind:<26} {count:>3}  min {min}  median {median}  max {max}");
+        outln!("{kind:<26} {count:>3}  min {min}  median {median}  max {max}");
     }
     let outcome = if json["equal"] == true { "equal" } else { "not equal" };
     let weights = report.weights.as_deref().unwrap_or("none");
-    println!("chaos seed={} steps={} weights={weights} {outcome}", report.seed, report.steps);
+    outln!("chaos seed={} steps={} weights={weights} {outcome}", report.seed, report.steps);
 }

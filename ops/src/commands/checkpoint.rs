@@ -35,11 +35,11 @@ async fn list(args: CheckpointList) -> Result<()> {
     let entries: Vec<Value> = stored.iter().map(described).collect();
     if args.json {
         let last = record.last_checkpoint;
-        println!("{:#}", json!({ "run": args.of.run, "newest": last, "stored": entries }));
+        outln!("{:#}", json!({ "run": args.of.run, "newest": last, "stored": entries }));
         return Ok(());
     }
     if entries.is_empty() {
-        println!("run `{}` has no checkpoint yet", args.of.run);
+        outln!("run `{}` has no checkpoint yet", args.of.run);
     }
     for (stored, entry) in stored.iter().zip(&entries) {
         let state = match &entry["problem"] {
@@ -47,7 +47,7 @@ async fn list(args: CheckpointList) -> Result<()> {
             _ => entry["weights"].as_str().unwrap_or_default().to_owned(),
         };
         let (step, files, size) = (stored.step, stored.files, HumanBytes(stored.bytes));
-        println!("step {step:<10} {size:>12} in {files} files, {}: {state}", ago(stored.modified));
+        outln!("step {step:<10} {size:>12} in {files} files, {}: {state}", ago(stored.modified));
     }
     Ok(())
 }
@@ -113,10 +113,10 @@ async fn verify(args: CheckpointVerify) -> Result<()> {
         };
         if !args.json {
             match (&problem, size) {
-                (Some(problem), _) => println!("step {step:<10} bad: {problem}"),
+                (Some(problem), _) => outln!("step {step:<10} bad: {problem}"),
                 (None, size) => {
                     let size = HumanBytes(size.unwrap_or_default());
-                    println!("step {step:<10} good: {size} in {seconds:.1} s");
+                    outln!("step {step:<10} good: {size} in {seconds:.1} s");
                 }
             }
         }
@@ -130,7 +130,7 @@ async fn verify(args: CheckpointVerify) -> Result<()> {
         }));
     }
     if args.json {
-        println!("{:#}", json!({ "run": args.of.run, "checkpoints": results }));
+        outln!("{:#}", json!({ "run": args.of.run, "checkpoints": results }));
     }
     match bad.is_empty() {
         true => Ok(()),
@@ -157,7 +157,7 @@ async fn prune(args: CheckpointPrune) -> Result<()> {
         plan.orphans.iter().map(|(step, file)| format!("step {step}: {file}")).collect();
     if args.json {
         let (run, dry_run) = (&args.of.run, args.dry_run);
-        println!(
+        outln!(
             "{:#}",
             json!({ "run": run, "removed": removed, "orphans": orphans, "dry_run": dry_run })
         );
@@ -165,13 +165,13 @@ async fn prune(args: CheckpointPrune) -> Result<()> {
     }
     let verb = if args.dry_run { "would remove" } else { "removed" };
     for step in &removed {
-        println!("{verb} the checkpoint of step {step}");
+        outln!("{verb} the checkpoint of step {step}");
     }
     for orphan in &orphans {
-        println!("{verb} what a save left, {orphan}");
+        outln!("{verb} what a save left, {orphan}");
     }
     if removed.is_empty() && orphans.is_empty() {
-        println!("there is nothing to remove");
+        outln!("there is nothing to remove");
     }
     Ok(())
 }

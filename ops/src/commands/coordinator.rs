@@ -1,15 +1,17 @@
 //! `looptrain coordinator`, and the part of it that `looptrain train` shares.
 
+use std::io::Write;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail};
-use looptrain_coordinator::{OnMoment, Outcome, RunEvent, Settings, Started};
+use looptrain_coordinator::{OnMoment, Outcome, RunEvent, Settings, Started, read_chronicle_json};
 use looptrain_proto::transport::Role;
 use looptrain_proto::{Digest, Spec, Step};
 use looptrain_storage::{Checkpoints, Dataset, Store};
 use tokio_util::sync::CancellationToken;
 
-use super::import::check_initial;
+use super::import::{check_branch, check_initial};
 use crate::cli::{Coordinator, SpecArgs};
 use crate::fault::Faults;
 use crate::limits::allow_all_descriptors;
@@ -96,6 +98,7 @@ impl PreparedRun {
         // A run that has a checkpoint has no use for what it began from.
         if fresh || Checkpoints::new(&store, &spec.run.name).list().await?.is_empty() {
             check_initial(&store, &spec).await?;
+            check_branch(&store, &spec).await?;
         }
         let datasets = datasets::ensure(&store, &spec).await?;
         datasets::clamp_evaluation(&mut spec, &datasets);
@@ -121,6 +124,7 @@ impl PreparedRun {
     ) -> Result<Started> {
         self.page_secured = doors.access.credentials.is_some();
         self.workers_secured = doors.credentials.is_some();
+        let before = read_chronicle_json(&self.store, &self.spec.run.name).await;
         let started = looptrain_coordinator::start(Settings {
             spec: self.spec.clone(),
             store: self.store.clone(),
@@ -136,17 +140,29 @@ impl PreparedRun {
             moments,
         })
         .await?;
+        if let (Started::Running(_), Some(seconds)) = (&started, last_word(&before)) {
+            print_line(&format!(
+                "an earlier coordinator of this run wrote {seconds} s ago and did not say that it ends: if it is \
+                 still there, this one has taken the run from it"
+            ));
+        }
         Ok(started)
+    }
+
+    /// The first dataset that the stage of a step draws from.
+    pub(crate) fn dataset_of(&self, step: Step) -> &Dataset {
+        let mixture = self.spec.mixture(self.spec.stage_of(step));
+        &self.datasets[mixture.first().map_or(0, |part| part.0)]
     }
 
     /// The last evaluation, on stdout, beside what a model of single tokens reaches; nothing when
     /// the last step was not evaluated.
     pub(crate) async fn print_outcome(&self, outcome: &Outcome) -> Result<()> {
         if let Some(evaluation) = &outcome.evaluation {
-            println!("{}", evaluation_line(evaluation));
-            let unigram = self.datasets[0].unigram_loss().await?;
+            outln!("{}", evaluation_line(evaluation));
+            let unigram = self.dataset_of(outcome.step).unigram_loss().await?;
             let last = evaluation.loss_per_loop.last().copied().unwrap_or(f64::NAN);
-            println!("unigram model: loss {unigram:.3}; last loop {last:.3}");
+            outln!("unigram model: loss {unigram:.3}; last loop {last:.3}");
         }
         Ok(())
     }
@@ -158,8 +174,19 @@ impl PreparedRun {
         let loss = outcome.loss.map_or("none".into(), |loss| format!("{loss:.6}"));
         let weights = outcome.weights_digest.map_or("none".into(), |digest| digest.to_string());
         let (name, step, tokens) = (&self.spec.run.name, outcome.step, outcome.tokens);
-        println!("{end} run={name} step={step} tokens={tokens} loss={loss} weights={weights}");
+        outln!("{end} run={name} step={step} tokens={tokens} loss={loss} weights={weights}");
     }
+}
+
+/// Whoever wrote so lately may be alive.
+const LATELY: Duration = Duration::from_secs(15);
+
+/// How long ago the coordinator wrote that kept this chronicle, if that was lately and not its last word.
+fn last_word(chronicle: &serde_json::Value) -> Option<u64> {
+    let ended = matches!(chronicle["events"][0]["kind"].as_str(), Some("finished" | "failed"));
+    let kept = UNIX_EPOCH + Duration::from_millis(chronicle["kept_unix_ms"].as_u64()?);
+    let age = SystemTime::now().duration_since(kept).unwrap_or_default();
+    (!ended && age <= LATELY).then_some(age.as_secs())
 }
 
 fn watched_by(faults: Faults) -> OnMoment {
@@ -169,7 +196,8 @@ fn watched_by(faults: Faults) -> OnMoment {
 /// Prints an event as one line of JSON.
 fn print_event(event: &RunEvent) {
     match serde_json::to_string(event) {
-        Ok(line) => println!("{line}"),
+        // A run does not end for a reader that has gone, or a disk that is full.
+        Ok(line) => drop(writeln!(std::io::stdout().lock(), "{line}")),
         Err(error) => tracing::warn!("an event cannot be printed: {error}"),
     }
 }
@@ -194,7 +222,11 @@ pub(crate) async fn follow(
     }
     let from = running.resumed_from.unwrap_or(Step(0));
     if from > Step(0) {
-        print_line(&format!("going on from the checkpoint of step {from}"));
+        let origin = run.spec.branch.as_ref().filter(|_| running.branched);
+        print_line(&match origin {
+            Some(branch) => format!("branching off at step {from} of run `{}`", branch.run),
+            None => format!("going on from the checkpoint of step {from}"),
+        });
     }
     if let Some(reason) = &running.paused {
         let scheme = if run.workers_secured { "https" } else { "http" };

@@ -12,7 +12,7 @@ use looptrain_storage::{
 use serde_json::{Value, json};
 
 use crate::cli::{Data, Inspect, Making, ManoData, Prepare, Verify};
-use crate::progress::{PrepareProgress, ReadProgress};
+use crate::progress::{PrepareProgress, ReadProgress, print_line};
 use crate::signals;
 
 pub(crate) async fn run(data: Data) -> Result<()> {
@@ -63,6 +63,7 @@ async fn make(url: &str, origin: Origin, args: &Making) -> Result<()> {
     let stop = signals::stop_on_signals("stopping; the same command goes on from here")?;
     let store = Store::open(&store)?;
     store.check_writable().await?;
+    let was_there = Dataset::open(&store, &name).await?.is_some();
     let recipe = Recipe { origin, threads: args.threads.map(|threads| threads as usize) };
     let progress = Mutex::new(PrepareProgress::new(&name));
     let show = |event| progress.lock().unwrap_or_else(PoisonError::into_inner).show(&event);
@@ -70,10 +71,16 @@ async fn make(url: &str, origin: Origin, args: &Making) -> Result<()> {
         made = prepare_from(&store, &name, &recipe, &show) => made?,
         () = stop.cancelled() => bail!("stopped before dataset `{name}` was complete"),
     };
+    if was_there {
+        print_line(&format!(
+            "dataset `{name}` was there, and its inputs were not read again; to make it from what they are now, \
+             remove {url} or choose another name"
+        ));
+    }
     let manifest = dataset.manifest();
     match args.json {
-        true => println!("{}", counts(manifest)),
-        false => println!(
+        true => outln!("{}", counts(manifest)),
+        false => outln!(
             "done dataset={name} train={} validation={} shards={} malformed={} digest={}",
             manifest.train.tokens,
             manifest.validation.tokens,
@@ -158,18 +165,18 @@ async fn look(args: Inspect) -> Result<()> {
         found.push((split, lengths, samples));
     }
     if args.json {
-        println!("{output:#}");
+        outln!("{output:#}");
         return Ok(());
     }
-    println!("dataset {}  {}", manifest.name, manifest.digest());
-    println!(
+    outln!("dataset {}  {}", manifest.name, manifest.digest());
+    outln!(
         "vocabulary of {}, tokens of {:?}, end of text {}, unigram loss {:.3}",
         manifest.vocabulary_size,
         manifest.dtype,
         manifest.end_of_text,
         manifest.unigram_loss.unwrap_or(f64::NAN),
     );
-    println!(
+    outln!(
         "from {} files: {} records, {} malformed, {} empty, {} duplicates, {} unreadable",
         HumanCount(manifest.source.files),
         HumanCount(manifest.source.records),
@@ -192,18 +199,18 @@ fn print_split(
     samples: &[SampleText],
 ) {
     let described = manifest.split(split);
-    println!(
+    outln!(
         "\n{split}: {} tokens in {} documents ({} of text), {} shards",
         HumanCount(described.tokens),
         HumanCount(described.documents),
         HumanBytes(described.bytes),
         described.shards.len(),
     );
-    println!("  tokens per document: mean {:.1}, longest {}", lengths.mean, lengths.longest);
+    outln!("  tokens per document: mean {:.1}, longest {}", lengths.mean, lengths.longest);
     let most = lengths.histogram.iter().map(|bucket| bucket.documents).max().unwrap_or(1).max(1);
     for bucket in lengths.histogram.iter().filter(|bucket| bucket.documents > 0) {
         let bar = "#".repeat((bucket.documents * 40).div_ceil(most) as usize);
-        println!(
+        outln!(
             "  {:>9} to {:<9} {:>12}  {bar}",
             bucket.from,
             bucket.to,
@@ -212,7 +219,7 @@ fn print_split(
     }
     for sample in samples {
         let more = if sample.goes_on { " ..." } else { "" };
-        println!("  {}:{}  {:?}{more}", sample.shard, sample.position, sample.text);
+        outln!("  {}:{}  {:?}{more}", sample.shard, sample.position, sample.text);
     }
 }
 
@@ -228,19 +235,19 @@ async fn check(args: Verify) -> Result<()> {
         let bad: Vec<Value> =
             bad.iter().map(|bad| json!({ "file": bad.place, "reason": bad.reason })).collect();
         let (name, digest) = (&manifest.name, manifest.digest().to_string());
-        println!(
+        outln!(
             "{}",
             json!({ "dataset": name, "digest": digest, "files": files, "bytes": bytes, "bad": bad })
         );
     } else {
         for bad in &bad {
-            println!("bad {}: {}", bad.place, bad.reason);
+            outln!("bad {}: {}", bad.place, bad.reason);
         }
     }
     match bad.first() {
         None if args.json => Ok(()),
         None => {
-            println!(
+            outln!(
                 "good dataset={} files={files} bytes={bytes} digest={}",
                 manifest.name,
                 manifest.digest()

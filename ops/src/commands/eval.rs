@@ -63,7 +63,7 @@ pub(crate) async fn run(args: Eval) -> Result<()> {
     let (model, sequences, report, answers) = result?;
     let result = result_json(&model, &sequences, &report, &answers);
     if args.json {
-        println!("{result}");
+        outln!("{result}");
     } else {
         print_table(&result);
     }
@@ -348,15 +348,15 @@ pub(super) fn quality_json(report: &DepthReport) -> Value {
 /// For people: what the JSON says, in columns.
 fn print_table(result: &Value) {
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    println!("model: {}", result["model"].as_str().unwrap_or_default());
-    println!("data: {}, {} tokens", result["data"].as_str().unwrap_or_default(), result["tokens"]);
-    println!(
+    outln!("model: {}", result["model"].as_str().unwrap_or_default());
+    outln!("data: {}, {} tokens", result["data"].as_str().unwrap_or_default(), result["tokens"]);
+    outln!(
         "Stage I loss {:.4}, entropy {:.4}, mean depth {:.3}",
         number(&result["loss"]),
         number(&result["entropy"]),
         number(&result["mean_depth"])
     );
-    println!("loop    loss  perplexity  bits/byte  accuracy    exit");
+    outln!("loop    loss  perplexity  bits/byte  accuracy    exit");
     let columns = [
         "loss_per_loop",
         "perplexity_per_loop",
@@ -368,22 +368,22 @@ fn print_table(result: &Value) {
         let [loss, perplexity, bits, accuracy, exit] =
             columns.map(|name| number(&result[name][index]));
         let bits = if bits.is_nan() { "-".to_owned() } else { format!("{bits:.4}") };
-        println!(
+        outln!(
             "{:4}  {loss:6.4}  {perplexity:10.3}  {bits:>9}  {accuracy:8.4}  {exit:6.4}",
             index + 1
         );
     }
-    println!("threshold  mean depth    loss  accuracy");
+    outln!("threshold  mean depth    loss  accuracy");
     for it in result["quality"].as_array().into_iter().flatten() {
         let [threshold, depth, loss, accuracy] =
             ["threshold", "mean_depth", "loss", "accuracy"].map(|name| number(&it[name]));
-        println!("{threshold:9.2}  {depth:10.3}  {loss:6.4}  {accuracy:8.4}");
+        outln!("{threshold:9.2}  {depth:10.3}  {loss:6.4}  {accuracy:8.4}");
     }
     for it in result["mano"].as_array().into_iter().flatten() {
         let matches: Vec<String> = (it["exact_match_per_loop"].as_array().into_iter().flatten())
             .map(|share| format!("{:.3}", number(share)))
             .collect();
-        println!(
+        outln!(
             "Mano, {} operators: exact match by loop {} of {}",
             it["operators"],
             matches.join(" "),

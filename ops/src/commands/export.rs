@@ -6,13 +6,12 @@ use anyhow::{Context, Result, bail};
 use indicatif::HumanBytes;
 use looptrain_model::Layout;
 use looptrain_proto::{Spec, Step};
-use looptrain_storage::{
-    CheckpointManifest, Checkpoints, Dataset, Store, StoredTensor, read_record,
-};
+use looptrain_storage::{CheckpointManifest, Checkpoints, Store, StoredTensor, read_record};
 
 use crate::cli::{CheckpointUrl, Export};
 use crate::folder::{Config, NewFolder, Tokens, WeightsFile};
 use crate::progress::print_line;
+use crate::trained::drawn_from;
 
 pub(crate) async fn run(args: Export) -> Result<()> {
     let begin = Instant::now();
@@ -27,10 +26,9 @@ pub(crate) async fn run(args: Export) -> Result<()> {
         Some(step) => *step,
         None => newest(&checkpoints, run).await?,
     };
-    let name = &spec.datasets[0].name;
-    let dataset = Dataset::open(&store, name)
-        .await?
-        .with_context(|| format!("dataset `{name}`, whose tokenizer the run uses, is gone"))?;
+    let drawn = drawn_from(&store, &spec, &record.datasets, step);
+    let dataset =
+        drawn.first().context("the spec of the run draws from no dataset")?.open().await?;
     let tokenizer = dataset.tokenizer_json().await?;
     let tokens = Tokens::find(&tokenizer, dataset.manifest().end_of_text)?;
     let stage = &spec.stages[spec.stage_of(step)];
@@ -99,4 +97,89 @@ fn check(weights: &[StoredTensor], layout: &Layout, step: Step) -> Result<()> {
         bail!("the checkpoint of step {step} has tensors that the model has not");
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use looptrain_proto::Digest;
+    use looptrain_storage::{Register, RunRecord, Synthetic, synthetic};
+
+    use super::*;
+    use crate::folder::Float;
+
+    /// A spec whose second stage draws from its second dataset.
+    const SPEC: &str = r#"
+        [run]
+        name = "r"
+        store = "memory://export"
+        [model]
+        hidden_size = 16
+        num_hidden_layers = 1
+        num_attention_heads = 2
+        intermediate_size = 24
+        vocab_size = 300
+        [[datasets]]
+        name = "first"
+        [[datasets]]
+        name = "second"
+        [[stages]]
+        name = "one"
+        steps = 4
+        sequence_length = 8
+        slots = 4
+        slot_sequences = 2
+        loops = 2
+        entropy_weight = 0.05
+        learning_rate = { peak = 1e-2 }
+        mixture = [{ dataset = "first", weight = 1 }]
+        [[stages]]
+        name = "two"
+        steps = 4
+        sequence_length = 8
+        slots = 4
+        slot_sequences = 2
+        loops = 2
+        entropy_weight = 0.05
+        learning_rate = { peak = 1e-2 }
+        mixture = [{ dataset = "second", weight = 1 }]
+    "#;
+
+    #[tokio::test]
+    async fn the_tokenizer_is_that_of_the_data_that_the_step_was_trained_on() {
+        let store = Store::open("memory://export").unwrap();
+        let what = Synthetic { tokens: 9000, shard_tokens: 9000, vocabulary_size: 300 };
+        let mut pins = BTreeMap::new();
+        for name in ["first", "second"] {
+            let dataset = synthetic(&store, name, what).await.unwrap();
+            pins.insert(name.to_owned(), dataset.digest());
+        }
+        let spec = Spec::parse("export.toml", SPEC, &[]).unwrap();
+        let record = |pins: BTreeMap<String, Digest>| {
+            let pins: Vec<_> = pins.into_iter().collect();
+            RunRecord::new(spec.trajectory_digest(), SPEC.to_owned(), &pins)
+        };
+        let export = async |step: u64| {
+            let checkpoint = CheckpointUrl {
+                store: "memory://export".into(),
+                run: "r".into(),
+                step: Some(Step(step)),
+            };
+            let directory = tempfile::tempdir().unwrap();
+            let args = Export { checkpoint, to: directory.path().join("out"), dtype: Float::F32 };
+            run(args).await.unwrap_err().to_string()
+        };
+        Register::claim(&store, "r", |_| Ok(record(pins.clone()))).await.unwrap();
+        // A dataset for measurements has a name for its tokenizer, but no file.
+        for (step, name) in [(4, "datasets/first/tokenizer-"), (5, "datasets/second/tokenizer-")] {
+            let error = export(step).await;
+            assert!(error.contains(name), "{error}");
+        }
+        pins.insert("second".into(), Digest::of(b"other"));
+        Register::claim(&store, "r", |_| Ok(record(pins.clone()))).await.unwrap();
+        let error = export(5).await;
+        assert!(error.contains("`second` is not what the run was trained on"), "{error}");
+    }
 }

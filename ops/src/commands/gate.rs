@@ -41,11 +41,12 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
     let initial = Initial { model: begin.clone(), weights: manifest.weights_digest };
     let stage = stage(&spec.stages[spec.stage_of(manifest.step)], &args);
     let workers = args.fleet.workers;
-    let spec = spec.derive(&args.from.store, |spec| {
+    let spec = spec.derive(&args.from.store, &[], |spec| {
         spec.run.name.clone_from(&name);
         // Its data begins anew, and is to be no repetition of what the model has learnt from.
         spec.run.seed = (spec.run.seed + 1) & (u64::MAX >> 1);
         spec.initial = Some(initial);
+        spec.branch = None;
         spec.stages = vec![stage];
         spec.cluster.workers = workers.unwrap_or(spec.cluster.workers);
     })?;
@@ -89,16 +90,16 @@ pub(crate) async fn run(args: Gate, telemetry: &Telemetry) -> Result<()> {
     if args.json {
         let curves = [&before, &after].map(quality_json);
         let [first, second] = curves;
-        println!("{}", json!({ "before": first, "after": second, "at_equal_depth": compared }));
+        outln!("{}", json!({ "before": first, "after": second, "at_equal_depth": compared }));
         return draw();
     }
-    println!("mean depth  loss before   after  difference, standard error");
+    outln!("mean depth  loss before   after  difference, standard error");
     for it in compared.as_array().into_iter().flatten() {
         let [depth, before, after] =
             ["mean_depth", "before", "after"].map(|key| it[key].as_f64().unwrap_or(f64::NAN));
         let (difference, error) = (after - before, it["standard_error"].as_f64());
         let error = error.map_or_else(|| "?".to_owned(), |error| format!("{error:.4}"));
-        println!("{depth:10.3}  {before:11.4}  {after:6.4}  {difference:+10.4} ± {error}");
+        outln!("{depth:10.3}  {before:11.4}  {after:6.4}  {difference:+10.4} ± {error}");
     }
     run.print_end(&outcome);
     draw()

@@ -1,7 +1,6 @@
 //! `looptrain generate`, and the sample at the end of `looptrain train`.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, ensure};
@@ -51,7 +50,7 @@ pub(crate) async fn run(args: Generate) -> Result<()> {
     let prompt_tokens = prompt.len();
     let stream = (!args.json).then(|| TextStream::new(tokenizer.clone()));
     if stream.is_some() && !args.chat {
-        print!("{}", args.prompt);
+        out!("{}", args.prompt);
     }
     let generated = written(model, prompt, sampling, stream).await?;
     let Generated { tokens, mean_depth, mean_loops, cache_bytes, prompt_time, time } = &generated;
@@ -67,10 +66,10 @@ pub(crate) async fn run(args: Generate) -> Result<()> {
             "mean_loops": mean_loops,
             "cache_bytes": cache_bytes,
         });
-        println!("{result}");
+        outln!("{result}");
         return Ok(());
     }
-    println!();
+    outln!();
     print_line(&format!(
         "{} tokens, {rate:.1}/s behind a prompt of {prompt_tokens} in {:.2} s; exit after loop {mean_depth:.2}, \
          {mean_loops:.2} loops computed; {cache_bytes} bytes of keys and values",
@@ -87,7 +86,7 @@ pub(crate) async fn print_sample(run: &PreparedRun, step: Step) -> Result<()> {
     let (manifest, tensors) = read;
     let (spec, pins) = (Box::new(run.spec.clone()), BTreeMap::new());
     let found = Found::Checkpoint { spec, pins, manifest, tensors };
-    let tokenizer = run.datasets[0].tokenizer().await?;
+    let tokenizer = run.dataset_of(step).tokenizer().await?;
     let model = Trained::new(found, Some(tokenizer.clone()), all_threads()).await?;
     let prompt = text(&tokenizer, &sample.prompt)?;
     let sampling = Sampling {
@@ -104,7 +103,7 @@ pub(crate) async fn print_sample(run: &PreparedRun, step: Step) -> Result<()> {
         document_end: model.document_end,
     };
     let generated = written(model, prompt, sampling, None).await?;
-    println!("sample: {}{}", sample.prompt, tokenizer.decode(&generated.tokens)?);
+    outln!("sample: {}{}", sample.prompt, tokenizer.decode(&generated.tokens)?);
     Ok(())
 }
 
@@ -194,9 +193,7 @@ impl TextStream {
         let before = self.tokenizer.decode(&self.tokens[..self.printed])?;
         let text = self.tokenizer.decode(&self.tokens)?;
         if let Some(new) = text.get(before.len()..) {
-            let mut out = std::io::stdout().lock();
-            out.write_all(new.as_bytes())?;
-            out.flush()?;
+            out!("{new}");
         }
         self.tokens.drain(..self.printed);
         self.printed = self.tokens.len();

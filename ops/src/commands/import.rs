@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use looptrain_coordinator::find_branch;
 use looptrain_model::{Layout, TensorEntry};
 use looptrain_proto::{Cursor, Digest, Generation, Spec, Step, spec};
-use looptrain_storage::{CheckpointManifest, Checkpoints, Store, Tensor, WeightsHasher};
+use looptrain_storage::{
+    CheckpointManifest, Checkpoints, Store, StoredTensor, Tensor, WeightsHasher,
+};
 
 use crate::cli::{Import, LayerOrder, ModelUrl, Upcycle};
 use crate::trained::Found;
@@ -39,14 +42,15 @@ async fn bring(args: Import, found: &Arc<Found>, layers: Vec<usize>, what: &str)
     let written = write(&store, &name, found, layers).await?;
     let weights = written.weights_digest;
     let bytes: u64 = written.parts.iter().map(|part| part.bytes).sum();
-    println!("[model]\n{}", toml::to_string(&model)?);
-    println!("[initial]\n{}", toml::to_string(&spec::Initial { model: name.clone(), weights })?);
-    println!(
+    outln!("[model]\n{}", toml::to_string(&model)?);
+    outln!("[initial]\n{}", toml::to_string(&spec::Initial { model: name.clone(), weights })?);
+    outln!(
         "# Trained with loops = {}, rope_base = {:?}, sequences of {context} at most.",
-        settings.loops, settings.rope_base
+        settings.loops,
+        settings.rope_base
     );
-    println!("# Data begins anew: on what the model has been trained on, take another run.seed.");
-    println!(
+    outln!("# Data begins anew: on what the model has been trained on, take another run.seed.");
+    outln!(
         "{what} model={name} weights={weights} parameters={} bytes={bytes} store={url}",
         model.parameters()
     );
@@ -114,6 +118,7 @@ pub(super) async fn write(
         generation: Generation(0),
         weights_digest: hasher.finish(),
         parts: written,
+        trend: None,
     };
     checkpoints.commit(&manifest).await?;
     Ok(manifest)
@@ -166,24 +171,42 @@ pub(crate) async fn check_initial(store: &Store, spec: &Spec) -> Result<()> {
         "initial.weights: models/{model} has {}, the spec says {weights}; take what the import printed",
         manifest.weights_digest
     );
+    fits(spec, &stored).map_err(|differs| {
+        anyhow!(
+            "initial.model: in models/{model} {differs}; copy [model] from what the import printed"
+        )
+    })
+}
+
+/// Whether the store has the checkpoint that the spec's run branches off from, of a model of this shape.
+///
+/// # Errors
+/// When it has not, or something else; the error says what to do.
+pub(crate) async fn check_branch(store: &Store, spec: &Spec) -> Result<()> {
+    let Some(manifest) = find_branch(store, spec).await? else { return Ok(()) };
+    let (run, step) = (&manifest.run, manifest.step);
+    let (_, stored) = Checkpoints::new(store, run).stored_weights(step).await?;
+    fits(spec, &stored).map_err(|differs| {
+        anyhow!("branch.run: at step {step} of run `{run}` {differs}; a branch has the [model] of its run")
+    })
+}
+
+/// Whether these are the weights of the spec's model, or else what differs.
+fn fits(spec: &Spec, stored: &[StoredTensor]) -> Result<(), String> {
     let layout = Layout::new(&spec.model);
     for tensor in layout.tensors() {
         let found = stored.binary_search_by(|stored| stored.name.cmp(&tensor.name));
         let shape = found.ok().map(|place| stored[place].shape.as_slice());
-        ensure!(
-            shape == Some(tensor.shape.as_slice()),
-            "initial.model: {} is {:?} by [model], and {} in models/{model}; copy [model] from what the import printed",
-            tensor.name,
-            tensor.shape,
-            shape.map_or("not there".to_owned(), |shape| format!("{shape:?}")),
-        );
+        if shape != Some(tensor.shape.as_slice()) {
+            let shape = shape.map_or("not there".to_owned(), |shape| format!("{shape:?}"));
+            let (name, ours) = (&tensor.name, &tensor.shape);
+            return Err(format!("{name} is {shape}, and {ours:?} by [model]"));
+        }
     }
-    let (has, needs) = (stored.len(), layout.tensors().len());
-    ensure!(
-        has == needs,
-        "initial.model: models/{model} has {has} tensors, [model] asks for {needs}; copy [model] from what the import printed"
-    );
-    Ok(())
+    match (stored.len(), layout.tensors().len()) {
+        (has, needs) if has != needs => Err(format!("are {has} tensors, [model] asks for {needs}")),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

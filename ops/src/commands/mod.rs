@@ -2,6 +2,7 @@
 
 mod audit;
 mod bench;
+mod branch;
 mod certs;
 mod chaos;
 mod checkpoint;
@@ -15,7 +16,9 @@ mod generate;
 mod import;
 mod orders;
 pub(crate) mod plot;
+mod sequences;
 pub(crate) mod status;
+mod tokenizer;
 mod train;
 mod worker;
 
@@ -38,6 +41,8 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Stop(args) => orders::stop(args).await,
         Command::Certs(args) => certs::run(args),
         Command::Audit(args) => audit::run(args).await,
+        Command::Sequences(args) => sequences::run(args).await,
+        Command::Branch(args) => branch::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Eval(args) => eval::run(args).await,
         Command::Gate(args) => gate::run(args, telemetry).await,
@@ -46,6 +51,7 @@ pub(crate) async fn run(command: Command, telemetry: &Telemetry) -> Result<()> {
         Command::Upcycle(args) => import::upcycle(args).await,
         Command::Checkpoint(args) => checkpoint::run(args).await,
         Command::Data(data) => data::run(data).await,
+        Command::Tokenizer(tokenizer) => tokenizer::run(tokenizer).await,
         Command::Bench(bench) => bench::run(bench, telemetry).await,
         Command::Chaos(args) => chaos::run(args).await,
         Command::Doctor(args) => doctor::run(args).await,

@@ -48,7 +48,7 @@ pub(crate) async fn drain(args: Drain) -> Result<()> {
     let Drain { worker, coordinator, tls, reason } = args;
     let request = DrainRequest { worker: worker.clone(), reason };
     answered(as_operator(&coordinator, &tls).await?.drain(request).await)?;
-    println!("{worker} leaves after the step it computes");
+    outln!("{worker} leaves after the step it computes");
     Ok(())
 }
 
@@ -56,7 +56,7 @@ pub(crate) async fn pause(args: Pause) -> Result<()> {
     let Pause { coordinator, tls, reason } = args;
     let mut client = as_operator(&coordinator, &tls).await?;
     let reply = answered(client.pause(PauseRequest { reason }).await)?;
-    println!("the run pauses after the step in flight; committed so far: {}", reply.step);
+    outln!("the run pauses after the step in flight; committed so far: {}", reply.step);
     warn_unless_kept("paused", &reply.not_kept);
     Ok(())
 }
@@ -75,8 +75,8 @@ pub(crate) async fn resume(args: Resume) -> Result<()> {
     let coordinator = as_operator(&args.coordinator, &args.tls).await;
     let reply = answered(coordinator?.resume(ResumeRequest {}).await)?;
     match reply.was_paused {
-        true => println!("the run goes on from step {}", reply.step),
-        false => println!("the run was not paused; committed so far: {}", reply.step),
+        true => outln!("the run goes on from step {}", reply.step),
+        false => outln!("the run was not paused; committed so far: {}", reply.step),
     }
     warn_unless_kept("to go on", &reply.not_kept);
     Ok(())
@@ -96,7 +96,7 @@ pub(crate) async fn save(args: Save) -> Result<()> {
     loop {
         let status = answered(client.status(StatusRequest {}).await)?;
         if status.checkpoint_step >= step.max(1) {
-            println!("the checkpoint of step {} is saved", status.checkpoint_step);
+            outln!("the checkpoint of step {} is saved", status.checkpoint_step);
             return Ok(());
         }
         if said.elapsed() >= REMIND_EVERY {
@@ -114,7 +114,7 @@ pub(crate) async fn stop(args: Stop) -> Result<()> {
     let Stop { coordinator, tls, reason } = args;
     let mut client = as_operator(&coordinator, &tls).await?;
     let reply = answered(client.stop(StopRequest { reason }).await)?;
-    println!(
+    outln!(
         "the run stops after the step in flight, with a checkpoint; committed so far: {}",
         reply.step
     );

@@ -1,7 +1,7 @@
 //! `looptrain plot`.
 
 use anyhow::{Result, bail, ensure};
-use looptrain_storage::{Store, read_metrics, read_record};
+use looptrain_storage::{Store, read_metrics_by_segment, read_record};
 use serde_json::Value;
 
 use crate::chart::{self, Chart, Line};
@@ -15,9 +15,10 @@ pub(crate) async fn run(args: Plot) -> Result<()> {
     if read_record(&store, &args.run).await?.is_none() {
         bail!("there is no run `{}` in {}", args.run, args.store);
     }
-    let steps = read_metrics(&store, &args.run).await?;
-    ensure!(!steps.is_empty(), "the log of run `{}` has no step yet", args.run);
-    let charts = charts(&args.run, &steps);
+    let mut curves = Curves::default();
+    read_metrics_by_segment(&store, &args.run, |steps| curves.add(&steps)).await?;
+    ensure!(curves.steps > 0, "the log of run `{}` has no step yet", args.run);
+    let charts = curves.charts(&args.run);
     ensure!(!charts.is_empty(), "the log of run `{}` says nothing of its loops", args.run);
     chart::draw(&args.output, &charts)
 }
@@ -25,31 +26,62 @@ pub(crate) async fn run(args: Plot) -> Result<()> {
 /// Whether a log is drawn, for fuzzing.
 #[cfg(feature = "fuzzing")]
 pub(crate) fn drawn(output: &std::path::Path, steps: &[Value]) -> bool {
-    let charts = charts("r", steps);
+    let mut curves = Curves::default();
+    curves.add(steps);
+    let charts = curves.charts("r");
     !charts.is_empty() && chart::draw(output, &charts).is_ok()
 }
 
-/// What a run's loops did over its steps, as far as its log says it.
-fn charts(run: &str, steps: &[Value]) -> Vec<Chart> {
-    let chart = |title: String, y, key| Chart { title, x: "step", y, lines: by_loop(steps, key) };
-    let charts = [
-        chart(format!("{run}: loss by loop"), "cross-entropy (nats)", "loss_per_loop"),
-        chart("exit distribution".into(), "share of the exits", "exit_pdf"),
-        chart("agreement with the last loop".into(), "share of tokens", "agreement_per_loop"),
-    ];
-    charts.into_iter().filter(|chart| !chart.lines.is_empty()).collect()
+/// What is drawn of a step: of each of these a value by loop.
+const KEYS: [&str; 3] = ["loss_per_loop", "exit_pdf", "agreement_per_loop"];
+
+/// What a run's loops did over its steps, as far as its log says it. Nothing else of the steps is kept: a
+/// log is long.
+#[derive(Default)]
+struct Curves {
+    /// Steps that were looked at.
+    steps: usize,
+    /// For each of the keys, step and value of each loop.
+    by_key: [Vec<Vec<(f64, f64)>>; KEYS.len()],
 }
 
-/// A line for each loop of a value of the steps.
-fn by_loop(steps: &[Value], key: &str) -> Vec<Line> {
-    let values = |step: &Value| step[key].as_array().map_or(0, Vec::len);
-    let loops = steps.iter().map(values).max().unwrap_or(0);
-    let point = |step: &Value, t: usize| Some((step["step"].as_f64()?, step[key][t].as_f64()?));
-    let line = |t: usize| {
-        let all: Vec<_> = steps.iter().filter_map(|step| point(step, t)).collect();
-        Line { name: format!("loop {}", t + 1), points: thinned(&all) }
+impl Curves {
+    /// Takes the next steps of the log.
+    fn add(&mut self, steps: &[Value]) {
+        self.steps += steps.len();
+        for step in steps {
+            for (key, by_loop) in KEYS.iter().zip(&mut self.by_key) {
+                let Some(values) = step[*key].as_array() else { continue };
+                if by_loop.len() < values.len() {
+                    by_loop.resize_with(values.len(), Vec::new);
+                }
+                let Some(number) = step["step"].as_f64() else { continue };
+                for (points, value) in by_loop.iter_mut().zip(values) {
+                    points.extend(value.as_f64().map(|value| (number, value)));
+                }
+            }
+        }
+    }
+
+    /// A chart for each of the keys, with a line for each loop.
+    fn charts(&self, run: &str) -> Vec<Chart> {
+        let [losses, exits, agreement] = self.by_key.each_ref().map(|by_loop| lines(by_loop));
+        let chart = |title: String, y, lines| Chart { title, x: "step", y, lines };
+        let charts = [
+            chart(format!("{run}: loss by loop"), "cross-entropy (nats)", losses),
+            chart("exit distribution".into(), "share of the exits", exits),
+            chart("agreement with the last loop".into(), "share of tokens", agreement),
+        ];
+        charts.into_iter().filter(|chart| !chart.lines.is_empty()).collect()
+    }
+}
+
+fn lines(by_loop: &[Vec<(f64, f64)>]) -> Vec<Line> {
+    let line = |(t, points): (usize, &Vec<(f64, f64)>)| Line {
+        name: format!("loop {}", t + 1),
+        points: thinned(points),
     };
-    (0..loops).map(line).collect()
+    by_loop.iter().enumerate().map(line).collect()
 }
 
 /// As many points at most, each the mean of its neighbours.
@@ -77,12 +109,19 @@ mod tests {
         let mut steps: Vec<Value> = (1..=600).map(step).collect();
         // A step that was skipped has no numbers.
         steps[5]["loss_per_loop"] = json!([]);
-        let found = charts("r", &steps);
+        // In pieces, as the log is read.
+        let mut curves = Curves::default();
+        steps.chunks(7).for_each(|steps| curves.add(steps));
+        let found = curves.charts("r");
         let [loss, exits] = &found[..] else { panic!("no log of agreement, no chart of it") };
         let lasts: Vec<_> = loss.lines.iter().map(|line| line.points.last().copied()).collect();
         assert_eq!(lasts, [Some((600.0, 600.0)), Some((600.0, 600.0)), Some((400.0, 400.0))]);
         assert!(loss.lines.iter().all(|line| line.points.len() <= POINTS));
         assert!(loss.lines[0].points.iter().all(|(x, y)| x == y));
         assert_eq!(exits.lines.len(), 1);
+
+        assert_eq!(curves.steps, 600);
+        let kept: Vec<usize> = curves.by_key.iter().flatten().map(Vec::len).collect();
+        assert_eq!(kept, [599, 599, 399, 600], "nothing but what is drawn");
     }
 }

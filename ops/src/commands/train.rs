@@ -17,6 +17,7 @@ use super::generate;
 use crate::cli::{FleetArgs, Train};
 use crate::launcher::Fleet;
 use crate::limits::allow_all_descriptors;
+use crate::progress::print_line;
 use crate::security::{Doors, READS, Usage, observe_expiry};
 use crate::telemetry::Telemetry;
 use crate::{plan, signals};
@@ -81,6 +82,8 @@ pub(super) async fn on_this_machine(
         Started::Finished(outcome) => return Ok(outcome),
         Started::Running(running) => running,
     };
+    let address = running.address;
+    print_line(&format!("orders (save, pause, drain, stop) go to --coordinator http://{address}"));
     let threads = args.threads.unwrap_or_else(all_threads);
     let fleet = Fleet::new(running.address, &run.spec, threads, args.memory);
     with_workers(running, Fleet { device: args.device, ..fleet }, run).await
@@ -90,7 +93,7 @@ fn print_plan(args: &Train) -> Result<()> {
     let spec = Spec::load(&args.spec.spec, &args.spec.overrides)?;
     let plan = plan::plan(&spec, &args.plan, args.fleet.threads.unwrap_or_else(all_threads))?;
     if args.json {
-        println!("{plan}");
+        outln!("{plan}");
     } else {
         plan::print(&plan);
     }

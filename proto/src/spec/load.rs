@@ -63,11 +63,16 @@ impl Spec {
         Ok(spec)
     }
 
-    /// Another run out of this one, in the store `url`, after `change`.
+    /// Another run out of this one, in the store `url`, after `change` and with overrides.
     ///
     /// # Errors
     /// As [`Spec::load`].
-    pub fn derive(&self, url: &str, change: impl FnOnce(&mut Self)) -> Result<Self, SpecError> {
+    pub fn derive(
+        &self,
+        url: &str,
+        overrides: &[String],
+        change: impl FnOnce(&mut Self),
+    ) -> Result<Self, SpecError> {
         let origin = format!("out of run `{}`", self.run.name);
         let mut spec = self.clone();
         change(&mut spec);
@@ -76,7 +81,7 @@ impl Spec {
             key: "run.store".into(),
             message: format!("`{url}`: {error}"),
         })?;
-        Self::parse(&origin, &spec.to_toml(), &[])
+        Self::parse(&origin, &spec.to_toml(), overrides)
     }
 
     /// As [`Spec::load`], from text; `origin` names it in errors.
@@ -184,7 +189,10 @@ fn replace(place: &mut toml::Value, path: &[&str], value: toml::Value) -> Result
             table.insert((*part).to_owned(), value);
             return Ok(());
         }
-        toml::Value::Table(table) => table.get_mut(*part),
+        // One that may not be there is read as a table, or refused as a key that there is not.
+        toml::Value::Table(table) => {
+            Some(table.entry(*part).or_insert_with(|| toml::Value::Table(toml::Table::new())))
+        }
         toml::Value::Array(items) => {
             part.parse::<usize>().ok().and_then(|index| items.get_mut(index))
         }

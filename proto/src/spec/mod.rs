@@ -18,7 +18,10 @@ mod validate;
 
 #[cfg(test)]
 use schemars::JsonSchema;
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 pub use cost::operations_per_token;
 pub use load::SpecError;
@@ -45,6 +48,9 @@ pub struct Spec {
     /// The weights that the first step begins from; random ones without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initial: Option<Initial>,
+    /// The checkpoint of another run that this one goes on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<Branch>,
     /// AdamW and gradient clipping.
     #[serde(default)]
     pub optimizer: Optimizer,
@@ -225,7 +231,7 @@ pub struct Model {
     #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
     pub hidden_size: usize,
     /// Layers of the shared stack, L; each loop applies all of them.
-    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_DIMENSION)))]
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_LAYERS)))]
     pub num_hidden_layers: usize,
     /// Attention heads; the head dimension is `hidden_size / num_attention_heads`, a whole and even
     /// number.
@@ -259,6 +265,34 @@ pub struct Initial {
     /// Digest of the weights, which the two commands print.
     #[cfg_attr(test, schemars(with = "String", regex(pattern = "^blake3:[0-9a-fA-F]{64}$")))]
     pub weights: Digest,
+}
+
+/// A step of another run in the same store, from whose weights and moments this run goes on with the step
+/// after it, by its own spec: the stages count from step 1, and those up to the branch are what they would have
+/// been. The checkpoint is copied when the run begins, and may go afterwards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Branch {
+    /// The other run.
+    #[cfg_attr(test, schemars(regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")))]
+    pub run: String,
+    /// A step that it has a checkpoint of, below the last step of this run.
+    #[cfg_attr(test, schemars(range(min = 1)))]
+    pub step: u64,
+    /// Digest of the weights after that step, as `looptrain checkpoint list` shows it.
+    #[cfg_attr(test, schemars(with = "String", regex(pattern = "^blake3:[0-9a-fA-F]{64}$")))]
+    pub weights: Digest,
+    /// Sequences of the step's stage that the other run had read by then, where by this spec they would be
+    /// others: it passed over some itself, or had another batch. `looptrain branch` writes it where it is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(range(max = validate::MAX_COUNT)))]
+    pub sequences: Option<u64>,
+    /// Steps whose data is passed over: the first step after the branch reads what the step so many later
+    /// would have read, and the others of that stage follow.
+    #[serde(default)]
+    #[cfg_attr(test, schemars(range(max = validate::MAX_COUNT)))]
+    pub skip_steps: u64,
 }
 
 fn default_rms_norm_eps() -> f64 {
@@ -309,6 +343,49 @@ pub struct Optimizer {
     /// What happens to a step with a loss or gradient that is not finite or leaves the fixed-point
     /// range.
     pub non_finite: NonFinite,
+    /// What happens to a step whose loss or gradient norm is far above that of the steps before; without it
+    /// nobody looks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spikes: Option<Spikes>,
+}
+
+/// A guard against steps whose loss or gradient norm is a number, but far above those before in its stage:
+/// more than `deviations` standard deviations above the running mean. What is above counts as no more than
+/// that in mean and deviation, so that one spike does not hide the next, and a level that has changed is
+/// followed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct Spikes {
+    /// What happens to such a step.
+    pub action: OnSpike,
+    /// Standard deviations above the mean from which on a step is one; each counts as at least a thousandth
+    /// of the mean.
+    #[cfg_attr(test, schemars(extend("exclusiveMinimum" = 0.0)))]
+    pub deviations: f64,
+    /// Steps that mean and deviation reach back, with weights that fade. Half as many of the stage have to be
+    /// there before any step is judged.
+    #[cfg_attr(test, schemars(range(min = 2, max = validate::MAX_WINDOW)))]
+    pub window: u64,
+}
+
+/// What happens to a step that is a spike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum OnSpike {
+    /// The step is committed without an update: its data is consumed, weights and moments stay; the
+    /// step log says so. Ten steps in a row without an update end the run.
+    Skip,
+    /// The run ends before the step, with a checkpoint and a message that names the slots at fault. Under the
+    /// same spec it would end there again: a branch goes on in another way.
+    Stop,
+}
+
+impl Default for Spikes {
+    fn default() -> Self {
+        Self { action: OnSpike::Skip, deviations: 6.0, window: 128 }
+    }
 }
 
 /// What happens to a step whose loss or gradient is no usable number.
@@ -332,6 +409,7 @@ impl Default for Optimizer {
             weight_decay: 0.1,
             clip_norm: 1.0,
             non_finite: NonFinite::Stop,
+            spikes: None,
         }
     }
 }
@@ -466,7 +544,7 @@ pub struct Stage {
     #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_COUNT)))]
     pub slot_sequences: usize,
     /// Times the stack is applied, R. An exit gate to train needs two or more.
-    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_COUNT)))]
+    #[cfg_attr(test, schemars(range(min = 1, max = validate::MAX_LOOPS)))]
     pub loops: usize,
     /// Weight of the exit distribution's entropy in the loss, beta.
     #[cfg_attr(test, schemars(range(min = 0.0)))]
@@ -704,7 +782,82 @@ impl Spec {
         if let Some(initial) = &self.initial {
             text.push_str(&initial.weights.to_string());
         }
+        if let Some(Branch { step, weights, sequences, skip_steps, .. }) = &self.branch {
+            text.push_str(&format!("{step} {weights} {sequences:?} {skip_steps}"));
+        }
         Digest::of(text.as_bytes())
+    }
+
+    /// What decides the weights and is not the same in `now`, each as `key was this and is that`.
+    ///
+    /// # Panics
+    /// Never: every field has a JSON form.
+    #[must_use]
+    pub fn differences(&self, now: &Self) -> Vec<String> {
+        let (before, after) = (self.deciding(), now.deciding());
+        let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+        let differing = keys.into_iter().filter(|key| before.get(*key) != after.get(*key));
+        let shown = |value: Option<&serde_json::Value>| {
+            value.map_or_else(|| "not there".to_owned(), ToString::to_string)
+        };
+        let told = differing.map(|key| {
+            format!("{key} was {} and is {}", shown(before.get(key)), shown(after.get(key)))
+        });
+        told.collect()
+    }
+
+    /// The values that decide the weights, by their dotted keys.
+    fn deciding(&self) -> BTreeMap<String, serde_json::Value> {
+        fn flatten(
+            key: String,
+            value: serde_json::Value,
+            flat: &mut BTreeMap<String, serde_json::Value>,
+        ) {
+            use serde_json::Value;
+            let below = |name: &str| match key.is_empty() {
+                true => name.to_owned(),
+                false => format!("{key}.{name}"),
+            };
+            match value {
+                Value::Object(table) => {
+                    for (name, value) in table {
+                        flatten(below(&name), value, flat);
+                    }
+                }
+                Value::Array(items) => {
+                    for (index, value) in items.into_iter().enumerate() {
+                        flatten(below(&index.to_string()), value, flat);
+                    }
+                }
+                Value::Null => {}
+                value => drop(flat.insert(key, value)),
+            }
+        }
+        let names: Vec<_> = self.datasets.iter().map(|it| json!({ "name": it.name })).collect();
+        let branch = self.branch.as_ref();
+        let all = json!({
+            "run": { "seed": self.run.seed },
+            "model": self.model,
+            "initial": self.initial.as_ref().map(|initial| json!({ "weights": initial.weights })),
+            "branch": branch.map(|Branch { step, weights, sequences, skip_steps, .. }| {
+                json!({
+                    "step": step,
+                    "weights": weights,
+                    "sequences": sequences,
+                    "skip_steps": skip_steps,
+                })
+            }),
+            "optimizer": self.optimizer,
+            "datasets": names,
+            "stages": self.stages,
+            "cluster": {
+                "reduction": self.cluster.reduction,
+                "fraction_bits": self.cluster.fraction_bits,
+            },
+        });
+        let mut flat = BTreeMap::new();
+        flatten(String::new(), all, &mut flat);
+        flat
     }
 
     /// The mixture of a stage with the default filled in: (index into `datasets`, weight).

@@ -42,7 +42,9 @@ fn sections() -> Vec<Section> {
         section::<Compute>("[compute]", "compute"),
         section::<Model>("[model]", "model"),
         section::<Initial>("[initial]", "initial"),
+        section::<Branch>("[branch]", "branch"),
         section::<Optimizer>("[optimizer]", "optimizer"),
+        section::<Spikes>("[optimizer.spikes]", "optimizer.spikes"),
         section::<Dataset>("[[datasets]]", "datasets.0"),
         section::<Source>("[datasets.source]", "datasets.0.source"),
         section::<Stage>("[[stages]]", "stages.0"),
@@ -56,7 +58,7 @@ fn sections() -> Vec<Section> {
     ]
 }
 
-/// A spec with every table and only such keys as must be there.
+/// A spec with every table but `[branch]` and only such keys as must be there.
 const SMALL: &str = r#"
     [run]
     name = "small"
@@ -70,6 +72,7 @@ const SMALL: &str = r#"
     [initial]
     model = "other"
     weights = "blake3:0000000000000000000000000000000000000000000000000000000000000000"
+    [optimizer.spikes]
     [[datasets]]
     name = "text"
     [datasets.source]
@@ -85,6 +88,23 @@ const SMALL: &str = r#"
     learning_rate = { peak = 1e-2 }
     mixture = [{ dataset = "text", weight = 1 }]
 "#;
+
+/// In place of `[initial]`, which does not go with it.
+const BRANCH: &str = r#"
+    [branch]
+    run = "other"
+    step = 2
+    weights = "blake3:0000000000000000000000000000000000000000000000000000000000000000"
+"#;
+
+/// [`SMALL`] with the table of a key.
+fn small(path: &str) -> String {
+    if !path.starts_with("branch.") {
+        return SMALL.to_owned();
+    }
+    let initial = SMALL.find("    [initial]").unwrap()..SMALL.find("    [optimizer").unwrap();
+    SMALL.replace(&SMALL[initial], BRANCH)
+}
 
 /// What serde calls a struct, and its fields in their order, which a schema does not keep.
 fn fields<T: for<'de> Deserialize<'de>>() -> (&'static str, &'static [&'static str]) {
@@ -308,17 +328,17 @@ looptrain train examples/tiny.toml --set stages.0.learning_rate.peak=1e-3 --set 
 ```
 
 VALUE is read as TOML would read it; what is no TOML value is a text and needs no quotes
-(`--set run.store=s3://lab/tiny`). Keys that the file does not have can be given too. Where `[initial]`,
-`[datasets.source]` or `[stages.ramp]` is missing as a whole, it is given as a whole:
-`--set 'stages.0.ramp={slots=2,steps=100}'`. With `stages.N.steps` given, the file's `tokens` no longer count,
+(`--set run.store=s3://lab/tiny`). Keys and tables that the file does not have can be given too; what such a table must have,
+as `[stages.ramp]` must have both of its keys, is given with it: `--set 'stages.0.ramp={slots=2,steps=100}'`. With `stages.N.steps` given, the file's `tokens` no longer count,
 and the other way round.
 
 ## What may change between two starts
 
 A run may be stopped and gone on with under a changed spec, but what decides its weights stays as it
-was at the first start: `run.seed`, `[model]`, `initial.weights`, `[optimizer]`, the names of `[[datasets]]`
-and their contents, `[[stages]]`, `cluster.reduction` and `cluster.fraction_bits`. A start with others is refused.
-`--fresh` begins anew, another `run.name` is another run. Everything else may change: workers, intervals,
+was at the first start: `run.seed`, `[model]`, `initial.weights`, `[branch]`, `[optimizer]`, the names of
+`[[datasets]]` and their contents, `[[stages]]`, `cluster.reduction` and `cluster.fraction_bits`. A start with others
+is refused. `--fresh` begins anew, another `run.name` is another run; one that goes on from a checkpoint of this one
+by another spec is a branch ([models.md](models.md#branch-off)). Everything else may change: workers, intervals,
 memory, telemetry.
 
 ## In an editor
@@ -380,7 +400,7 @@ fn every_table_is_on_the_page_with_every_key() {
 fn with(path: &str, value: &Value) -> Result<Spec, String> {
     let value = toml::Value::try_from(value).unwrap_or_else(|error| panic!("{path}: {error}"));
     let given = [format!("{path}={value}")];
-    Spec::parse("small.toml", SMALL, &given).map_err(|error| error.to_string())
+    Spec::parse("small.toml", &small(path), &given).map_err(|error| error.to_string())
 }
 
 /// All keys with their dotted paths.
@@ -395,12 +415,12 @@ fn each(mut see: impl FnMut(String, &Value)) {
 
 #[test]
 fn defaults_on_the_page_are_those_of_a_spec_that_says_nothing() {
-    let plain = Spec::parse("small.toml", SMALL, &[]).unwrap();
     let mut seen = 0;
     each(|path, property| {
         let Some(value) = property.get("default") else { return };
         // A stage's mixture has a part here, so that there is one to look at.
         if path != "stages.0.mixture" {
+            let plain = Spec::parse("small.toml", &small(&path), &[]).unwrap();
             assert_eq!(with(&path, value).as_ref(), Ok(&plain), "{path}");
             seen += 1;
         }
@@ -411,17 +431,21 @@ fn defaults_on_the_page_are_those_of_a_spec_that_says_nothing() {
 #[test]
 fn keys_and_tables_that_a_file_lacks_can_be_given() {
     let start = SMALL.find("    [initial]").unwrap()..SMALL.find("    [[datasets]]").unwrap();
+    assert!(SMALL[start.clone()].contains("[optimizer.spikes]"));
     let text = SMALL.replace(&SMALL[start], "").replace("ramp = { slots = 2, steps = 2 }", "");
     let parse = |given: &str| Spec::parse("small.toml", &text, &[given.to_owned()]);
     for given in [
         "telemetry.trace_every_steps=7",
         "stages.0.rope_base=5e4",
         "stages.0.ramp={slots=2,steps=100}",
+        "optimizer.spikes.action=stop",
     ] {
         assert_ne!(parse(given).unwrap(), parse("run.seed=0").unwrap(), "{given}");
     }
     let error = parse("stages.0.ramp.slots=2").unwrap_err().to_string();
-    assert!(error.contains("there is no `ramp`"), "{error}");
+    assert!(error.contains("missing field `steps`"), "{error}");
+    let error = parse("stages.0.rampe.slots=2").unwrap_err().to_string();
+    assert!(error.contains("unknown field `rampe`"), "{error}");
 }
 
 #[test]
@@ -503,6 +527,7 @@ fn the_schema_takes_every_example() {
     }
     assert!(seen >= 8, "{seen}");
     assert_eq!(complaint(SMALL), None);
+    assert_eq!(complaint(&small("branch.run")), None);
 }
 
 #[test]

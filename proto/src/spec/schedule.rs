@@ -155,13 +155,40 @@ impl Spec {
                 return Some(StagePosition {
                     stage: index,
                     step_in_stage: before,
-                    first_sequence: stage.sequences_of(before),
+                    first_sequence: stage
+                        .sequences_of(before)
+                        .saturating_add_signed(self.moved_by_branch(step)),
                     slots: stage.slots_at(before),
                 });
             }
             before -= stage.steps;
         }
         None
+    }
+
+    /// How far a branch has the steps after it stand beyond what the steps of the stage make up to: what its
+    /// run had read by then differs, or some is passed over. Steps up to the branch, and other stages than
+    /// that of the first step after it, stand where they do.
+    fn moved_by_branch(&self, step: Step) -> i64 {
+        let Some(branch) = self.branch.as_ref().filter(|branch| step.0 > branch.step) else {
+            return 0;
+        };
+        let mut begin = 0;
+        for stage in &self.stages {
+            let end = begin + stage.steps;
+            if branch.step < end {
+                if step.0 > end {
+                    return 0;
+                }
+                let before = branch.step - begin;
+                let here = stage.sequences_of(before);
+                let passed = stage.sequences_of(before + branch.skip_steps) - here;
+                let had = branch.sequences.filter(|_| before > 0).unwrap_or(here);
+                return had as i64 - here as i64 + passed as i64;
+            }
+            begin = end;
+        }
+        0
     }
 
     /// The stage whose settings evaluate the weights of committed `step`: the stage of that step,
@@ -203,10 +230,15 @@ impl Spec {
     pub fn cursor_after(&self, step: Step) -> Cursor {
         match self.position(step) {
             None => Cursor::default(),
-            Some(at) => Cursor {
-                stage: at.stage,
-                sequences: self.stages[at.stage].sequences_of(at.step_in_stage + 1),
-            },
+            Some(at) => {
+                let read = self.branch.as_ref().filter(|branch| branch.step == step.0);
+                if let Some(sequences) = read.and_then(|branch| branch.sequences) {
+                    return Cursor { stage: at.stage, sequences };
+                }
+                let stage = &self.stages[at.stage];
+                let sequences = u64::from(at.slots) * stage.slot_sequences as u64;
+                Cursor { stage: at.stage, sequences: at.first_sequence + sequences }
+            }
         }
     }
 

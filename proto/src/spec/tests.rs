@@ -128,6 +128,33 @@ fn what_decides_the_weights_changes_the_trajectory_and_nothing_else_does() {
 }
 
 #[test]
+fn what_decides_the_weights_and_differs_is_named_by_its_key() {
+    let plain = parse(example(), &[]).unwrap();
+    let differences = |given: &[&str]| plain.differences(&parse(example(), given).unwrap());
+    let more = [
+        "stages.0.learning_rate.peak=1e-3",
+        "run.seed=8",
+        "optimizer.spikes.action=stop",
+        "cluster.workers=9",
+        "checkpoint.every_steps=3",
+    ];
+    let told = [
+        "optimizer.spikes.action was not there and is \"stop\"",
+        "optimizer.spikes.deviations was not there and is 6.0",
+        "optimizer.spikes.window was not there and is 128",
+        "run.seed was 7 and is 8",
+        "stages.0.learning_rate.peak was 0.002 and is 0.001",
+    ];
+    assert_eq!(differences(&more), told);
+    assert!(differences(&["cluster.streams=4", "run.name=b"]).is_empty());
+    // There is one for every spec of another digest.
+    for given in ["model.num_hidden_layers=4", "stages.0.slots=5", "cluster.reduction=fast"] {
+        assert_eq!(differences(&[given]).len(), 1, "{given}");
+    }
+    assert_eq!(plain.differences(&branched(5, 3, &[]).unwrap()).len(), 3);
+}
+
+#[test]
 fn steps_know_their_stage_and_the_cursor_counts_its_sequences() {
     let mut spec = parse(example(), &["stages.0.steps=600"]).unwrap();
     let mut second = spec.stages[0].clone();
@@ -210,6 +237,115 @@ fn a_stage_may_say_its_tokens_and_grow_its_batch() {
     {
         let error = given(&[&format!("stages.0.ramp={ramp}"), &tokens(9)]).unwrap_err();
         assert!(error.contains(said), "{error}");
+    }
+}
+
+/// The example with a branch at `step` of another run that passes over `skip_steps` steps.
+fn branched(step: u64, skip_steps: u64, more: &[&str]) -> Result<Spec, String> {
+    let weights = "0".repeat(64);
+    let branch = format!(
+        "branch={{ run = \"other\", step = {step}, weights = \"blake3:{weights}\", skip_steps = {skip_steps} }}"
+    );
+    parse(example(), &[&[branch.as_str()], more].concat())
+}
+
+#[test]
+fn a_branch_reads_on_where_its_run_stood_or_some_steps_later() {
+    let plain = parse(example(), &[]).unwrap();
+    let (on, past) = (branched(100, 0, &[]).unwrap(), branched(100, 7, &[]).unwrap());
+    for step in (1..=600).map(Step) {
+        assert_eq!(on.position(step), plain.position(step));
+        assert_eq!(on.cursor_after(step), plain.cursor_after(step));
+        let skipped = if step > Step(100) { 7 * 8 } else { 0 };
+        let (found, before) = (past.position(step).unwrap(), plain.position(step).unwrap());
+        assert_eq!(found.first_sequence, before.first_sequence + skipped);
+        assert_eq!((found.step_in_stage, found.slots), (before.step_in_stage, before.slots));
+        let sequences = plain.cursor_after(step).sequences + skipped;
+        assert_eq!(past.cursor_after(step).sequences, sequences);
+        assert_eq!(past.tokens_after(step), plain.tokens_after(step));
+        assert_eq!(past.learning_rate(step), plain.learning_rate(step));
+    }
+    let digests = [&plain, &on, &past].map(Spec::trajectory_digest);
+    assert!(digests[0] != digests[1] && digests[1] != digests[2] && digests[0] != digests[2]);
+}
+
+#[test]
+fn a_branch_passes_over_data_of_one_stage_alone_also_while_its_batch_grows() {
+    let more = ["stages.0.steps=600", "stages.0.ramp={slots=2,steps=20}"];
+    let mut spec = branched(599, 3, &more).unwrap();
+    spec.stages.push(spec.stages[0].clone());
+    // The first step after the branch is the first one of the next stage, in the middle of its ramp.
+    spec.branch.as_mut().unwrap().step = 600;
+    let spec = Spec::parse("two", &spec.to_toml(), &[]).unwrap();
+    let last = spec.stages[0].sequences_of(599);
+    assert_eq!(spec.position(Step(600)).unwrap().first_sequence, last);
+    let mut next = spec.stages[1].sequences_of(3);
+    for step in (601..=1200).map(Step) {
+        let at = spec.position(step).unwrap();
+        assert_eq!((at.stage, at.first_sequence), (1, next), "{step}");
+        next += u64::from(at.slots) * spec.stages[1].slot_sequences as u64;
+        assert_eq!(spec.cursor_after(step).sequences, next);
+    }
+}
+
+#[test]
+fn a_branch_goes_on_from_what_its_run_had_read_whatever_its_own_steps_make_up_to() {
+    // One that passed over 50 steps, and one off that, later.
+    let first = branched(100, 50, &[]).unwrap();
+    let read = first.cursor_after(Step(200));
+    assert_eq!(read.sequences, 250 * 8);
+    let given = format!("branch.sequences={}", read.sequences);
+    let second = branched(200, 0, &[&given]).unwrap();
+    assert_eq!(second.cursor_after(Step(200)), read);
+    for step in (201..=600).map(Step) {
+        assert_eq!(second.position(step), first.position(step), "{step}");
+        assert_eq!(second.cursor_after(step), first.cursor_after(step));
+    }
+    // With another batch, and past some more.
+    let wider = branched(200, 3, &[&given, "stages.0.slots=8"]).unwrap();
+    for step in 201..=600 {
+        let at = wider.position(Step(step)).unwrap();
+        assert_eq!(at.first_sequence, 250 * 8 + (step - 201 + 3) * 16, "{step}");
+    }
+    assert_eq!(Spec::parse("welcome", &second.to_toml(), &[]).unwrap(), second);
+    assert_ne!(second.trajectory_digest(), branched(200, 0, &[]).unwrap().trajectory_digest());
+}
+
+#[test]
+fn a_branch_that_cannot_be_is_refused_by_its_key() {
+    for (step, skip, more, words) in [
+        (0, 0, "run.seed=7", "branch.step: must be between 1"),
+        (600, 0, "run.seed=7", "branch.step: must be between 1 and the step before the last"),
+        (5, 1 << 41, "run.seed=7", "branch.skip_steps: must be"),
+        (5, 1 << 40, "stages.0.slots=9000", "stages: all together have"),
+        (5, 0, "branch.sequences=2000000000000", "branch.sequences: must be"),
+        (5, 0, "run.name=other", "branch.run: a run is no branch of itself"),
+        (5, 0, "branch.run=../up", "branch.run: `../up` is no name"),
+        (5, 0, "initial.model=m", "missing field `weights`"),
+    ] {
+        let error = branched(step, skip, &[more]).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    let zeros = "0".repeat(64);
+    let initial = format!("initial={{ model = \"m\", weights = \"blake3:{zeros}\" }}");
+    let error = branched(5, 0, &[&initial]).unwrap_err();
+    assert!(error.contains("branch: there is [initial] as well"), "{error}");
+}
+
+#[test]
+fn a_guard_against_spikes_decides_the_weights_and_may_be_left_out() {
+    let digest = |given: &[&str]| parse(example(), given).unwrap().trajectory_digest();
+    let plain = parse(example(), &[]).unwrap();
+    assert!(plain.optimizer.spikes.is_none() && !plain.to_toml().contains("spikes"));
+    assert_ne!(digest(&["optimizer.spikes={}"]), digest(&[]));
+    assert_ne!(digest(&["optimizer.spikes={}"]), digest(&["optimizer.spikes.deviations=5"]));
+    for (given, words) in [
+        ("optimizer.spikes.deviations=0", "optimizer.spikes.deviations: must be above 0"),
+        ("optimizer.spikes.window=1", "optimizer.spikes.window: must be between 2"),
+        ("optimizer.spikes.action=go", "unknown variant `go`"),
+    ] {
+        let error = parse(example(), &[given]).unwrap_err();
+        assert!(error.contains(words), "{error}");
     }
 }
 

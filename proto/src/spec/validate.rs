@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{Dataset, Model, Objective, Source, Spec, Stage};
+use super::{Branch, Dataset, Model, Objective, Source, Spec, Stage};
 use crate::MAX_SLOTS;
 
 type Complaint = (String, String);
@@ -14,6 +14,10 @@ pub(super) const MAX_SHARD_TOKENS: u64 = 1 << 25;
 pub(super) const MAX_COUNT: u64 = 1 << 40;
 /// No dimension of a model is above this, so that products of two of them fit 64 bits.
 pub(super) const MAX_DIMENSION: usize = 1 << 24;
+/// Layers of a stack at most: far above any use, and few enough to be listed.
+pub(super) const MAX_LAYERS: usize = 4096;
+/// Loops at most, for the same reason.
+pub(super) const MAX_LOOPS: u64 = 1024;
 /// Tokens per step at most: far above any use, far below what wraps.
 const MAX_STEP_TOKENS: u64 = 1 << 40;
 /// Tokens of a stage at most, and of all of them: their count, and that of the sequences, fits 64 bits.
@@ -28,6 +32,8 @@ pub(super) const MAX_TIMEOUT: f64 = 86_400.0;
 pub(super) const MAX_MEMORY_GIB: f64 = 1e6;
 /// No batch grows for longer.
 pub(super) const MAX_RAMP: u64 = 1 << 20;
+/// Nobody's memory for spikes reaches further back.
+pub(super) const MAX_WINDOW: u64 = 1 << 20;
 /// Sum of a mixture's weights up to which its shares are exact.
 pub(super) const MAX_WEIGHTS: u64 = 1 << 20;
 
@@ -50,6 +56,9 @@ pub(super) fn validate(spec: &Spec) -> Result<(), Complaint> {
             "`{name}` is no name; use letters, digits, `.`, `_` and `-`, not starting with `.`"
         );
     }
+    if let Some(of) = &spec.branch {
+        branch(spec, of)?;
+    }
     optimizer(spec)?;
     datasets(&spec.datasets, &spec.model)?;
     require!(!spec.stages.is_empty(), "stages", "a run needs at least one [[stages]]");
@@ -59,9 +68,10 @@ pub(super) fn validate(spec: &Spec) -> Result<(), Complaint> {
     require!(spec.checkpoint.every_steps > 0, "checkpoint.every_steps", "must be at least 1");
     require!(spec.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1");
     require!(spec.evaluation.sequences > 0, "evaluation.sequences", "must be at least 1");
+    let passed_over = spec.branch.as_ref().map_or(0, |branch| branch.skip_steps);
     let tokens = spec.stages.iter().map(|stage| {
         let step = u128::from(stage.slots) * (stage.slot_sequences * stage.sequence_length) as u128;
-        step * u128::from(stage.steps)
+        step * (u128::from(stage.steps) + u128::from(passed_over))
     });
     let tokens: u128 = tokens.sum();
     require!(
@@ -159,17 +169,17 @@ fn run(spec: &Spec) -> Result<(), Complaint> {
 }
 
 fn model(model: &Model) -> Result<(), Complaint> {
-    for (key, value) in [
-        ("hidden_size", model.hidden_size),
-        ("num_hidden_layers", model.num_hidden_layers),
-        ("num_attention_heads", model.num_attention_heads),
-        ("intermediate_size", model.intermediate_size),
-        ("vocab_size", model.vocab_size),
+    for (key, value, most) in [
+        ("hidden_size", model.hidden_size, MAX_DIMENSION),
+        ("num_hidden_layers", model.num_hidden_layers, MAX_LAYERS),
+        ("num_attention_heads", model.num_attention_heads, MAX_DIMENSION),
+        ("intermediate_size", model.intermediate_size, MAX_DIMENSION),
+        ("vocab_size", model.vocab_size, MAX_DIMENSION),
     ] {
         require!(
-            (1..=MAX_DIMENSION).contains(&value),
+            (1..=most).contains(&value),
             format!("model.{key}"),
-            "must be between 1 and {MAX_DIMENSION}, not {value}"
+            "must be between 1 and {most}, not {value}"
         );
     }
     let (hidden, heads) = (model.hidden_size, model.num_attention_heads);
@@ -195,6 +205,43 @@ fn model(model: &Model) -> Result<(), Complaint> {
     Ok(())
 }
 
+fn branch(spec: &Spec, branch: &Branch) -> Result<(), Complaint> {
+    let Branch { run: name, step, sequences, skip_steps, .. } = branch;
+    require!(
+        is_name(name),
+        "branch.run",
+        "`{name}` is no name; use letters, digits, `.`, `_` and `-`, not starting with `.`"
+    );
+    require!(
+        *name != spec.run.name,
+        "branch.run",
+        "a run is no branch of itself; give this one another run.name"
+    );
+    require!(
+        spec.initial.is_none(),
+        "branch",
+        "there is [initial] as well; leave it out, for a branch has the weights of its checkpoint"
+    );
+    let total = spec.stages.iter().fold(0_u64, |sum, stage| sum.saturating_add(stage.steps));
+    require!(
+        (1..total).contains(step),
+        "branch.step",
+        "must be between 1 and the step before the last of the stages, {total}, not {step}"
+    );
+    require!(
+        *skip_steps <= MAX_COUNT,
+        "branch.skip_steps",
+        "must be {MAX_COUNT} at most, not {skip_steps}"
+    );
+    let sequences = sequences.unwrap_or(0);
+    require!(
+        sequences <= MAX_COUNT,
+        "branch.sequences",
+        "must be {MAX_COUNT} at most, not {sequences}"
+    );
+    Ok(())
+}
+
 fn optimizer(spec: &Spec) -> Result<(), Complaint> {
     let optimizer = &spec.optimizer;
     for (key, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
@@ -214,6 +261,19 @@ fn optimizer(spec: &Spec) -> Result<(), Complaint> {
             format!("optimizer.{key}"),
             "must be {} 0, not {value}",
             if least > 0.0 { "above" } else { "at least" }
+        );
+    }
+    if let Some(spikes) = &optimizer.spikes {
+        let (deviations, window) = (spikes.deviations, spikes.window);
+        require!(
+            deviations.is_finite() && deviations > 0.0,
+            "optimizer.spikes.deviations",
+            "must be above 0, not {deviations}"
+        );
+        require!(
+            (2..=MAX_WINDOW).contains(&window),
+            "optimizer.spikes.window",
+            "must be between 2 and {MAX_WINDOW}, not {window}"
         );
     }
     Ok(())
@@ -303,17 +363,17 @@ impl Source {
 
 fn stage(spec: &Spec, index: usize, stage: &Stage) -> Result<(), Complaint> {
     let key = |name: &str| format!("stages.{index}.{name}");
-    for (name, value) in [
-        ("steps", stage.steps),
-        ("sequence_length", stage.sequence_length as u64),
-        ("slots", u64::from(stage.slots)),
-        ("slot_sequences", stage.slot_sequences as u64),
-        ("loops", stage.loops as u64),
+    for (name, value, most) in [
+        ("steps", stage.steps, MAX_COUNT),
+        ("sequence_length", stage.sequence_length as u64, MAX_COUNT),
+        ("slots", u64::from(stage.slots), MAX_COUNT),
+        ("slot_sequences", stage.slot_sequences as u64, MAX_COUNT),
+        ("loops", stage.loops as u64, MAX_LOOPS),
     ] {
         require!(
-            (1..=MAX_COUNT).contains(&value),
+            (1..=most).contains(&value),
             key(name),
-            "must be between 1 and {MAX_COUNT}, not {value}"
+            "must be between 1 and {most}, not {value}"
         );
     }
     let tokens = u128::from(stage.slots)

@@ -21,7 +21,7 @@ pub struct AuditSummary {
     pub read: u64,
 }
 
-/// Compares what a run has used, from its first step on, with the order that its spec draws; with
+/// Compares what a run has used, from its own first step on, with the order that its spec draws; with
 /// `read`, also the tokens with those of the datasets, which are those of the spec.
 ///
 /// # Errors
@@ -35,7 +35,8 @@ pub async fn check_audit(
     let stages = 0..spec.stages.len();
     let orders: Vec<Order> = stages.map(|stage| Order::of_stage(spec, stage, datasets)).collect();
     let mut summary = AuditSummary::default();
-    for (expected, used) in (1..).zip(steps) {
+    let before = spec.branch.as_ref().map_or(0, |branch| branch.step);
+    for (expected, used) in (before + 1..).zip(steps) {
         let wrong = |reason: String| Error::OutOfOrder { step: used.step, reason };
         if used.step.0 != expected {
             return Err(wrong(format!("it stands where step {expected} is expected")));

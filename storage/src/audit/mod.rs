@@ -109,13 +109,13 @@ pub async fn write_audit(
     store.put(&key, lines).await
 }
 
-/// What the committed steps of a run were computed from, in their order, as far as the metrics log
-/// goes.
+/// What the committed steps of a run after step `after` were computed from, in their order, as far as the
+/// metrics log goes.
 ///
 /// # Errors
 /// When the store fails, or the lines of a committed step are not there, not readable, or not those
 /// of every slot once.
-pub async fn read_audit(store: &Store, run: &str) -> Result<Vec<StepUse>> {
+pub async fn read_audit(store: &Store, run: &str, after: Step) -> Result<Vec<StepUse>> {
     let mut attempts: BTreeMap<(Step, Generation), Vec<Attempt>> = BTreeMap::new();
     for object in store.list(&prefix(run)).await? {
         if let Some(attempt) = Attempt::of_key(run, &object.key) {
@@ -131,6 +131,9 @@ pub async fn read_audit(store: &Store, run: &str) -> Result<Vec<StepUse>> {
             continue;
         };
         let (step, generation) = (Step(step), Generation(generation));
+        if step <= after {
+            continue;
+        }
         let tried = attempts.remove(&(step, generation)).unwrap_or_default();
         let ranks = complete(&tried, world).ok_or_else(|| Error::Malformed {
             place: store.place(&prefix(run)),
@@ -230,21 +233,23 @@ mod tests {
         write(&store, attempt(2, 2, 3, 0), &[slot(0, 13), slot(1, 14)]).await;
         // Not committed.
         write(&store, attempt(3, 2, 3, 0), &[slot(0, 15)]).await;
-        let steps = read_audit(&store, "r").await.unwrap();
+        let steps = read_audit(&store, "r", Step(0)).await.unwrap();
         let drawn =
             |step: &StepUse| step.slots.iter().map(|slot| slot.sequences[0].1).collect::<Vec<_>>();
         assert_eq!(steps.iter().map(drawn).collect::<Vec<_>>(), [vec![10, 11, 12], vec![13, 14]]);
         assert_eq!((steps[0].world, steps[1].generation), (2, Generation(3)));
+        let later = read_audit(&store, "r", Step(1)).await.unwrap();
+        assert_eq!(later.iter().map(drawn).collect::<Vec<_>>(), [vec![13, 14]]);
     }
 
     #[tokio::test]
     async fn a_committed_step_without_the_lines_of_all_its_ranks_is_named() {
         let store = run(&[(1, 1, 2)]).await;
         write(&store, attempt(1, 1, 1, 0), &[slot(0, 10)]).await;
-        let error = read_audit(&store, "r").await.unwrap_err().to_string();
+        let error = read_audit(&store, "r", Step(0)).await.unwrap_err().to_string();
         assert!(error.contains("all 2 ranks that committed step 1 in generation 1"), "{error}");
         write(&store, attempt(1, 1, 1, 1), &[slot(2, 10)]).await;
-        let error = read_audit(&store, "r").await.unwrap_err().to_string();
+        let error = read_audit(&store, "r", Step(0)).await.unwrap_err().to_string();
         assert!(error.contains("slot 2 instead of 1"), "{error}");
     }
 

@@ -75,15 +75,14 @@ fn values(tensors: &Arc<[Tensor]>, index: usize) -> Bytes {
     little_endian(&tensors[index].data).into_owned().into()
 }
 
-/// The tensors of a part file; those that are not `wanted` by their name come without data.
-pub(super) fn decode(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<Vec<Tensor>, String> {
+/// The tensors of a part file.
+pub(super) fn decode(bytes: &[u8]) -> Result<Vec<Tensor>, String> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
     let read = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| {
         if view.dtype() != Dtype::F32 {
             return Err(format!("tensor `{name}` is {:?}, not F32", view.dtype()));
         }
-        let bytes = if wanted(name) { view.data() } else { &[] };
-        let words = bytes.chunks_exact(4);
+        let words = view.data().chunks_exact(4);
         let data = words.map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]));
         Ok(Tensor { name: name.to_owned(), shape: view.shape().to_vec(), data: data.collect() })
     };
@@ -128,7 +127,7 @@ mod tests {
         let metadata: BTreeMap<String, String> =
             (0..9).map(|i| (format!("key{i}"), format!("{i}"))).collect();
         let bytes = encode(&tensors, &metadata).unwrap();
-        let mut read = decode(&bytes, |_| true).unwrap();
+        let mut read = decode(&bytes).unwrap();
         read.sort_by(|a, b| a.name.cmp(&b.name));
         let bits = |tensor: &Tensor| tensor.data.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         for (read, index) in read.iter().zip([2, 1, 3, 0]) {
@@ -153,20 +152,11 @@ mod tests {
     }
 
     #[test]
-    fn tensors_that_are_not_wanted_come_without_data() {
-        let bytes = encode(&[tensor("a", &[4]), tensor("b", &[4])], &BTreeMap::new()).unwrap();
-        let mut read = decode(&bytes, |name| name == "a").unwrap();
-        read.sort_by(|a, b| a.name.cmp(&b.name));
-        assert_eq!(read[0], tensor("a", &[4]));
-        assert_eq!(read[1], Tensor { data: Vec::new(), ..tensor("b", &[4]) });
-    }
-
-    #[test]
     fn what_is_no_part_is_an_error_and_no_panic() {
         let bytes = encode(&[tensor("w", &[4])], &BTreeMap::new()).unwrap();
         for cut in 0..bytes.len() {
-            assert!(decode(&bytes[..cut], |_| true).is_err(), "cut at {cut}");
+            assert!(decode(&bytes[..cut]).is_err(), "cut at {cut}");
         }
-        assert!(decode(b"no safetensors file", |_| true).is_err());
+        assert!(decode(b"no safetensors file").is_err());
     }
 }

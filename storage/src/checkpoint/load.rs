@@ -5,7 +5,9 @@ use futures::{StreamExt, TryStreamExt};
 use looptrain_proto::{Digest, Step};
 
 use super::digest::is_weight;
-use super::{CheckpointManifest, Checkpoints, PartEntry, Tensor, codec, weights_digest};
+use super::{
+    CheckpointManifest, Checkpoints, PartEntry, StoredTensor, Tensor, codec, weights_digest,
+};
 use crate::{Error, Result, read_record};
 
 /// Parts read at the same time.
@@ -27,7 +29,20 @@ impl Checkpoints {
     /// # Errors
     /// When there is none, or a part is missing or not what was saved; the error names it.
     pub async fn load(&self, step: Step) -> Result<(CheckpointManifest, Vec<Tensor>)> {
-        self.read(step, |_| true).await
+        let manifest = self.manifest(step).await?;
+        let reads: Vec<_> = manifest.parts.iter().map(|part| self.part(step, part)).collect();
+        let parts: Vec<Vec<Tensor>> =
+            futures::stream::iter(reads).buffered(CONCURRENT_PARTS).try_collect().await?;
+        let mut tensors: Vec<Tensor> = parts.into_iter().flatten().collect();
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            return Err(self.twice(step, &pair[0].name));
+        }
+        let hash = move || (weights_digest(tensors.iter().map(Tensor::view)), tensors);
+        let (found, tensors) = self.store.blocking(hash).await?;
+        self.check_weights(&manifest, found)?;
+        self.trust(step);
+        Ok((manifest, tensors))
     }
 
     /// Checks the checkpoint of `step` as a load does, keeping nothing of it: however large it is, it takes
@@ -39,9 +54,6 @@ impl Checkpoints {
         let manifest = self.manifest(step).await?;
         self.hash_parts(&manifest).await?;
         let tensors = self.stored_tensors(&manifest).await?;
-        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(self.twice(step, &pair[0].name));
-        }
         let weights: Vec<_> = tensors.into_iter().filter(|it| is_weight(&it.name)).collect();
         self.read_weights(&manifest, &weights, |_, _| Ok::<_, Error>(())).await?;
         self.trust(step);
@@ -63,39 +75,34 @@ impl Checkpoints {
         futures::stream::iter(checks).buffered(CONCURRENT_PARTS).try_collect().await
     }
 
-    fn twice(&self, step: Step, tensor: &str) -> Error {
+    pub(super) fn twice(&self, step: Step, tensor: &str) -> Error {
         let place = self.store.place(&self.manifest_key(step));
         Error::Malformed { place, reason: format!("tensor `{tensor}` is in two parts") }
     }
 
-    /// As [`Checkpoints::load`], the moments without data.
+    /// The weights of the checkpoint of `step`, sorted by name. Of its parts the headers and the weights are
+    /// read, a few megabytes at a time, and the weights are what was saved; of the moments nothing is known.
     ///
     /// # Errors
-    /// As [`Checkpoints::load`].
+    /// When there is none, a part is missing or has another size, or the weights are not what was saved.
     pub async fn weights(&self, step: Step) -> Result<(CheckpointManifest, Vec<Tensor>)> {
-        self.read(step, is_weight).await
-    }
-
-    /// The checked state; tensors that are not `wanted`, moments only, come without data.
-    async fn read(
-        &self,
-        step: Step,
-        wanted: fn(&str) -> bool,
-    ) -> Result<(CheckpointManifest, Vec<Tensor>)> {
-        let manifest = self.manifest(step).await?;
-        let reads: Vec<_> =
-            manifest.parts.iter().map(|part| self.part(step, part, wanted)).collect();
-        let parts: Vec<Vec<Tensor>> =
-            futures::stream::iter(reads).buffered(CONCURRENT_PARTS).try_collect().await?;
-        let mut tensors: Vec<Tensor> = parts.into_iter().flatten().collect();
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(self.twice(step, &pair[0].name));
-        }
-        let hash = move || (weights_digest(tensors.iter().map(Tensor::view)), tensors);
-        let (found, tensors) = self.store.blocking(hash).await?;
-        self.check_weights(&manifest, found)?;
-        self.trust(step);
+        let (manifest, stored) = self.stored_weights(step).await?;
+        let empty = |weight: &StoredTensor| Tensor {
+            name: weight.name.clone(),
+            shape: weight.shape.clone(),
+            data: Vec::new(),
+        };
+        let mut tensors: Vec<Tensor> = stored.iter().map(empty).collect();
+        let take = |index: usize, bytes: &[u8]| {
+            let Tensor { shape, data, .. } = &mut tensors[index];
+            if data.is_empty() {
+                data.reserve_exact(shape.iter().product());
+            }
+            let words = bytes.chunks_exact(4);
+            data.extend(words.map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])));
+            Ok::<_, Error>(())
+        };
+        self.read_weights(&manifest, &stored, take).await?;
         Ok((manifest, tensors))
     }
 
@@ -113,8 +120,9 @@ impl Checkpoints {
         self.newest(async |step| self.verify(step).await).await
     }
 
-    /// The weights of the newest checkpoint that verifies, as [`Checkpoints::newest_good`] chooses it;
-    /// for readers beside the run: none is removed while it is read.
+    /// The weights of the newest checkpoint of which they are what was saved, chosen as
+    /// [`Checkpoints::newest_good`] does, but whatever its moments are; for readers beside the run: none is
+    /// removed while it is read.
     ///
     /// # Errors
     /// As [`Checkpoints::newest_good`].
@@ -168,12 +176,7 @@ impl Checkpoints {
         }
     }
 
-    async fn part(
-        &self,
-        step: Step,
-        part: &PartEntry,
-        wanted: fn(&str) -> bool,
-    ) -> Result<Vec<Tensor>> {
+    async fn part(&self, step: Step, part: &PartEntry) -> Result<Vec<Tensor>> {
         let place = self.store.place(&self.part_key(step, &part.file));
         let mut bytes = Vec::new();
         // What a manifest says may be anything; by the first chunk the store has said the same.
@@ -186,7 +189,7 @@ impl Checkpoints {
         self.fetch(step, part, take).await?;
         let says = part.tensors;
         let decode = move || {
-            let tensors = codec::decode(&bytes, wanted);
+            let tensors = codec::decode(&bytes);
             let tensors = tensors.and_then(|tensors| match tensors.len() as u64 {
                 has if has == says => Ok(tensors),
                 has => Err(format!("it has {has} tensors, the manifest says {says}")),
@@ -198,17 +201,8 @@ impl Checkpoints {
 
     /// Reads a part in chunks, in order, and checks that it is what the manifest says.
     async fn fetch(&self, step: Step, part: &PartEntry, mut take: impl FnMut(&[u8])) -> Result<()> {
+        self.check_size(step, part).await?;
         let key = self.part_key(step, &part.file);
-        let place = || self.store.place(&key);
-        match self.store.size(&key).await? {
-            None => return Err(Error::NotFound { place: place() }),
-            Some(has) if has != part.bytes => {
-                let says = part.bytes;
-                let reason = format!("it has {has} bytes, the manifest says {says}; {REMEDY}");
-                return Err(Error::Malformed { place: place(), reason });
-            }
-            Some(_) => {}
-        }
         let mut hasher = blake3::Hasher::new();
         let mut chunks = std::pin::pin!(self.store.stream(&key, part.bytes));
         while let Some(chunk) = chunks.try_next().await? {
@@ -219,10 +213,16 @@ impl Checkpoints {
             };
             hasher = self.store.blocking(hash).await?;
         }
-        let (found, expected) = (Digest::from(hasher.finalize()), part.digest);
-        if found != expected {
-            return Err(Error::Corrupt { place: place(), expected, found, remedy: REMEDY.into() });
+        self.check_part(step, part, hasher.finalize().into())
+    }
+
+    /// Whether what was read of a part is what the manifest says.
+    pub(super) fn check_part(&self, step: Step, part: &PartEntry, found: Digest) -> Result<()> {
+        let expected = part.digest;
+        if found == expected {
+            return Ok(());
         }
-        Ok(())
+        let place = self.store.place(&self.part_key(step, &part.file));
+        Err(Error::Corrupt { place, expected, found, remedy: REMEDY.into() })
     }
 }

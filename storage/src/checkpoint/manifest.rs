@@ -1,5 +1,6 @@
 //! The manifest of a checkpoint: where the run stood, and the digest of every part.
 
+use looptrain_proto::v1::Trend;
 use looptrain_proto::{Cursor, Digest, Generation, Step};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,10 @@ pub struct CheckpointManifest {
     pub weights_digest: Digest,
     /// The files, in order.
     pub parts: Vec<PartEntry>,
+    /// Where loss and gradient norm have been, under a spec with a guard against spikes: what the next step
+    /// is judged by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trend: Option<Trend>,
 }
 
 /// One file of a checkpoint.

@@ -16,6 +16,7 @@
 //! Callers: workers save parts and load; the coordinator commits, chooses what to resume from, and
 //! prunes.
 
+mod branch;
 mod codec;
 mod digest;
 #[cfg(feature = "fuzzing")]
@@ -225,14 +226,14 @@ impl Checkpoints {
         futures::stream::iter(checks).buffered(CONCURRENT_CHECKS).try_collect().await
     }
 
-    async fn check_size(&self, step: Step, part: &PartEntry) -> Result<()> {
+    pub(super) async fn check_size(&self, step: Step, part: &PartEntry) -> Result<()> {
         let key = self.part_key(step, &part.file);
         let place = self.store.place(&key);
         match self.store.size(&key).await? {
             None => Err(Error::NotFound { place }),
             Some(has) if has != part.bytes => {
                 let says = part.bytes;
-                let reason = format!("it has {has} bytes, its writer reported {says}");
+                let reason = format!("it has {has} bytes, the manifest says {says}");
                 Err(Error::Malformed { place, reason })
             }
             Some(_) => Ok(()),

@@ -1,4 +1,4 @@
-//! The weights of a checkpoint one after another, for readers that do not want the whole of them
+//! The weights of a checkpoint one after another, for readers that do not want the whole of its parts
 //! in memory.
 
 use std::ops::Range;
@@ -18,7 +18,7 @@ use crate::{Error, Result};
 const PIECE: u64 = 4 << 20;
 
 /// Pieces under way at a time.
-const CONCURRENT_PIECES: usize = 4;
+const CONCURRENT_PIECES: usize = 8;
 
 /// Headers of parts that are read at a time.
 const CONCURRENT_HEADERS: usize = 16;
@@ -44,18 +44,21 @@ impl Checkpoints {
     /// nothing is known of their values: see [`Checkpoints::read_weights`].
     ///
     /// # Errors
-    /// When there is no such checkpoint, or the begin of a part is not what was saved.
+    /// When there is no such checkpoint, or a part is missing, has another size, or begins otherwise than
+    /// what was saved.
     pub async fn stored_weights(
         &self,
         step: Step,
     ) -> Result<(CheckpointManifest, Vec<StoredTensor>)> {
         let manifest = self.manifest(step).await?;
+        // What a manifest says may be anything; of the sizes the store says the same from here on.
+        self.check_parts(&manifest).await?;
         let mut weights = self.stored_tensors(&manifest).await?;
         weights.retain(|tensor| is_weight(&tensor.name));
         Ok((manifest, weights))
     }
 
-    /// All tensors, sorted by name.
+    /// All tensors, sorted by name; none of them is there twice.
     pub(super) async fn stored_tensors(
         &self,
         manifest: &CheckpointManifest,
@@ -65,7 +68,10 @@ impl Checkpoints {
         let reads = futures::stream::iter(reads).buffered(CONCURRENT_HEADERS);
         let mut tensors: Vec<StoredTensor> = reads.try_concat().await?;
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(tensors)
+        match tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            Some(pair) => Err(self.twice(manifest.step, &pair[0].name)),
+            None => Ok(tensors),
+        }
     }
 
     /// Hands out the values of all `weights`, in their order and a few megabytes at a time, as they are
@@ -81,18 +87,27 @@ impl Checkpoints {
         mut take: impl FnMut(usize, &[u8]) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let mut hasher = WeightsHasher::default();
+        let mut ranges = Vec::new();
         for (index, weight) in weights.iter().enumerate() {
-            hasher.begin(&weight.name, &weight.shape);
-            let starts = weight.bytes.clone().step_by(PIECE as usize);
-            let ranges = starts.map(|start| start..weight.bytes.end.min(start + PIECE));
-            let pieces = futures::stream::iter(ranges)
-                .map(|range| self.store.get_range(&weight.key, range))
-                .buffered(CONCURRENT_PIECES);
-            let mut pieces = std::pin::pin!(pieces);
-            while let Some(piece) = pieces.try_next().await? {
-                hasher.update(&piece);
-                take(index, &piece)?;
+            ranges.extend(pieces(weight.bytes.clone()).map(|range| (index, range)));
+        }
+        // Small weights do not wait for each other.
+        let read = futures::stream::iter(ranges)
+            .map(move |(index, range)| async move {
+                let piece = self.store.get_range(&weights[index].key, range).await?;
+                Ok::<_, Error>((index, piece))
+            })
+            .buffered(CONCURRENT_PIECES);
+        let mut read = std::pin::pin!(read);
+        let mut begun = 0;
+        while let Some((index, piece)) = read.try_next().await? {
+            // Each has a piece, and they come in their order.
+            if index == begun {
+                hasher.begin(&weights[index].name, &weights[index].shape);
+                begun += 1;
             }
+            hasher.update(&piece);
+            take(index, &piece)?;
         }
         Ok(self.check_weights(manifest, hasher.finish())?)
     }
@@ -148,5 +163,30 @@ impl Checkpoints {
                 Err(malformed(format!("it has {has} tensors, the manifest says {}", part.tensors)))
             }
         }
+    }
+}
+
+/// A weight's bytes in pieces, of which the last may be shorter; one that is empty for a weight without
+/// values.
+fn pieces(bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let Range { start, end } = bytes;
+    let count = (end - start).div_ceil(PIECE).max(1);
+    (0..count).map(move |piece| {
+        let begin = start + piece * PIECE;
+        begin..end.min(begin + PIECE)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_follow_each_other_and_a_weight_without_values_has_an_empty_one() {
+        let of = |end: u64| pieces(8..end).map(|it| (it.start, it.end)).collect::<Vec<_>>();
+        assert_eq!(of(8), [(8, 8)]);
+        assert_eq!(of(12), [(8, 12)]);
+        assert_eq!(of(8 + PIECE), [(8, 8 + PIECE)]);
+        assert_eq!(of(12 + PIECE), [(8, 8 + PIECE), (8 + PIECE, 12 + PIECE)]);
     }
 }

@@ -51,6 +51,7 @@ async fn saved(
         generation: Generation(1),
         weights_digest: weights_digest(tensors.iter().map(Tensor::view)),
         parts: entries,
+        trend: None,
     }
 }
 
@@ -105,12 +106,11 @@ async fn weights_are_read_one_after_another_and_damage_shows_at_the_end() {
             Ok::<(), Error>(())
         };
         checkpoints.read_weights(&manifest, &stored, &mut take).await.unwrap();
-        let weights = tensors.iter().filter(|it| super::digest::is_weight(&it.name));
-        for ((stored, values), tensor) in stored.iter().zip(&values).zip(weights) {
+        for ((stored, values), tensor) in stored.iter().zip(&values).zip(&tensors) {
             assert_eq!((&stored.name, &stored.shape), (&tensor.name, &tensor.shape));
             assert_eq!(values[..], super::codec::little_endian(&tensor.data)[..]);
         }
-        assert_eq!(stored.len(), 5);
+        assert_eq!((stored.len(), tensors.len()), (5, 5));
 
         // The weights come before the moments in the order of names: this is one of them.
         let key = checkpoints.part_key(Step(10), &manifest.parts[0].file);
@@ -211,6 +211,7 @@ async fn a_tensor_in_two_parts_is_refused() {
     for error in [
         checkpoints.load(Step(10)).await.unwrap_err().to_string(),
         checkpoints.verify(Step(10)).await.unwrap_err().to_string(),
+        checkpoints.weights(Step(10)).await.unwrap_err().to_string(),
     ] {
         assert!(error.contains("is in two parts"), "{error}");
     }
@@ -425,12 +426,35 @@ async fn who_reads_the_newest_weights_lets_them_go_again() {
     for step in [10, 20] {
         committed(&checkpoints, step).await;
     }
-    damage(&store, &part(20, 1)).await;
+    // The last part has moments alone, and the first one weights.
+    damage(&store, &part(20, 2)).await;
+    let ((manifest, tensors), skipped) = checkpoints.newest_weights().await.unwrap().unwrap();
+    assert_eq!((manifest.step, skipped.len()), (Step(20), 0), "nobody reads moments");
+    assert_eq!(tensors, state(20.0)[..5]);
+    damage(&store, &part(20, 0)).await;
     let ((manifest, tensors), skipped) = checkpoints.newest_weights().await.unwrap().unwrap();
     assert_eq!((manifest.step, skipped[0].step), (Step(10), Step(20)));
-    let held = |tensor: &Tensor| !tensor.data.is_empty();
-    assert!(tensors.iter().all(|it| held(it) != it.name.starts_with(super::FIRST_MOMENT)));
+    assert!(skipped[0].reason.contains("the weights of its parts are"), "{skipped:?}");
+    assert_eq!(tensors, state(10.0)[..5]);
     assert!(store.list("runs/r/readers").await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn weights_are_read_without_moments_and_say_nothing_of_them() {
+    let (store, checkpoints) = fresh();
+    let mut tensors = state(0.5);
+    tensors.insert(2, Tensor { name: "empty".into(), shape: vec![0, 7], data: Vec::new() });
+    let manifest = saved(&checkpoints, 10, 3, &tensors).await;
+    checkpoints.commit(&manifest).await.unwrap();
+    tensors.retain(|tensor| super::digest::is_weight(&tensor.name));
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    let (found, weights) = checkpoints.weights(Step(10)).await.unwrap();
+    assert_eq!((found, weights), (manifest, tensors));
+    assert_eq!(checkpoints.verified(), None, "a run could not go on from weights alone");
+
+    store.put(&part(10, 2), "torn").await.unwrap();
+    let error = checkpoints.weights(Step(10)).await.unwrap_err().to_string();
+    assert!(error.contains(&part(10, 2)) && error.contains("it has 4 bytes"), "{error}");
 }
 
 #[tokio::test]

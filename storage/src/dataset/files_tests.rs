@@ -98,6 +98,30 @@ async fn documents_come_in_the_order_of_files_and_lines_whatever_packs_them() {
     assert!(left.iter().all(|key| !key.contains("progress")), "{left:?}");
 }
 
+/// A frame of one block as `zstd --long=31` begins one: its window is of 2 GiB.
+fn zstd_of_a_long_window(bytes: &[u8]) -> Vec<u8> {
+    let magic_and_no_sizes = [0x28_u8, 0xb5, 0x2f, 0xfd, 0];
+    let window = [(31_u8 - 10) << 3];
+    let last_and_raw = (((bytes.len() << 3) | 1) as u32).to_le_bytes();
+    [&magic_and_no_sizes[..], &window, &last_and_raw[..3], bytes].concat()
+}
+
+#[tokio::test]
+async fn a_zstd_file_of_the_longest_window_is_read() {
+    let root = tempfile::tempdir().unwrap();
+    let packed = zstd_of_a_long_window(lines(0..200).as_bytes());
+    std::fs::write(root.path().join("a.jsonl.zst"), packed).unwrap();
+    let store = Store::open("memory://").unwrap();
+    let dataset = prepare(&store, "text", &source(root.path()), &|_| ()).await.unwrap();
+    assert_eq!(dataset.manifest().source.records, 200);
+    let mut texts = documents(&dataset, Split::Train).await;
+    texts.extend(documents(&dataset, Split::Validation).await);
+    texts.sort();
+    let mut expected: Vec<String> = (0..200).map(text).collect();
+    expected.sort();
+    assert_eq!(texts, expected);
+}
+
 #[tokio::test]
 async fn the_number_of_threads_changes_no_byte() {
     let root = tempfile::tempdir().unwrap();
@@ -152,6 +176,37 @@ async fn malformed_records_are_told_with_file_and_line_and_counted() {
     let told: Vec<_> =
         told.iter().map(|(place, reason)| (place.clone(), reason.as_str())).collect();
     assert_eq!(told, expected);
+}
+
+#[tokio::test]
+async fn a_bad_byte_of_a_text_file_leaves_one_piece_out_and_takes_what_comes_behind_it() {
+    let root = tempfile::tempdir().unwrap();
+    let (texts, book) = (root.path().join("a.jsonl"), root.path().join("book.txt"));
+    std::fs::write(&texts, lines(0..200)).unwrap();
+    let mut content = (0..2000).map(text).collect::<String>().into_bytes();
+    content[70_000] = 0xe9;
+    std::fs::write(&book, &content).unwrap();
+    let options = spec::Source {
+        paths: [&texts, &book].map(|path| path.display().to_string()).into(),
+        ..source(root.path())
+    };
+    let store = Store::open("memory://").unwrap();
+    let told = Mutex::new(Vec::new());
+    let tell = |event| {
+        if let PrepareEvent::Malformed { place, reason } = event {
+            told.lock().unwrap().push((place, reason));
+        }
+    };
+    let dataset = prepare(&store, "text", &options, &tell).await.unwrap();
+    let told = told.into_inner().unwrap();
+    let second = format!("{}:2", book.display());
+    assert_eq!(told, [(second, "it is not UTF-8 text".to_owned())]);
+    let manifest = dataset.manifest();
+    assert_eq!(manifest.source.malformed, 1);
+    let bytes: u64 = manifest.train.bytes + manifest.validation.bytes;
+    let all = (0..200).map(|i| text(i).len() as u64).sum::<u64>() + content.len() as u64;
+    // Its piece and no more.
+    assert!((all - (64 << 10)..all - (32 << 10)).contains(&bytes), "{bytes} of {all}");
 }
 
 #[tokio::test]

@@ -1,22 +1,28 @@
-//! Whether there is enough text for what a spec wants.
+//! Whether the datasets of a spec go together, and hold enough text for what it wants.
+
+use std::collections::BTreeSet;
 
 use looptrain_proto::Spec;
 
-use super::{Dataset, Split};
+use super::{Dataset, Split, manifest_key};
 use crate::{Error, Result};
 
-/// Checks that `datasets`, those of the spec in its order, hold enough for every stage: each
-/// dataset of a stage's mixture a sequence of its length in either split, and all of them together
-/// the training sequences of one step. After that data epochs repeat, which is no fault.
+/// Checks that `datasets`, those of the spec in its order, go together: those that any stage draws
+/// from have one tokenizer and one token after each document. And that they hold enough for every
+/// stage: each dataset of a stage's mixture a sequence of its length in either split, and all of
+/// them together the training sequences of one step. After that data epochs repeat, which is no
+/// fault.
 ///
 /// Callers: the operator's side before a run begins, and every worker when it opens its data.
 ///
 /// # Errors
-/// [`Error::TooSmall`], naming the stage, the datasets and what to change.
+/// [`Error::Malformed`], naming a dataset that is of another tokenizer than the first one, and
+/// [`Error::TooSmall`], naming the stage and its datasets; both say what to change.
 ///
 /// # Panics
 /// When there are fewer datasets than in the spec.
 pub fn check_fit(spec: &Spec, datasets: &[Dataset]) -> Result<()> {
+    check_tokenizers(spec, datasets)?;
     for (index, stage) in spec.stages.iter().enumerate() {
         let parts: Vec<&Dataset> =
             spec.mixture(index).iter().map(|&(dataset, _)| &datasets[dataset]).collect();
@@ -45,6 +51,45 @@ pub fn check_fit(spec: &Spec, datasets: &[Dataset]) -> Result<()> {
     Ok(())
 }
 
+/// Whether a token means the same in all datasets that stages draw from. Nothing else would show that it
+/// does not: the model would learn a mixture of both meanings.
+fn check_tokenizers(spec: &Spec, datasets: &[Dataset]) -> Result<()> {
+    let parts = (0..spec.stages.len()).flat_map(|stage| spec.mixture(stage));
+    let drawn: BTreeSet<usize> = parts.map(|(dataset, _)| dataset).collect();
+    let mut drawn = drawn.into_iter().map(|dataset| datasets[dataset].manifest());
+    let Some(first) = drawn.next() else { return Ok(()) };
+    let place = |key: String| {
+        let store = &spec.run.store;
+        let slash = if store.ends_with('/') { "" } else { "/" };
+        format!("{store}{slash}{key}")
+    };
+    let malformed =
+        |key: String, reason: String| Err(Error::Malformed { place: place(key), reason });
+    for other in drawn {
+        if other.tokenizer_digest != first.tokenizer_digest {
+            let (name, tokenizer) = (&first.name, place(first.tokenizer_key()));
+            return malformed(
+                other.tokenizer_key(),
+                format!(
+                    "it is not the tokenizer of dataset `{name}`, from which the run draws as well; make `{}` anew under another name with that one, {tokenizer}: `tokenizer` in its [datasets.source], or --tokenizer of `looptrain data prepare`",
+                    other.name
+                ),
+            );
+        }
+        if other.end_of_text != first.end_of_text {
+            let (ends, name, end) = (other.end_of_text, &first.name, first.end_of_text);
+            return malformed(
+                manifest_key(&other.name),
+                format!(
+                    "its documents end with token {ends}, those of dataset `{name}`, from which the run draws as well, with token {end}; make `{}` anew under another name with that one: `end_of_text` in its [datasets.source], or --end-of-text of `looptrain data prepare`",
+                    other.name
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
 fn names(datasets: &[&Dataset]) -> String {
     let names: Vec<String> =
         datasets.iter().map(|dataset| format!("`{}`", dataset.manifest().name)).collect();
@@ -54,8 +99,10 @@ fn names(datasets: &[&Dataset]) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::Reading;
+    use looptrain_proto::Digest;
+
     use super::super::testing::manifest;
+    use super::super::{DatasetManifest, Reading};
     use super::*;
     use crate::Store;
 
@@ -132,14 +179,57 @@ mod tests {
         assert!(error.contains("1 validation sequences") && error.contains("0 in `a`;"), "{error}");
     }
 
+    /// Checks two datasets that are large enough, of which the second is changed.
+    fn check_changed(
+        spec: &Spec,
+        change: impl FnOnce(&mut DatasetManifest),
+    ) -> std::result::Result<(), String> {
+        let store = Store::open("memory://").unwrap();
+        let (first, mut second) = (manifest("a", 100, 100), manifest("b", 100, 100));
+        change(&mut second);
+        let datasets =
+            [first, second].map(|manifest| Dataset::new(&store, manifest, Reading::default()));
+        check_fit(spec, &datasets).map_err(|error| error.to_string())
+    }
+
     #[test]
-    fn a_dataset_that_no_stage_draws_from_may_be_small() {
+    fn datasets_that_a_run_draws_from_have_one_tokenizer_and_one_end_of_text() {
+        assert_eq!(check_changed(&spec(), |_| ()), Ok(()));
+        let error = check_changed(&spec(), |second| {
+            second.tokenizer_digest = Digest::of(b"other");
+            second.tokenizer = "tokenizer-1.json".into();
+        });
+        assert_eq!(
+            error.unwrap_err(),
+            "memory://datasets/b/tokenizer-1.json cannot be used: it is not the tokenizer of dataset `a`, from which the run draws as well; make `b` anew under another name with that one, memory://datasets/a/tokenizer.json: `tokenizer` in its [datasets.source], or --tokenizer of `looptrain data prepare`"
+        );
+        let error = check_changed(&spec(), |second| second.end_of_text = 2).unwrap_err();
+        assert!(
+            error.starts_with("memory://datasets/b/manifest.json cannot be used")
+                && error.contains("token 2, those of dataset `a`")
+                && error.contains("with token 0; make `b` anew"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_run_has_one_tokenizer_though_each_stage_draws_from_one_dataset() {
+        let mut spec = spec();
+        spec.stages[0].mixture.truncate(1);
+        let error = check_changed(&spec, |second| second.tokenizer_digest = Digest::of(b"other"));
+        assert!(error.unwrap_err().contains("it is not the tokenizer of dataset `a`"));
+    }
+
+    #[test]
+    fn a_dataset_that_no_stage_draws_from_may_be_small_and_of_another_tokenizer() {
         let store = Store::open("memory://").unwrap();
         let mut spec = spec();
         spec.stages.remove(0);
-        let datasets = [("a", 5), ("b", 0)].map(|(name, tokens)| {
-            Dataset::new(&store, manifest(name, tokens, tokens), Reading::default())
-        });
+        let [first, mut second] =
+            [("a", 5), ("b", 0)].map(|(name, tokens)| manifest(name, tokens, tokens));
+        second.tokenizer_digest = Digest::of(b"other");
+        let datasets =
+            [first, second].map(|manifest| Dataset::new(&store, manifest, Reading::default()));
         check_fit(&spec, &datasets).unwrap();
     }
 }

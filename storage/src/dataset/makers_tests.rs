@@ -102,6 +102,26 @@ async fn files_of_all_formats_that_are_interrupted_end_with_the_bytes_of_undistu
 }
 
 #[tokio::test]
+async fn pieces_of_a_text_with_a_bad_byte_that_are_interrupted_end_with_the_bytes_of_undisturbed_ones()
+ {
+    let root = tempfile::tempdir().unwrap();
+    let (texts, book) = (root.path().join("a.jsonl"), root.path().join("book.txt"));
+    std::fs::write(&texts, lines(0..200)).unwrap();
+    let mut content = (0..2000).map(text).collect::<String>().into_bytes();
+    content[70_000] = 0xe9;
+    std::fs::write(&book, content).unwrap();
+    let options = spec::Source {
+        paths: [&texts, &book].map(|path| path.display().to_string()).into(),
+        shard_tokens: 20_000,
+        ..source(root.path())
+    };
+    let recipe = Recipe { origin: Origin::Text(options), threads: Some(2) };
+    let manifest = interruptions_change_no_byte(recipe).await;
+    assert_eq!(manifest.source.malformed, 1);
+    assert!(manifest.source.records > 204, "{}", manifest.source.records);
+}
+
+#[tokio::test]
 async fn a_sample_that_is_interrupted_ends_with_the_bytes_of_an_undisturbed_one() {
     let root = tempfile::tempdir().unwrap();
     for file in 0..300 {

@@ -37,6 +37,7 @@ mod synthetic;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+mod train_tokenizer;
 mod tree;
 mod verify;
 mod words;
@@ -51,6 +52,9 @@ pub use shard::TokenType;
 pub use source::Mano;
 pub use synthetic::{Synthetic, synthetic};
 pub use tokenizer::TextTokenizer;
+pub use train_tokenizer::{
+    InputSample, TrainedTokenizer, read_tokenizer, train_tokenizer, write_tokenizer,
+};
 pub use verify::{BadFile, verify};
 
 /// Where everything of a dataset lives in its store.

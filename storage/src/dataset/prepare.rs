@@ -23,7 +23,8 @@ use super::names::Names;
 use super::pack::{Counts, Packer, Work};
 use super::read::unigram_loss;
 use super::resume::{Entries, Left, is_begun, tidy};
-use super::source::{Batch, Document, Exercises, Files, Mano, Sample, Sink, Source, open_url};
+use super::source::{Exercises, Files, Mano, Sample, Source, first_texts};
+use super::train_tokenizer::read_tokenizer;
 use super::{
     Dataset, DatasetManifest, Input, ShardEntry, SourceSummary, Split, TextTokenizer, TokenType,
     dataset_prefix, manifest_key,
@@ -208,19 +209,6 @@ pub async fn prepare_from(
         None => making.await??,
     };
     write_manifest(store, manifest, leftovers, progress).await
-}
-
-/// The `tokenizer.json` at a path or URL.
-async fn read_tokenizer(place: &str) -> Result<Vec<u8>> {
-    let failed =
-        |reason: String| Error::Tokenizer { reason: format!("cannot read {place}: {reason}") };
-    if let Some(path) = place.strip_prefix("file://").or((!place.contains("://")).then_some(place))
-    {
-        let read = tokio::fs::read(path).await;
-        return read.map_err(|error| failed(error.to_string()));
-    }
-    let (store, key) = open_url(place)?;
-    Ok(store.get(&key).await?.to_vec())
 }
 
 /// Shards that are asked for at a time.
@@ -446,39 +434,6 @@ impl Maker {
     pub(super) fn text(&self, reason: String) -> Error {
         Error::Text { dataset: self.name.clone(), reason }
     }
-}
-
-/// Training texts of about so many bytes from the beginning of each file, for a tokenizer.
-fn first_texts(source: &dyn Source, bytes: u64) -> Result<Vec<String>> {
-    let share = (bytes / source.files().max(1) as u64).max(1);
-    let (mut texts, mut sum) = (Vec::new(), 0);
-    for file in 0..source.files() {
-        let limit = bytes.min(sum + share);
-        if sum >= bytes {
-            break;
-        }
-        let mut enough = false;
-        let mut give = |batch: Batch| {
-            for record in batch.records {
-                if let Document::Text { text, held: false } = source.document(record)? {
-                    sum += text.len() as u64;
-                    texts.push(text);
-                }
-                if sum >= limit {
-                    enough = true;
-                    return Err(Error::Interrupted);
-                }
-            }
-            Ok(())
-        };
-        let mut sink = Sink::new(0, &mut give);
-        sink.begin(file);
-        let read = source.read(file, 0, &mut sink).and_then(|()| sink.flush());
-        if !enough {
-            read?;
-        }
-    }
-    Ok(texts)
 }
 
 /// The source of a dataset.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use looptrain_proto::Digest;
 use rayon::prelude::*;
+use serde_json::Value;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
@@ -52,6 +53,7 @@ pub struct TextTokenizer {
     inner: Arc<Tokenizer>,
     /// The short way, for tokenizers of its kind.
     words: Option<Arc<Words>>,
+    is_byte_level: bool,
     vocabulary: usize,
     end_of_text: u32,
     digest: Digest,
@@ -66,7 +68,7 @@ impl std::fmt::Debug for TextTokenizer {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> Error {
+pub(super) fn failed(error: impl std::fmt::Display) -> Error {
     Error::Tokenizer { reason: crate::error::one_line(&error.to_string()) }
 }
 
@@ -81,6 +83,39 @@ fn caught<T, E: std::fmt::Display>(ask: impl FnOnce() -> std::result::Result<T, 
 
 fn read(json: &[u8]) -> Result<Tokenizer> {
     caught(|| Tokenizer::from_bytes(json))
+}
+
+/// Whether a tokenizer turns the bytes of a text into tokens and leaves nothing out, so that decoding gives any
+/// text back; `false` also for those of which that is not known. `parts` is its `tokenizer.json`.
+fn is_byte_level(parts: &Value, tokenizer: &Tokenizer) -> bool {
+    let by_bytes = |step: &Value| step["type"] == "ByteLevel";
+    let keeps_all = |step: &Value| match step["type"].as_str() {
+        Some("ByteLevel") => step["add_prefix_space"] == false,
+        Some("Digits") => true,
+        Some("Split") => step["behavior"] != "Removed",
+        _ => false,
+    };
+    let cutting = &parts["pre_tokenizer"];
+    let steps = cutting["pretokenizers"].as_array();
+    let steps = steps.map_or(std::slice::from_ref(cutting), Vec::as_slice);
+    let cuts = steps.iter().all(keeps_all)
+        && steps.iter().filter(|step| by_bytes(step)).count() == 1
+        && parts["normalizer"].is_null()
+        && by_bytes(&parts["decoder"]);
+    let model = &parts["model"];
+    let is_plain = |key: &str| model[key].is_null() || model[key] == "";
+    let merges = model["type"] == "BPE"
+        && is_plain("continuing_subword_prefix")
+        && is_plain("end_of_word_suffix");
+    // Special ones are not looked for in a text.
+    let mut added = parts["added_tokens"].as_array().into_iter().flatten();
+    let adds = added.all(|token| {
+        let strips = token["lstrip"] == true || token["rstrip"] == true;
+        let is_ascii = token["content"].as_str().is_some_and(str::is_ascii);
+        token["special"] == true || (is_ascii && !strips)
+    });
+    let has = |byte: char| tokenizer.token_to_id(byte.encode_utf8(&mut [0; 4])).is_some();
+    cuts && merges && adds && ByteLevel::alphabet().into_iter().all(has)
 }
 
 impl TextTokenizer {
@@ -127,9 +162,11 @@ impl TextTokenizer {
                 "it has the token {largest}, and {LARGEST_VOCABULARY} tokens are the most there may be"
             )));
         }
-        let words = serde_json::from_slice(json).ok().as_ref().and_then(Words::of).map(Arc::new);
+        let parts: Value = serde_json::from_slice(json).unwrap_or_default();
+        let words = Words::of(&parts).map(Arc::new);
+        let is_byte_level = is_byte_level(&parts, &inner);
         let (inner, digest) = (Arc::new(inner), Digest::of(json));
-        Ok(Self { inner, words, vocabulary, end_of_text, digest })
+        Ok(Self { inner, words, is_byte_level, vocabulary, end_of_text, digest })
     }
 
     /// Trains up to `vocabulary` entries on `texts` and gives the `tokenizer.json`: the special
@@ -228,6 +265,58 @@ impl TextTokenizer {
     #[must_use]
     pub fn digest(&self) -> Digest {
         self.digest
+    }
+
+    /// What its `tokenizer.json` calls a token; `None` where the vocabulary has a hole.
+    #[must_use]
+    pub fn name(&self, token: u32) -> Option<String> {
+        self.inner.id_to_token(token)
+    }
+
+    /// Tokens that there are: fewer than [`Self::vocabulary_size`] where the vocabulary has holes.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The special tokens and their names, in the order of their ids.
+    #[must_use]
+    pub fn special_tokens(&self) -> Vec<(u32, String)> {
+        let added = self.inner.get_added_tokens_decoder().into_iter();
+        let mut special: Vec<(u32, String)> = added
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (id, token.content))
+            .collect();
+        special.sort();
+        special
+    }
+
+    /// Whether it is known that any text has tokens and decoding gives it back, as with byte-level BPE that
+    /// changes nothing of a text before.
+    #[must_use]
+    pub fn is_byte_level(&self) -> bool {
+        self.is_byte_level
+    }
+
+    /// Whether texts are cut into words here, each of which the library is asked for once: the short way that
+    /// byte-level BPE with the GPT-2 pattern has. All others are left to the library.
+    #[must_use]
+    pub fn has_short_way(&self) -> bool {
+        self.words.is_some()
+    }
+
+    /// The tokens with the longest texts, but for special ones, and these texts.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn longest(&self, count: usize) -> Result<Vec<(u32, String)>> {
+        let special: HashSet<u32> = self.special_tokens().into_iter().map(|(id, _)| id).collect();
+        let all = self.inner.get_vocab(true).into_values().filter(|id| !special.contains(id));
+        let text = |id| self.decode(&[id]).map(|text| (id, text));
+        let mut texts: Vec<(u32, String)> = all.map(text).collect::<Result<_>>()?;
+        texts.sort_by(|a, b| b.1.len().cmp(&a.1.len()).then(a.0.cmp(&b.0)));
+        texts.truncate(count);
+        Ok(texts)
     }
 }
 
@@ -419,6 +508,55 @@ mod tests {
         let tokenizer = TextTokenizer::from_json(&json, None).unwrap();
         assert_eq!(tokenizer.vocabulary_size(), 259);
         assert_eq!(tokenizer.decode(&tokenizer.encode("wörld").unwrap()).unwrap(), "wörld");
+    }
+
+    #[test]
+    fn what_gives_any_text_back_is_told_from_what_may_not() {
+        let json: Value = serde_json::from_slice(&with_digits()).unwrap();
+        let known = |json: &Value| {
+            let json = serde_json::to_vec(json).unwrap();
+            TextTokenizer::from_json(&json, None).unwrap().is_byte_level()
+        };
+        assert!(known(&json) && known(&serde_json::from_slice(&trained(300)).unwrap()));
+        let changes: [fn(&mut Value); 7] = [
+            |json| json["normalizer"] = serde_json::json!({ "type": "NFC" }),
+            |json| json["decoder"] = Value::Null,
+            |json| json["pre_tokenizer"] = serde_json::json!({ "type": "Whitespace" }),
+            |json| json["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = true.into(),
+            |json| json["model"]["end_of_word_suffix"] = "</w>".into(),
+            |json| json["added_tokens"][1]["special"] = false.into(),
+            |json| drop(json["model"]["vocab"].as_object_mut().unwrap().remove("Ń")),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut changed = json.clone();
+            change(&mut changed);
+            // ASCII that strips nothing is looked for in a text and given back as it is.
+            assert_eq!(known(&changed), number == 5, "{number}");
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_tells_its_entries_their_names_and_the_longest() {
+        let mut json: Value = serde_json::from_slice(&trained(300)).unwrap();
+        let tokenizer = |json: &Value| {
+            TextTokenizer::from_json(&serde_json::to_vec(json).unwrap(), None).unwrap()
+        };
+        let whole = tokenizer(&json);
+        let special = SPECIAL.iter().zip(0..).map(|(name, id)| (id, (*name).to_owned()));
+        assert_eq!(whole.special_tokens(), special.collect::<Vec<_>>());
+        assert_eq!((whole.entries(), whole.has_short_way()), (300, true));
+        let longest = whole.longest(300).unwrap();
+        assert_eq!(longest.len(), 297);
+        assert!(longest.is_sorted_by_key(|(_, text)| std::cmp::Reverse(text.len())));
+        // A space that begins a word is a character of its own in a name.
+        let (id, text) = longest.iter().find(|(_, text)| text.starts_with(' ')).unwrap();
+        assert_eq!(whole.name(*id).unwrap(), text.replace(' ', "Ġ"));
+        assert_eq!(whole.name(300), None);
+
+        json["model"]["vocab"].as_object_mut().unwrap().insert("zzz".into(), 310.into());
+        let holes = tokenizer(&json);
+        assert_eq!((holes.entries(), holes.vocabulary_size()), (301, 311));
+        assert_eq!((holes.name(305), holes.name(310)), (None, Some("zzz".into())));
     }
 
     #[test]

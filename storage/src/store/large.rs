@@ -1,13 +1,15 @@
 //! Large objects: written in parts and read in ranges, several at a time.
 //!
 //! Each part and each range is retried by itself, so that a hiccup in the middle of gigabytes costs
-//! a few megabytes. Parts are slices of the one buffer that is written: nothing is copied.
+//! a few megabytes. Parts are slices of the one buffer that is written: nothing is copied; what is copied
+//! from object to object is never in memory as a whole.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
+use looptrain_proto::Digest;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{MultipartId, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
@@ -51,6 +53,34 @@ impl Drop for Begun {
     }
 }
 
+/// Why an upload came to nothing.
+enum Stopped {
+    Writing(Failure),
+    /// There was nothing to write.
+    Reading(Error),
+}
+
+impl From<Failure> for Stopped {
+    fn from(failure: Failure) -> Self {
+        Self::Writing(failure)
+    }
+}
+
+impl Stopped {
+    fn told(self, store: &Store, key: &str) -> Error {
+        match self {
+            Self::Writing(failure) => store.failed("write", key, failure),
+            Self::Reading(error) => error,
+        }
+    }
+}
+
+/// The answer to the end of the upload got lost, and it is over; or the store forgot it. Whoever wrote
+/// what is there now, it is not known to be this.
+fn is_lost(stopped: &Stopped) -> bool {
+    matches!(stopped, Stopped::Writing(Failure { error: object_store::Error::NotFound { .. }, .. }))
+}
+
 impl Store {
     /// Writes a large object, over an older one if need be; it appears when all of it is there. A
     /// writer that dies leaves parts that are no object: in a directory [`Store::sweep`] finds them,
@@ -76,18 +106,91 @@ impl Store {
         let path = self.path(key).map_err(|error| self.unnamed("write", key, error))?;
         let mut lost = 0;
         loop {
-            match self.upload(multipart, key, &path, &parts).await {
-                // The answer to the end of the upload got lost, and it is over; or the store forgot
-                // it. Whoever wrote what is there now, it is not known to be this.
-                Err(Failure { error: object_store::Error::NotFound { .. }, .. })
-                    if lost + 1 < UPLOADS =>
-                {
+            let parts = futures::stream::iter(parts.iter().cloned().map(Ok));
+            match self.upload(multipart, key, &path, parts).await {
+                Err(failure) if is_lost(&failure) && lost + 1 < UPLOADS => {
                     lost += 1;
                     tracing::warn!(key, "the store has lost an upload; beginning it again");
                 }
-                done => return done.map_err(|failure| self.failed("write", key, failure)),
+                done => return done.map_err(|failure| failure.told(self, key)),
             }
         }
+    }
+
+    /// Writes the `size` bytes of `from` to `key` as well, over an older object if need be, and gives the
+    /// digest of what is there then. A directory links the file where it can; elsewhere a few megabytes at a
+    /// time go through this process.
+    ///
+    /// # Errors
+    /// When there is no such object, or the store fails; the older object is then still whole.
+    pub async fn copy_large(&self, from: &str, key: &str, size: u64) -> Result<Digest> {
+        let length = PART_BYTES as u64;
+        let Some(multipart) = self.multipart.as_ref().filter(|_| size > length) else {
+            if size <= length {
+                let bytes = self.get_range(from, 0..size).await?;
+                self.put(key, bytes).await?;
+            } else if !self.linked(from, key).await {
+                self.written_through(from, key, size).await?;
+            }
+            return self.digest(key, size).await;
+        };
+        let length = length.max(size.div_ceil(MOST_PARTS as u64));
+        let path = self.path(key).map_err(|error| self.unnamed("write", key, error))?;
+        let mut lost = 0;
+        loop {
+            let mut hasher = blake3::Hasher::new();
+            let read = futures::stream::iter(ranges(size, length))
+                .map(|range| self.get_range(from, range))
+                .buffered(CONCURRENT);
+            let parts = read.map(|part| {
+                let part = part.map_err(Stopped::Reading)?;
+                hasher.update(&part);
+                Ok(part.into())
+            });
+            match self.upload(multipart, key, &path, parts).await {
+                Err(failure) if is_lost(&failure) && lost + 1 < UPLOADS => {
+                    lost += 1;
+                    tracing::warn!(key, "the store has lost an upload; beginning it again");
+                }
+                Err(failure) => return Err(failure.told(self, key)),
+                Ok(()) => return Ok(hasher.finalize().into()),
+            }
+        }
+    }
+
+    /// Whether a directory has given the object another name.
+    async fn linked(&self, from: &str, key: &str) -> bool {
+        let (Ok(from), Ok(key)) = (self.path(from), self.path(key)) else { return false };
+        self.objects.copy(&from, &key).await.is_ok()
+    }
+
+    /// Copies an object through the client's own upload, which a directory has as well.
+    async fn written_through(&self, from: &str, key: &str, size: u64) -> Result<()> {
+        let failed = |error| self.unnamed("write", key, error);
+        let path = self.path(key).map_err(failed)?;
+        let mut upload = self.objects.put_multipart(&path).await.map_err(failed)?;
+        let written = async {
+            let mut chunks = std::pin::pin!(self.stream(from, size));
+            while let Some(chunk) = chunks.try_next().await? {
+                upload.put_part(chunk.into()).await.map_err(failed)?;
+            }
+            upload.complete().await.map_err(failed)
+        };
+        let written = written.await;
+        if written.is_err() {
+            // What it leaves takes room, and is no reason to fail in another way.
+            let _ = upload.abort().await;
+        }
+        written.map(drop)
+    }
+
+    async fn digest(&self, key: &str, size: u64) -> Result<Digest> {
+        let mut hasher = blake3::Hasher::new();
+        let mut chunks = std::pin::pin!(self.stream(key, size));
+        while let Some(chunk) = chunks.try_next().await? {
+            hasher.update(&chunk);
+        }
+        Ok(hasher.finalize().into())
     }
 
     async fn upload(
@@ -95,8 +198,8 @@ impl Store {
         multipart: &Arc<dyn MultipartStore>,
         key: &str,
         path: &Path,
-        parts: &[PutPayload],
-    ) -> std::result::Result<(), Failure> {
+        parts: impl Stream<Item = std::result::Result<PutPayload, Stopped>>,
+    ) -> std::result::Result<(), Stopped> {
         let create = || self.patience.answer(0, multipart.create_multipart(path));
         let id = self.retried("write", key, create).await?;
         let id = &id;
@@ -106,22 +209,22 @@ impl Store {
             id: id.clone(),
             ended: false,
         };
-        let parts: Vec<_> = parts.iter().cloned().enumerate().collect();
-        let put = |(index, part): (usize, PutPayload)| async move {
+        let put = |(index, part): (usize, std::result::Result<PutPayload, Stopped>)| async move {
+            let part = part?;
             let bytes = part.content_length();
             let put =
                 || self.patience.answer(bytes, multipart.put_part(path, id, index, part.clone()));
-            self.retried("write", key, put).await
+            Ok::<_, Stopped>(self.retried("write", key, put).await?)
         };
         let finished = async {
             let parts: Vec<PartId> =
-                futures::stream::iter(parts).map(put).buffered(CONCURRENT).try_collect().await?;
+                parts.enumerate().map(put).buffered(CONCURRENT).try_collect().await?;
             // The server may put the parts together only now.
             let complete = || {
                 let complete = multipart.complete_multipart(path, id, parts.clone());
                 self.patience.answer(PART_BYTES, complete)
             };
-            self.retried("write", key, complete).await
+            Ok::<_, Stopped>(self.retried("write", key, complete).await?)
         };
         let finished = finished.await;
         begun.ended = true;

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
+use looptrain_proto::Digest;
 use object_store::memory::InMemory;
 use object_store::{
     CopyOptions, Error as ClientError, GetResult, ListResult, MultipartUpload, ObjectMeta,
@@ -416,6 +417,38 @@ async fn large_objects_survive_a_storm_whole() {
             let chunks: Vec<Bytes> = store.stream("large", size).try_collect().await.unwrap();
             assert!(chunks.concat() == bytes, "seed {seed} of {store:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn an_object_is_copied_whole_and_its_digest_is_that_of_the_copy() {
+    let bytes: Vec<u8> = (0..2 * large::PART_BYTES + 7).map(|i| (i % 241) as u8).collect();
+    let small = &bytes[..1000];
+    for store in in_a_storm(3).1 {
+        for source in [small, &bytes] {
+            store.put_large("from", source.to_vec()).await.unwrap();
+            for _ in 0..2 {
+                let copied = store.copy_large("from", "below/to", source.len() as u64).await;
+                assert_eq!(copied.unwrap(), Digest::of(source), "{store:?}");
+            }
+            // Another one in place of the first leaves the copy alone.
+            store.put_large("from", vec![1; source.len()]).await.unwrap();
+            assert!(store.get("below/to").await.unwrap() == source, "{store:?}");
+            store.delete("below/to").await.unwrap();
+        }
+        assert!(store.copy_large("none", "below/to", 5).await.is_err());
+        assert_eq!(store.get_opt("below/to").await.unwrap(), None);
+    }
+}
+
+#[tokio::test]
+async fn folders_are_named_without_what_is_in_them() {
+    for store in in_a_storm(4).1 {
+        for key in ["runs/b/x/1", "runs/a/1", "runs/a/2", "runs/alone", "other/c/1"] {
+            store.put(key, "x").await.unwrap();
+        }
+        assert_eq!(store.folders("runs").await.unwrap(), ["a", "b"], "{store:?}");
+        assert!(store.folders("none").await.unwrap().is_empty());
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 
+use looptrain_proto::Step;
 use looptrain_storage::{Dataset, Order, Split, StepUse, Store, read_audit};
 
 use crate::cluster::{Cluster, died_at, frozen_at};
@@ -30,7 +31,7 @@ fn used(scratch: &Scratch) -> (Dataset, Vec<StepUse>) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let dataset = Dataset::open(&store, "sources").await.unwrap().unwrap();
-        (dataset, read_audit(&store, "small").await.unwrap())
+        (dataset, read_audit(&store, "small", Step(0)).await.unwrap())
     })
 }
 

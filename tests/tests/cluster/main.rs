@@ -5,6 +5,7 @@
 mod audit;
 mod bad_input;
 mod bench;
+mod branch;
 mod chaos;
 mod checkpoints;
 mod cluster;
@@ -39,5 +40,6 @@ mod stores;
 mod support;
 mod telemetry;
 mod tensorboard;
+mod tokenizer;
 mod tool;
 mod trained;

@@ -125,20 +125,14 @@ impl Mime {
 
     fn vote(&self, vote: CastVote) -> Prepared {
         let CastVote { step, generation, digest } = vote;
-        let at = &self.spec.stages[self.spec.stage_of(Step(step))];
+        let trend = self.shared.witness().truth().trend(Step(step));
         Prepared {
             generation,
             step,
             digest: digest.to_vec(),
             statistics: Some(StepStatistics {
-                loss: 8.0 - step as f64 / 16.0,
-                loss_per_loop: vec![8.0; at.loops],
-                exit_pdf: vec![1.0 / at.loops as f64; at.loops],
-                entropy: 0.5,
-                grad_norm: 1.0,
-                tokens: at.step_tokens(),
-                bad_slots: 0,
-                ..StepStatistics::default()
+                trend,
+                ..arithmetic::statistics(&self.spec, Step(step))
             }),
             ..Prepared::default()
         }
@@ -292,16 +286,24 @@ impl Duties for Mime {
         let before = Step(plan.step - 1);
         let own: Vec<u64> = (plan.slot_begin..plan.slot_end).map(u64::from).collect();
         self.weights_of(before, "compute the step after")?;
+        self.shared.witness().planned(&self.life, step, plan.trend);
         let compute = self.toil(own.len() as u64, &cancelled).await?.as_secs_f64();
         let slots = collective.all_reduce(step, &own).await?;
         let weights = self.weights_of(before, "prepare the step after")?;
         let gradient = arithmetic::gradient(weights, step, &slots);
-        self.state().prepared = Some((step, gradient));
+        let guard = self.spec.optimizer.spikes.clone().unwrap_or_default();
+        let (stage, before) = (self.spec.stage_of(step), plan.trend.unwrap_or_default());
+        let mut statistics = arithmetic::statistics(&self.spec, step);
+        statistics.spike = before.spike(&guard, stage, &statistics);
+        statistics.trend = Some(before.with(&guard, stage, &statistics));
+        let update = if statistics.spike.is_empty() { gradient } else { arithmetic::SKIPPED };
+        self.state().prepared = Some((step, update));
         self.shared.witness().prepares(&self.life, step, &slots, gradient);
         let Plan { generation, step, .. } = plan;
         Ok(Prepared {
             sections: Some(Sections { compute, ..Sections::default() }),
             computed_slots: own.len() as u32,
+            statistics: Some(statistics),
             ..self.vote(CastVote { step, generation, digest: gradient })
         })
     }

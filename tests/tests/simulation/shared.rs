@@ -159,6 +159,8 @@ pub(crate) fn spec() -> Spec {
         num_attention_heads = 2
         intermediate_size = 16
         vocab_size = 512
+        [optimizer.spikes]
+        window = 8
         [[datasets]]
         name = "text"
         [[stages]]

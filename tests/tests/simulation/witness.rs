@@ -8,6 +8,7 @@
 //!   and never behind a checkpoint that there was when it began;
 //! - the first generation of a coordinator starts no lower than what its members have brought, and
 //!   no member is taken back behind a commit of its session;
+//! - a step is judged by the trend of the steps before it, whatever became of who has known that;
 //! - a worker takes part in no ring that is older than one it knows, and a coordinator that has been
 //!   replaced begins no write, but for the ones that it was about to make.
 
@@ -16,6 +17,7 @@ use std::fmt;
 use std::time::Duration;
 
 use looptrain_coordinator::{RunEvent, StepRecord};
+use looptrain_proto::v1::Trend;
 use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step};
 use looptrain_storage::{CheckpointManifest, RunRecord};
 use looptrain_worker::reduce::tcp::RingId;
@@ -276,6 +278,9 @@ impl Witness {
         if record.cursor != self.spec.cursor_after(step) {
             self.violation(owner, format!("is at {:?} after {step}", record.cursor));
         }
+        if record.skipped.is_some() != arithmetic::SPIKES.contains(&step.0) {
+            self.violation(owner, format!("skips {step}, or does not: {:?}", record.skipped));
+        }
         let again = self.decided.insert(step, self.now).is_some();
         self.repeated += u64::from(again);
     }
@@ -307,6 +312,15 @@ impl Witness {
         }
         if obeyed > Some(step) {
             self.violation(life, format!("has committed {obeyed:?}, and {ring} is at {step}"));
+        }
+    }
+
+    /// A step is to be judged by what the steps before it were.
+    pub(crate) fn planned(&mut self, life: &Life, step: Step, trend: Option<Trend>) {
+        let right = self.truth.trend(Step(step.0 - 1));
+        if trend != right {
+            let what = format!("is to judge step {step} by {trend:?} instead of {right:?}");
+            self.violation(life, what);
         }
     }
 

@@ -46,6 +46,7 @@ async fn save(checkpoints: &Checkpoints, step: Step) {
         generation: Generation(1),
         weights_digest: weights_digest(state(step).iter().map(Tensor::view)),
         parts,
+        trend: None,
     };
     checkpoints.commit(&manifest).await.unwrap();
     checkpoints.prune(&RETENTION, &[step]).await.unwrap();

@@ -157,7 +157,7 @@ fn take(bench: &mut Bench, work: Vec<(Step, Vec<Slot>)>) -> Result<Vec<BareStep>
         bench.contribute(step, 0, slots, Route::Stay, &never, &sender)?;
         let sums = Sums::from_ready(ready).expect("a contribution has all buckets");
         let computed = Instant::now();
-        let loss = bench.prepare(step, sums)?.statistics.loss;
+        let loss = bench.prepare(step, sums, None)?.statistics.loss;
         let prepared = Instant::now();
         bench.commit(step)?;
         steps.push(BareStep {

@@ -14,8 +14,8 @@ use looptrain_model::{
     DeviceError, Layout, Recompute, SlotBatch, SlotOutput, SlotStatistics, StageSettings,
     SummedSlot, TrainState, Trainer,
 };
-use looptrain_proto::spec::{NonFinite, Reduction};
-use looptrain_proto::v1::StepStatistics;
+use looptrain_proto::spec::{NonFinite, OnSpike, Reduction};
+use looptrain_proto::v1::{StepStatistics, Trend};
 use looptrain_proto::{Digest, Spec, Step, spec};
 use looptrain_storage::SlotUse;
 use tokio::sync::mpsc::UnboundedSender;
@@ -69,6 +69,8 @@ pub(crate) struct Contribution {
 pub(crate) struct Report {
     pub(crate) digest: Digest,
     pub(crate) statistics: StepStatistics,
+    /// This rank's part in a spike.
+    pub(crate) detail: String,
     /// Time the update before this step took.
     pub(crate) optimizer_seconds: f64,
 }
@@ -105,6 +107,8 @@ pub(crate) struct Bench {
     recompute: Vec<Recompute>,
     prepared: Option<Prepared>,
     kept: Kept,
+    /// Of this rank's slots in the step that is computed, the one with the highest loss, and that.
+    worst: Option<(f64, u32)>,
     /// The buffer of the last step, to be used again.
     spare: Option<Sums>,
     optimizer_seconds: f64,
@@ -127,6 +131,7 @@ impl Bench {
             trainer,
             prepared: None,
             kept: Kept::default(),
+            worst: None,
             spare: None,
             optimizer_seconds: 0.0,
             shelf,
@@ -268,9 +273,9 @@ impl Bench {
         let (arithmetic, beside) = (arithmetic(&self.spec, stage), sums::tail_len(stage.loops));
         let sums = Sums::zeroed(arithmetic, elements, beside, self.spare.take());
         let gathering = self.trainer.run(|| Gathering::new(sums, given.len(), ready));
-        let bad = Mutex::new(Vec::new());
-        let adding =
-            Adding { spec: &self.spec, layout: &self.layout, step, stage, first_slot, bad: &bad };
+        let notes = Mutex::default();
+        let (spec, layout) = (&self.spec, &self.layout);
+        let adding = Adding { spec, layout, step, stage, first_slot, notes: &notes };
         let (mut places, mut missing) = (Vec::new(), Vec::new());
         let all = first_slot..first_slot + given.len() as u32;
         let mut used = Vec::new();
@@ -321,11 +326,9 @@ impl Bench {
                 return Err(ComputeError::Cancelled);
             }
         }
-        let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
         let used = all.filter_map(|slot| self.kept.used.get(&slot).cloned()).collect();
-        // In the order of slots, whatever thread was first.
-        bad.sort_unstable();
-        let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");
+        let detail;
+        (self.worst, detail) = told(notes);
         let seconds = start.elapsed().as_secs_f64();
         Ok(Contribution { seconds, computed: missing.len(), detail, used })
     }
@@ -364,9 +367,9 @@ impl Bench {
         let mut buckets = sums.into_buckets().into_iter();
         // The last one waits for the integers.
         let mut last = None;
-        let bad = Mutex::new(Vec::new());
-        let adding =
-            Adding { spec: &self.spec, layout: &self.layout, step, stage, first_slot, bad: &bad };
+        let notes = Mutex::default();
+        let (spec, layout) = (&self.spec, &self.layout);
+        let adding = Adding { spec, layout, step, stage, first_slot, notes: &notes };
         let batches: Vec<SlotBatch> = given.into_iter().map(|slot| slot.batch).collect();
         let (mut done, mut result) = (0, Ok(()));
         self.trainer.sum_slots(
@@ -401,18 +404,19 @@ impl Bench {
             Route::Stay | Route::Host => Vec::new(),
         };
         let _ = ready.send(bucket.on_device(spans));
-        let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
-        bad.sort_unstable();
-        let detail = bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; ");
+        let detail;
+        (self.worst, detail) = told(notes);
         let seconds = start.elapsed().as_secs_f64();
         Ok(Contribution { seconds, computed: done, detail, used })
     }
 
-    /// Takes the reduced buffer of the step after the held one; the update waits for its commit.
+    /// Takes the reduced buffer of the step after the held one; the update waits for its commit. `trend` is
+    /// that of the steps before, for a guard against spikes.
     pub(crate) fn prepare(
         &mut self,
         step: Step,
         mut reduced: Sums,
+        trend: Option<Trend>,
     ) -> Result<Report, ComputeError> {
         self.must_hold(step.0.checked_sub(1).map(Step), "prepare", step)?;
         let stage = &self.spec.stages[self.spec.stage_of(step)];
@@ -428,7 +432,7 @@ impl Bench {
         }
         let divisor = f64::from(self.spec.slots_of(step));
         if reduced.is_beside_device() {
-            return self.prepare_on_device(step, &reduced, skip);
+            return self.prepare_on_device(step, &reduced, skip, trend);
         }
         let mut gradient = match self.prepared.take().map(|old| old.gradient) {
             Some(Gradient::Here(gradient)) => gradient,
@@ -437,13 +441,14 @@ impl Bench {
         gradient.resize(elements, 0.0);
         let digest = self.trainer.run(|| reduced.settle(divisor, &mut gradient));
         let norm = self.trainer.norm(&gradient);
-        if skip {
+        let mut statistics = sums::step_statistics(reduced.integers(), &self.spec, step, norm);
+        let detail = self.judge(step, &mut statistics, trend);
+        if skip || self.is_skipped(&statistics) {
             gradient.fill(f32::NAN);
         }
-        let statistics = sums::step_statistics(reduced.integers(), &self.spec, step, norm);
         self.prepared = Some(Prepared { step, gradient: Gradient::Here(gradient) });
         self.spare = Some(reduced);
-        Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
+        Ok(Report { digest, statistics, detail, optimizer_seconds: self.optimizer_seconds })
     }
 
     /// The same of sums that are on the device.
@@ -452,26 +457,57 @@ impl Bench {
         step: Step,
         reduced: &Sums,
         skip: bool,
+        trend: Option<Trend>,
     ) -> Result<Report, ComputeError> {
         let stage = &self.spec.stages[self.spec.stage_of(step)];
+        let elements = self.layout.trained(stage.objective).len();
         let integers = reduced.integers();
         let mut hasher = blake3::Hasher::new();
         let mut norm = 0.0;
-        let gradient = if skip {
-            Gradient::Here(vec![f32::NAN; self.layout.trained(stage.objective).len()])
-        } else {
+        if !skip {
             let sums = Sums::on_device(arithmetic(&self.spec, stage), stage.slots);
             let divisor = f64::from(self.spec.slots_of(step));
             let settled = self.trainer.settle_sums(sums, stage.objective, divisor)?;
             hasher.update(bytemuck::cast_slice(&settled.0));
             norm = settled.1;
-            Gradient::OnDevice(norm)
-        };
+        }
         hasher.update(bytemuck::cast_slice(integers));
-        let statistics = sums::step_statistics(integers, &self.spec, step, norm);
+        let mut statistics = sums::step_statistics(integers, &self.spec, step, norm);
+        let detail = self.judge(step, &mut statistics, trend);
+        let gradient = match skip || self.is_skipped(&statistics) {
+            true => Gradient::Here(vec![f32::NAN; elements]),
+            false => Gradient::OnDevice(norm),
+        };
         self.prepared = Some(Prepared { step, gradient });
         let digest = Digest::from(hasher.finalize());
-        Ok(Report { digest, statistics, optimizer_seconds: self.optimizer_seconds })
+        Ok(Report { digest, statistics, detail, optimizer_seconds: self.optimizer_seconds })
+    }
+
+    /// Says in the statistics of a step whether it is a spike, and what the trend is with it; gives what
+    /// this rank has to say of a spike.
+    fn judge(&self, step: Step, statistics: &mut StepStatistics, trend: Option<Trend>) -> String {
+        let Some(guard) = &self.spec.optimizer.spikes else { return String::new() };
+        if statistics.bad_slots > 0 {
+            // Its figures are not those of all slots.
+            statistics.trend = trend;
+            return String::new();
+        }
+        let stage = self.spec.stage_of(step);
+        let before = trend.unwrap_or_default();
+        statistics.spike = before.spike(guard, stage, statistics);
+        statistics.trend = Some(before.with(guard, stage, statistics));
+        let bound = before.bounds(guard, stage).map_or(f64::INFINITY, |bounds| bounds.loss);
+        match self.worst.filter(|(loss, _)| !statistics.spike.is_empty() && *loss > bound) {
+            Some((loss, slot)) => {
+                format!("{} has the loss {loss:.4}", place_of(&self.spec, step, slot))
+            }
+            None => String::new(),
+        }
+    }
+
+    fn is_skipped(&self, statistics: &StepStatistics) -> bool {
+        let action = self.spec.optimizer.spikes.as_ref().map(|guard| guard.action);
+        action == Some(OnSpike::Skip) && !statistics.spike.is_empty()
     }
 
     /// Applies the prepared update.
@@ -578,8 +614,32 @@ struct Adding<'a> {
     step: Step,
     stage: &'a spec::Stage,
     first_slot: u32,
-    /// Slots that cannot be added, and why, under a spec that skips the step then.
-    bad: &'a Mutex<Vec<(u32, String)>>,
+    notes: &'a Mutex<Notes>,
+}
+
+/// What is told of a rank's slots.
+#[derive(Default)]
+struct Notes {
+    /// Those that cannot be added, and why, under a spec that skips the step then.
+    bad: Vec<(u32, String)>,
+    /// The highest loss, and the slot that has it.
+    worst: Option<(f64, u32)>,
+}
+
+/// The worst slot, and what is wrong with the bad ones, in the order of slots, whatever thread was first.
+fn told(notes: Mutex<Notes>) -> (Option<(f64, u32)>, String) {
+    let Notes { mut bad, worst } = notes.into_inner().unwrap_or_else(PoisonError::into_inner);
+    bad.sort_unstable();
+    (worst, bad.into_iter().map(|(_, why)| why).collect::<Vec<_>>().join("; "))
+}
+
+/// A slot of a step and its data, in words.
+fn place_of(spec: &Spec, step: Step, slot: u32) -> String {
+    let stage = &spec.stages[spec.stage_of(step)];
+    let per_slot = stage.slot_sequences as u64;
+    let begin = spec.position(step).map_or(0, |at| at.first_sequence) + u64::from(slot) * per_slot;
+    let (end, name) = (begin + per_slot - 1, &stage.name);
+    format!("step {step}, slot {slot}, sequences {begin} to {end} of stage `{name}`")
 }
 
 /// How the gradients of a stage are summed.
@@ -589,7 +649,7 @@ fn arithmetic(spec: &Spec, stage: &spec::Stage) -> Arithmetic {
 
 impl Adding<'_> {
     /// Adds the `place`-th of the rank's slots. One that cannot be added is counted, and described in
-    /// `bad`, under a spec that skips the step then.
+    /// the notes, under a spec that skips the step then.
     fn take(
         &self,
         gathering: &Gathering<'_>,
@@ -609,13 +669,25 @@ impl Adding<'_> {
         close: impl FnOnce(&dyn Fn(&mut [i64])),
     ) -> Result<(), ComputeError> {
         let slot = self.first_slot + place as u32;
+        let notes = || self.notes.lock().unwrap_or_else(PoisonError::into_inner);
         match (self.checked(slot, statistics, added), self.spec.optimizer.non_finite) {
-            (Ok(statistics), _) => close(&|integers| {
-                integers.iter_mut().zip(&statistics).for_each(|(sum, value)| *sum += value);
-            }),
+            (Ok(integers_of_slot), _) => {
+                let (mut notes, loss) = (notes(), statistics.loss);
+                // Of equal ones the first, whatever thread was faster.
+                let is_worse = |(other, at)| loss > other || (loss == other && slot < at);
+                if notes.worst.is_none_or(is_worse) {
+                    notes.worst = Some((loss, slot));
+                }
+                drop(notes);
+                close(&|integers| {
+                    integers
+                        .iter_mut()
+                        .zip(&integers_of_slot)
+                        .for_each(|(sum, value)| *sum += value);
+                });
+            }
             (Err(error), NonFinite::Skip) => {
-                let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
-                bad.push((slot, error.to_string()));
+                notes().bad.push((slot, error.to_string()));
                 close(&|integers| integers.iter_mut().last().map_or((), |n| *n += 1));
             }
             (Err(error), NonFinite::Stop) => return Err(error),
@@ -647,23 +719,18 @@ impl Adding<'_> {
     }
 
     fn not_finite(&self, slot: u32, what: String, value: f64) -> ComputeError {
-        let per_slot = self.stage.slot_sequences as u64;
-        let begin = self.spec.position(self.step).map_or(0, |at| at.first_sequence)
-            + u64::from(slot) * per_slot;
-        let place = format!(
-            "step {}, slot {slot}, sequences {begin} to {} of stage `{}`",
-            self.step,
-            begin + per_slot - 1,
-            self.stage.name
-        );
+        let place = place_of(self.spec, self.step, slot);
         let exact = self.spec.cluster.reduction == Reduction::Exact;
         let remedy = if value.is_finite() && exact {
             format!(
-                "more than cluster.fraction_bits = {} leaves room for; lower that or the learning rate",
+                "more than cluster.fraction_bits = {} leaves room for; have a branch of this run (`looptrain \
+                 branch`) lower that or the learning rate",
                 self.spec.cluster.fraction_bits
             )
         } else {
-            "the run diverged; lower the learning rate and resume from a checkpoint".into()
+            "the run diverged; have a branch of this run (`looptrain branch`) lower the learning rate, or skip \
+             such steps (optimizer.non_finite)"
+                .into()
         };
         ComputeError::NotFinite { place, what, value, remedy }
     }

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use looptrain_model::Device;
-use looptrain_proto::spec::Objective;
+use looptrain_proto::spec::{Objective, Spikes};
 use tokio::sync::mpsc;
 
 use super::*;
@@ -177,7 +177,7 @@ fn an_update_waits_for_its_commit_and_leads_to_the_next_step() {
     let before = bench.weights_digest(Step(0)).unwrap();
     let sums = share(&mut bench, 1, 0..4);
     let expected = sums.settle(1.0, &mut vec![0.0; sums.shape().0]);
-    let report = bench.prepare(Step(1), sums).unwrap();
+    let report = bench.prepare(Step(1), sums, None).unwrap();
     assert_eq!(report.digest, expected);
     assert!(report.statistics.loss > 1.0 && report.statistics.grad_norm > 0.0);
     let exits: f64 = report.statistics.exit_pdf.iter().sum();
@@ -196,7 +196,7 @@ fn training_on_the_same_slots_lowers_the_loss() {
     let mut losses = Vec::new();
     for step in 1..=4 {
         let sums = share(&mut bench, step, 0..4);
-        losses.push(bench.prepare(Step(step), sums).unwrap().statistics.loss);
+        losses.push(bench.prepare(Step(step), sums, None).unwrap().statistics.loss);
         bench.commit(Step(step)).unwrap();
     }
     assert!(losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
@@ -206,7 +206,7 @@ fn training_on_the_same_slots_lowers_the_loss() {
 fn a_generation_at_the_prepared_step_commits_it_and_one_before_it_does_not() {
     let mut bench = bench(1);
     let sums = share(&mut bench, 1, 0..4);
-    bench.prepare(Step(1), sums).unwrap();
+    bench.prepare(Step(1), sums, None).unwrap();
     assert!(bench.reach(Step(0)).unwrap());
     assert_eq!(bench.held(), Some(Step(0)));
     assert!(bench.reach(Step(1)).unwrap());
@@ -223,7 +223,7 @@ fn what_does_not_follow_the_held_step_is_refused() {
     assert!(bench.snapshot(Step(2), 0, 1).is_err());
     assert!(refused(&mut bench, 0, 0).contains("cannot compute step 0"));
     let short = Sums::zeroed(Arithmetic::new(Reduction::Exact, 40, 4), 3, 7, None);
-    assert!(matches!(bench.prepare(Step(1), short), Err(ComputeError::Shape { .. })));
+    assert!(matches!(bench.prepare(Step(1), short, None), Err(ComputeError::Shape { .. })));
 }
 
 #[test]
@@ -291,7 +291,7 @@ fn a_bad_slot_changes_nothing_but_the_step(reduction: Reduction) {
     let (mut whole, batches) = skipping(2, reduction);
     let (all, sums) = given(&mut whole, 0, batches.clone());
     assert!(all.detail.contains("step 1, slot 2"), "{}", all.detail);
-    let report = whole.prepare(Step(1), sums).unwrap();
+    let report = whole.prepare(Step(1), sums, None).unwrap();
     assert_eq!((report.statistics.bad_slots, report.statistics.grad_norm), (1, 0.0));
     assert!(report.statistics.loss.is_finite(), "the mean over the other slots");
     for cut in 0..=4 {
@@ -299,7 +299,7 @@ fn a_bad_slot_changes_nothing_but_the_step(reduction: Reduction) {
         let (a, a_sums) = given(&mut left, 0, batches[..cut].to_vec());
         let (_, b_sums) = given(&mut right, cut as u32, batches[cut..].to_vec());
         assert_eq!(a.detail.is_empty(), cut <= 2);
-        let split = left.prepare(Step(1), reduced(a_sums, b_sums)).unwrap();
+        let split = left.prepare(Step(1), reduced(a_sums, b_sums), None).unwrap();
         assert_eq!(split.digest, report.digest, "cut at {cut}");
         // A retry, all of it kept from the first try.
         let (again, _) = given(&mut left, 0, batches[..cut].to_vec());
@@ -336,15 +336,15 @@ fn here(bench: &Bench) -> &[f32] {
 fn a_fast_step_is_the_exact_one_but_for_rounding_and_its_statistics_are_exact() {
     let mut exact = bench(1);
     let sums = share(&mut exact, 1, 0..4);
-    let expected = exact.prepare(Step(1), sums).unwrap().statistics;
+    let expected = exact.prepare(Step(1), sums, None).unwrap().statistics;
     let gradient = here(&exact);
     let scale = gradient.iter().fold(0f32, |most, value| most.max(value.abs()));
     for cut in 0..=4 {
         let (mut left, mut right) = (fast(1), fast(2));
         let (a, b) = (share(&mut left, 1, 0..cut), share(&mut right, 1, cut..4));
         let sums = reduced(a, b);
-        let one = left.prepare(Step(1), sums.clone()).unwrap();
-        let other = right.prepare(Step(1), sums).unwrap();
+        let one = left.prepare(Step(1), sums.clone(), None).unwrap();
+        let other = right.prepare(Step(1), sums, None).unwrap();
         assert_eq!((one.digest, &one.statistics), (other.digest, &other.statistics));
         let norm = one.statistics.grad_norm;
         assert!((norm / expected.grad_norm - 1.0).abs() < 1e-5, "{norm}");
@@ -364,12 +364,12 @@ fn a_fast_update_that_was_not_committed_is_forgotten_for_its_step_may_come_out_o
     let (mut exact, mut fast) = (bench(1), fast(1));
     for bench in [&mut exact, &mut fast] {
         let sums = share(bench, 1, 0..4);
-        bench.prepare(Step(1), sums).unwrap();
+        bench.prepare(Step(1), sums, None).unwrap();
         assert!(bench.reach(Step(0)).unwrap());
     }
     assert_eq!((exact.prepared(), fast.prepared()), (Some(Step(1)), None));
     let sums = share(&mut fast, 1, 0..4);
-    fast.prepare(Step(1), sums).unwrap();
+    fast.prepare(Step(1), sums, None).unwrap();
     assert!(fast.reach(Step(1)).unwrap() && fast.held() == Some(Step(1)));
 }
 
@@ -412,7 +412,7 @@ fn on_a_device_any_split_and_any_new_start_lead_to_the_same_bits() {
         let both = reduced(a, b);
         assert!(both == all, "cut at {cut}");
         for bench in [&mut whole, left, right] {
-            bench.prepare(Step(step), both.clone()).unwrap();
+            bench.prepare(Step(step), both.clone(), None).unwrap();
             bench.commit(Step(step)).unwrap();
         }
         // One rank is lost, and another takes its place with the state of those that are left.
@@ -445,9 +445,9 @@ fn alone_with_its_device_a_rank_comes_to_the_bits_of_ranks_that_are_not() {
     device.offer(Step(0)).unwrap();
     for step in 1..=2 {
         let sums = share(&mut host, step, 0..4);
-        let expected = host.prepare(Step(step), sums).unwrap();
+        let expected = host.prepare(Step(step), sums, None).unwrap();
         let sums = alone(&mut device, step, batches(0..4)).unwrap();
-        let report = device.prepare(Step(step), sums).unwrap();
+        let report = device.prepare(Step(step), sums, None).unwrap();
         let rounded = |mut statistics: StepStatistics| {
             // Summed in another order.
             statistics.grad_norm = (statistics.grad_norm * 1e6).round();
@@ -457,7 +457,7 @@ fn alone_with_its_device_a_rank_comes_to_the_bits_of_ranks_that_are_not() {
         // A try that is done again leads to the same.
         let again = alone(&mut device, step, batches(0..4)).unwrap();
         assert_eq!(device.prepared(), None, "its place was needed");
-        assert_eq!(device.prepare(Step(step), again).unwrap().digest, report.digest);
+        assert_eq!(device.prepare(Step(step), again, None).unwrap().digest, report.digest);
         host.commit(Step(step)).unwrap();
         device.commit(Step(step)).unwrap();
         let digests = [&host, &device].map(|bench| bench.weights_digest(Step(step)).unwrap());
@@ -487,7 +487,7 @@ fn where_the_gate_alone_is_trained_its_gradient_is_all_that_travels() {
             let both = reduced(a, b);
             assert!(both == all, "step {step}");
             for bench in [&mut whole, &mut left] {
-                bench.prepare(Step(step), both.clone()).unwrap();
+                bench.prepare(Step(step), both.clone(), None).unwrap();
                 bench.commit(Step(step)).unwrap();
             }
             // Those who join follow by what was reduced.
@@ -510,9 +510,9 @@ fn where_the_gate_alone_is_trained_its_gradient_is_all_that_travels() {
         host.initialise().unwrap();
         device.initialise().unwrap();
         let sums = share(&mut host, 1, 0..4);
-        let expected = host.prepare(Step(1), sums).unwrap().statistics;
+        let expected = host.prepare(Step(1), sums, None).unwrap().statistics;
         let sums = alone(&mut device, 1, batches(0..4)).unwrap();
-        let found = device.prepare(Step(1), sums).unwrap().statistics;
+        let found = device.prepare(Step(1), sums, None).unwrap().statistics;
         assert!((found.grad_norm / expected.grad_norm - 1.0).abs() < 1e-5);
         host.commit(Step(1)).unwrap();
         device.commit(Step(1)).unwrap();
@@ -550,7 +550,7 @@ fn what_waits_on_a_device_is_given_up_when_another_try_takes_its_place() {
         let mut bench = on_device(Reduction::Exact);
         bench.initialise().unwrap();
         let sums = alone(&mut bench, 1, batches(0..4)).unwrap();
-        bench.prepare(Step(1), sums).unwrap();
+        bench.prepare(Step(1), sums, None).unwrap();
         assert_eq!(bench.prepared(), Some(Step(1)));
         // A try that ends before it has sums of its own.
         let at_once = AtomicBool::new(true);
@@ -575,7 +575,7 @@ fn a_fast_step_is_near(reduction: Reduction, error: f64, elsewhere: usize) {
     for bench in [&mut exact, &mut fast] {
         bench.initialise().unwrap();
         let sums = alone(bench, 1, batches(0..4)).unwrap();
-        statistics.push(bench.prepare(Step(1), sums).unwrap().statistics);
+        statistics.push(bench.prepare(Step(1), sums, None).unwrap().statistics);
         bench.commit(Step(1)).unwrap();
     }
     let norm = statistics[1].grad_norm;
@@ -603,7 +603,7 @@ fn alone_with_its_device_a_bad_slot_is_named_and_skipped() {
         spec.optimizer.non_finite = NonFinite::Skip;
         bench.spec = Arc::new(spec);
         let sums = alone(&mut bench, 1, slots).unwrap();
-        let report = bench.prepare(Step(1), sums).unwrap();
+        let report = bench.prepare(Step(1), sums, None).unwrap();
         assert_eq!((report.statistics.bad_slots, report.statistics.grad_norm), (1, 0.0));
         bench.commit(Step(1)).unwrap();
         let after = bench.trainer.state().unwrap();
@@ -621,4 +621,71 @@ fn on_a_device_a_slot_without_numbers_is_named_as_on_the_cpu() {
     bench.adopt(state).unwrap();
     let text = refused(&mut bench, 1, 2);
     assert!(text.starts_with("the loss is NaN at step 1, slot 2, sequences 4 to 5"), "{text}");
+}
+
+/// A bench under a guard that judges after two steps, and a trend of two steps far below what a first step
+/// has.
+fn guarded(mut bench: Bench, action: OnSpike) -> (Bench, Trend) {
+    let mut spec = Spec::clone(&bench.spec);
+    spec.optimizer.spikes = Some(Spikes { action, window: 4, ..Spikes::default() });
+    bench.spec = Arc::new(spec);
+    let figures = |mean: f64| (mean, 1e-4);
+    let (loss_mean, loss_variance) = figures(1.0);
+    let (grad_norm_mean, grad_norm_variance) = figures(1e-3);
+    let trend =
+        Trend { stage: 0, steps: 2, loss_mean, loss_variance, grad_norm_mean, grad_norm_variance };
+    (bench, trend)
+}
+
+/// Prepares and commits step 1, whose loss is a spike; what was reported, and the weights before and
+/// after.
+fn spiking(bench: Bench, action: OnSpike, alone_on_device: bool) -> (Report, [Vec<f32>; 2]) {
+    let (mut bench, trend) = guarded(bench, action);
+    let weights = |bench: &Bench| bench.trainer.weights().unwrap().into_owned();
+    let before = weights(&bench);
+    let sums = match alone_on_device {
+        true => alone(&mut bench, 1, batches(0..4)).unwrap(),
+        false => share(&mut bench, 1, 0..4),
+    };
+    let report = bench.prepare(Step(1), sums, Some(trend)).unwrap();
+    bench.commit(Step(1)).unwrap();
+    assert_eq!(bench.held(), Some(Step(1)));
+    (report, [before, weights(&bench)])
+}
+
+#[test]
+fn a_spike_is_told_with_the_slot_at_fault_and_changes_nothing_where_it_is_skipped() {
+    let (report, [before, after]) = spiking(bench(2), OnSpike::Skip, false);
+    assert!(before == after);
+    let said = &report.statistics.spike;
+    assert!(said.starts_with("loss ") && said.contains("gradient norm "), "{said}");
+    assert!(report.detail.starts_with("step 1, slot "), "{}", report.detail);
+    assert!(report.detail.contains("has the loss "), "{}", report.detail);
+    let trend = report.statistics.trend.unwrap();
+    // It counts as no more than the bound, which is 1 and six deviations of 0.01.
+    assert!(trend.steps == 3 && trend.loss_mean < 1.03, "{trend:?}");
+
+    let mut device = on_device(Reduction::Exact);
+    device.initialise().unwrap();
+    let (on_device, [before, after]) = spiking(device, OnSpike::Skip, true);
+    assert!(before == after);
+    assert!(on_device.statistics.spike.starts_with("loss "), "{}", on_device.statistics.spike);
+
+    // Whether it is committed is for the coordinator to say, where the run is to stop.
+    let (stopping, [before, after]) = spiking(bench(1), OnSpike::Stop, false);
+    assert!(before != after);
+    assert_eq!(stopping.statistics, report.statistics);
+    assert_eq!(stopping.digest, report.digest, "the digest is that of what was summed");
+}
+
+#[test]
+fn a_usual_step_moves_the_trend_and_the_weights() {
+    let (mut bench, _) = guarded(bench(1), OnSpike::Skip);
+    let before = bench.weights_digest(Step(0)).unwrap();
+    let sums = share(&mut bench, 1, 0..4);
+    let report = bench.prepare(Step(1), sums, None).unwrap();
+    let (trend, loss) = (report.statistics.trend.unwrap(), report.statistics.loss);
+    assert_eq!((trend.steps, trend.loss_mean, report.statistics.spike.as_str()), (1, loss, ""));
+    bench.commit(Step(1)).unwrap();
+    assert_ne!(bench.weights_digest(Step(1)).unwrap(), before);
 }

@@ -103,6 +103,8 @@ pub(super) fn step_statistics(
         hidden_rms_per_loop: watched(0),
         gradient_norm_per_loop: watched(loops),
         agreement_per_loop: watched(2 * loops),
+        spike: String::new(),
+        trend: None,
     }
 }
 

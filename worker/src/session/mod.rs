@@ -92,6 +92,8 @@ pub(crate) struct Session<W: Duties> {
     reported: Option<String>,
     /// Why this worker is to leave.
     leaving: Option<String>,
+    /// The coordinator has said that it may.
+    released: bool,
     /// The span of the coordinator's that the newest message belongs to.
     parent: Context,
 }
@@ -111,6 +113,7 @@ impl<W: Duties> Session<W> {
             saves: JoinSet::new(),
             reported: None,
             leaving: None,
+            released: false,
             parent: Context::new(),
         }
     }
@@ -133,7 +136,7 @@ impl<W: Duties> Session<W> {
                     self.parent = trace::parent(traceparent);
                     match kind {
                         Some(Directive::Finish(finish)) => return self.finish(finish),
-                        Some(directive) => self.obey(directive)?,
+                        Some(directive) => self.obey(directive, stop)?,
                         None => tracing::warn!("ignored a message of an unknown kind"),
                     }
                 },
@@ -149,7 +152,7 @@ impl<W: Duties> Session<W> {
                     // Not by a panic of the save itself, which has an answer.
                     Err(error) => tracing::error!(%error, "a save ended unexpectedly"),
                 },
-                reason = stop.told(), if self.leaving.is_none() => self.leave(reason.to_owned()),
+                reason = stop.told(), if self.leaving.is_none() => self.leave(reason.to_owned())?,
                 _ = tell.tick() => self.tell_what_it_waits_for()?,
             }
         }
@@ -165,13 +168,18 @@ impl<W: Duties> Session<W> {
         }
     }
 
-    fn leave(&mut self, reason: String) {
+    /// Asks the coordinator, which may want what this worker holds to be saved first.
+    fn leave(&mut self, reason: String) -> Result<(), WorkerError> {
         tracing::info!(reason, "leaving at the next safe moment");
-        self.leaving.get_or_insert(reason);
+        self.leaving = Some(reason.clone());
+        self.link.send(Vote::Leaving(v1::Leaving { reason }))
     }
 
     /// Nobody waits for anything of this worker but its next step.
     fn may_leave(&self) -> bool {
+        if !self.released {
+            return false;
+        }
         // While the store fails it, the step cannot end; without it others may have the tokens.
         let starved = || self.work.waits_for().is_some_and(|wait| wait.failed);
         let in_step = self.activity.as_ref().is_some_and(|it| it.is_step) && !starved();
@@ -187,7 +195,7 @@ impl<W: Duties> Session<W> {
         }
     }
 
-    fn obey(&mut self, directive: Directive) -> Result<(), WorkerError> {
+    fn obey(&mut self, directive: Directive, stop: &Stop) -> Result<(), WorkerError> {
         match directive {
             Directive::Form(form) => self.form(form),
             Directive::Plan(plan) => {
@@ -235,7 +243,11 @@ impl<W: Duties> Session<W> {
                 Ok(())
             }
             Directive::Drain(drain) => {
-                self.leave(drain.reason);
+                tracing::info!(reason = drain.reason, "leaving when nobody waits for this worker");
+                // Also should the session break before.
+                stop.tell(drain.reason.clone());
+                self.leaving.get_or_insert(drain.reason);
+                self.released = true;
                 Ok(())
             }
             Directive::Rejected(rejected) => {

@@ -70,6 +70,7 @@ impl Work {
             generation,
             weights_digest,
             parts: vec![part],
+            trend: self.memory.trend_after(step),
         };
         self.checkpoints.commit(&manifest).await.map_err(said)?;
         Ok(format!("saved the state of step {step} as a checkpoint"))

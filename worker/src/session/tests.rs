@@ -450,6 +450,8 @@ async fn a_worker_told_to_stop_leaves_after_the_commit_it_owes() {
     guest.plan(1, 1, 0..4);
     computing.wait().await;
     rig.stop.tell("told to stop");
+    guest.is_leaving().await;
+    guest.drain("told to stop");
     guest.prepared().await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!worker.is_finished(), "others may need this worker to commit");
@@ -478,12 +480,16 @@ async fn a_drained_worker_leaves_after_its_commit_and_its_save() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_waiting_worker_told_to_stop_leaves_at_once() {
+async fn a_waiting_worker_told_to_stop_leaves_as_soon_as_it_may() {
     let mut rig = Rig::start().await;
     let worker = rig.worker("w0");
     let mut guest = rig.welcome().await;
     guest.beat().await;
     rig.stop.tell("told to stop");
+    guest.is_leaving().await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!worker.is_finished(), "what it holds may have to be saved");
+    guest.drain("told to stop");
     assert!(matches!(guest.hear().await, Some(Vote::Leave(_))));
     assert!(guest.hear().await.is_none(), "the stream ends after the farewell");
     drop(guest);
@@ -776,6 +782,7 @@ impl Rig {
             generation: looptrain_proto::Generation(1),
             weights_digest: Digest::from_bytes(&parts[0].weights_digest).unwrap(),
             parts: parts.iter().map(entry).collect(),
+            trend: None,
         };
         let store = Store::open(&self.spec.run.store).unwrap();
         Checkpoints::new(&store, &self.spec.run.name).commit(&manifest).await.unwrap();

@@ -439,7 +439,8 @@ impl Duties for Work {
         let Reduced { sums, blocked } = reduced.ok_or(Failure::Abandoned)?;
         let reduce = reduced_at.saturating_duration_since(computed_at);
 
-        let prepared = self.compute.submit(move |bench| bench.prepare(step, sums));
+        let trend = plan.trend;
+        let prepared = self.compute.submit(move |bench| bench.prepare(step, sums, trend));
         let report = prepared.instrument(tracing::info_span!("vote")).await??;
         Ok(Prepared {
             generation: plan.generation,
@@ -455,7 +456,10 @@ impl Duties for Work {
                 send: blocked.min(reduce).as_secs_f64(),
             }),
             computed_slots: contribution.computed as u32,
-            detail: contribution.detail,
+            detail: match contribution.detail.is_empty() {
+                true => report.detail,
+                false => contribution.detail,
+            },
         })
     }
 

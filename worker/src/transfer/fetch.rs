@@ -46,7 +46,8 @@ pub(crate) enum FetchError {
 #[derive(Debug)]
 pub(crate) struct Fetched {
     pub(crate) buffers: Vec<Vec<f32>>,
-    /// What its sources remember of the steps that led to it, in order: no state depends on that.
+    /// What its sources remember of the steps that led to it, in order; no weight depends on that, but by
+    /// it a coordinator that takes over knows what the next step is judged by.
     pub(crate) votes: Vec<Prepared>,
 }
 

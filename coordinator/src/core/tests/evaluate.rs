@@ -74,7 +74,7 @@ fn a_resumed_run_does_not_repeat_the_evaluation_it_has() {
     let (mut rig, _) = to_the_evaluation(1);
     rig.evaluate_all();
     let evaluations = rig.core.evaluations.clone();
-    let mark = Mark { step: Step(5), weights_digest: weights(Step(5)), record: None };
+    let mark = Mark { step: Step(5), weights_digest: weights(Step(5)), record: None, trend: None };
     let resume = Resume { checkpoint: Some(mark), evaluations, ..Resume::default() };
     let mut again = Rig::resumed(&["cluster.workers=1"], resume);
     let worker = again.join("w0");

@@ -40,7 +40,7 @@ fn training_starts_when_all_are_ready_and_not_before() {
 
 #[test]
 fn a_resumed_run_forms_from_its_checkpoint_with_a_new_generation() {
-    let mark = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None };
+    let mark = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None, trend: None };
     let generation = Generation(7);
     let resume = Resume { checkpoint: Some(mark), generation, ..Resume::default() };
     let mut rig = Rig::resumed(&["cluster.workers=1"], resume);
@@ -92,7 +92,7 @@ fn two_unequal_states_end_the_run_naming_both_workers() {
 
 #[test]
 fn of_two_unequal_states_the_checkpoints_is_right() {
-    let mark = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None };
+    let mark = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None, trend: None };
     let mut rig = Rig::resumed(&[], Resume { checkpoint: Some(mark), ..Resume::default() });
     let (first, second) = (rig.join("w0"), rig.join("w1"));
     let weights_digest = Digest::of(b"other");
@@ -103,7 +103,8 @@ fn of_two_unequal_states_the_checkpoints_is_right() {
 
 #[test]
 fn states_that_agree_with_each_other_but_not_with_the_checkpoint_end_the_run() {
-    let mark = Mark { step: Step(4), weights_digest: Digest::of(b"saved"), record: None };
+    let mark =
+        Mark { step: Step(4), weights_digest: Digest::of(b"saved"), record: None, trend: None };
     let resume = Resume { checkpoint: Some(mark), ..Resume::default() };
     let mut rig = Rig::resumed(&["cluster.workers=1"], resume);
     rig.join("w0");

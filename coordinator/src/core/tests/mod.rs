@@ -13,12 +13,15 @@ mod goodput;
 mod join;
 mod lose;
 mod orders;
+mod parting;
 mod patience;
 mod random_events;
 mod return_;
 mod save;
+mod search;
 mod spare;
 mod speed;
+mod spike;
 mod wait;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -106,6 +109,9 @@ pub(super) struct Rig {
     pub(super) pauses: Vec<Option<String>>,
     /// Times that the store was to be looked at.
     pub(super) looks: u32,
+    /// Times that newer checkpoints were looked for, and what the next look finds.
+    pub(super) searches: u32,
+    pub(super) left: Option<Left>,
     /// Where the log was told to end, and the steps that it lacked.
     pub(super) went_on: Vec<(u64, Vec<u64>)>,
     pub(super) ignored: Vec<String>,
@@ -131,6 +137,8 @@ impl Rig {
             pinned: Vec::new(),
             pauses: Vec::new(),
             looks: 0,
+            searches: 0,
+            left: None,
             went_on: Vec::new(),
             ignored: Vec::new(),
             result: None,
@@ -173,6 +181,7 @@ impl Rig {
     }
 
     fn act(&mut self, event: Event) {
+        let mut found = None;
         for action in self.core.handle(self.now, event) {
             match action {
                 Action::Send { worker, message } => {
@@ -184,6 +193,10 @@ impl Rig {
                 Action::Publish(event) => self.published.push(event),
                 Action::PinNumerics { numerics } => self.pinned.push(numerics),
                 Action::LookAtStore => self.looks += 1,
+                Action::FindCheckpoint { .. } => {
+                    self.searches += 1;
+                    found = Some(Event::CheckpointFound(self.left.take().map(Box::new)));
+                }
                 Action::KeepPause(reason) => self.pauses.push(reason),
                 Action::WriteManifest(draft) => self.manifests.push(draft),
                 Action::End(result) => {
@@ -197,6 +210,9 @@ impl Rig {
                 }
                 Action::Explain(_) | Action::SealMetrics => {}
             }
+        }
+        if let Some(found) = found {
+            self.act(found);
         }
     }
 
@@ -221,7 +237,7 @@ impl Rig {
     }
 
     pub(super) fn kill(&mut self, worker: WorkerId) {
-        self.feed(Event::Broken { worker, reason: "connection reset".into() });
+        self.feed(Event::Lost(vec![Loss::broken(worker, "connection reset")]));
     }
 
     /// Time passes with everybody alive, in steps a heartbeat apart.
@@ -254,7 +270,7 @@ impl Rig {
             generation,
             step,
             digest: gradient(step),
-            statistics: v1::StepStatistics {
+            statistics: Box::new(v1::StepStatistics {
                 loss: 6.0 - step.0 as f64 * 0.1,
                 loss_per_loop: vec![6.5, 6.25],
                 exit_pdf: vec![0.25, 0.75],
@@ -263,7 +279,7 @@ impl Rig {
                 tokens: 160,
                 bad_slots: 0,
                 ..v1::StepStatistics::default()
-            },
+            }),
             sections: v1::Sections { compute: 0.1, ..v1::Sections::default() },
             computed_slots: 0,
             detail: String::new(),

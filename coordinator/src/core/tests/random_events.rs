@@ -15,6 +15,10 @@ enum Op {
     Join,
     Kill(usize),
     Leave(usize),
+    Leaving(usize),
+    Drain(usize),
+    Pause,
+    Resume,
     Answer(usize),
     SavePart(usize, bool),
     Store(bool),
@@ -32,6 +36,9 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Join),
         2 => index().prop_map(Op::Kill),
         1 => index().prop_map(Op::Leave),
+        1 => index().prop_map(Op::Leaving),
+        1 => index().prop_map(Op::Drain),
+        1 => prop::bool::weighted(0.3).prop_map(|hold| if hold { Op::Pause } else { Op::Resume }),
         60 => index().prop_map(Op::Answer),
         10 => (index(), prop::bool::weighted(0.85)).prop_map(|(at, ok)| Op::SavePart(at, ok)),
         6 => prop::bool::weighted(0.85).prop_map(Op::Store),
@@ -62,6 +69,10 @@ struct Fake {
     kept: Option<u64>,
     answers: VecDeque<Report>,
     saves: VecDeque<v1::Save>,
+    /// It was told to leave, and has said so.
+    leaving: bool,
+    /// It has been told that it may.
+    released: bool,
 }
 
 struct World {
@@ -117,6 +128,21 @@ impl World {
                     self.rig.say(worker, Report::Leave { reason: String::new() });
                 }
             }
+            Op::Leaving(at) => {
+                if let Some(worker) = self.pick(*at) {
+                    self.fakes.entry(worker).or_default().leaving = true;
+                    self.rig.say(worker, Report::Leaving { reason: "SIGTERM".into() });
+                }
+            }
+            Op::Drain(at) => {
+                let name =
+                    self.pick(*at).map(|worker| self.rig.core.roster.name(worker).to_owned());
+                if let Some(Ok(worker)) = name.map(|name| self.rig.core.drainable(&name)) {
+                    self.rig.feed(Event::DrainRequested { worker, reason: "a new disk".into() });
+                }
+            }
+            Op::Pause => self.rig.feed(Event::PauseRequested { reason: "random".into() }),
+            Op::Resume => self.rig.feed(Event::ResumeRequested),
             Op::Answer(at) => {
                 if let Some(worker) = self.pick(*at) {
                     self.answer(worker);
@@ -157,6 +183,17 @@ impl World {
     }
 
     fn answer(&mut self, worker: WorkerId) {
+        // Nobody waits for it any more.
+        let goes = |fake: &Fake| {
+            fake.released
+                && fake.answers.is_empty()
+                && fake.saves.is_empty()
+                && fake.prepared.is_none()
+        };
+        if self.fakes.get(&worker).is_some_and(goes) {
+            self.fakes.remove(&worker);
+            return self.rig.say(worker, Report::Leave { reason: "told to".into() });
+        }
         let answer = self.fakes.get_mut(&worker).and_then(|fake| fake.answers.pop_front());
         if let Some(answer) = answer {
             // What a worker has said of its generation is what it may be held to.
@@ -198,7 +235,12 @@ impl World {
     /// The coordinator dies, and another one takes over; workers come back with what they hold.
     fn crash(&mut self) {
         let step = *self.checkpoints.iter().max().unwrap();
-        let mark = Mark { step: Step(step), weights_digest: weights(Step(step)), record: None };
+        let mark = Mark {
+            step: Step(step),
+            weights_digest: weights(Step(step)),
+            record: None,
+            trend: None,
+        };
         let resume = Resume {
             incarnation: Incarnation(2),
             checkpoint: (step > 0).then_some(mark),
@@ -229,6 +271,8 @@ impl World {
             fake.saves.clear();
             // Generations of another incarnation count anew.
             (fake.read, fake.prepared, fake.generation, fake.ready) = (0, None, 0, 0);
+            // Another process under the name; what it was told went with its session.
+            (fake.leaving, fake.released) = (false, false);
             self.fakes.insert(worker, fake);
         }
     }
@@ -319,8 +363,21 @@ impl World {
         }
     }
 
-    /// No more faults: the run must come to its end.
+    /// No more faults: whoever is leaving comes to go, also in a pause, and the run must come to its end.
     fn bring_to_its_end(&mut self, workers: u32) {
+        self.apply(&Op::Pause);
+        for _ in 0..300 {
+            self.work();
+        }
+        let stays: Vec<_> = self.fakes.iter().filter(|(_, fake)| fake.leaving).collect();
+        let over = self.rig.result.is_some();
+        assert!(
+            over || stays.is_empty(),
+            "{} wait to leave: {}",
+            stays.len(),
+            self.rig.core.reason
+        );
+        self.apply(&Op::Resume);
         for _ in 0..5000 {
             if self.rig.result.is_some() {
                 break;
@@ -328,20 +385,27 @@ impl World {
             if self.rig.core.roster.len() < workers as usize {
                 self.apply(&Op::Join);
             }
-            for worker in self.fakes.keys().copied().collect::<Vec<_>>() {
-                self.answer(worker);
-                self.check();
-                self.save_part(worker, true);
-                self.check();
-            }
-            self.store(true);
-            self.rig.pass(0.1);
-            self.check();
+            self.work();
         }
         let result = self.rig.result.as_ref().expect("the run ends once faults stop");
         let outcome = result.as_ref().expect("and it ends well");
         assert!(outcome.step == TOTAL || outcome.stopped);
         assert!(self.checkpoints.contains(&outcome.step.0));
+    }
+}
+
+impl World {
+    /// Everybody does what is to be done, and some time passes.
+    fn work(&mut self) {
+        for worker in self.fakes.keys().copied().collect::<Vec<_>>() {
+            self.answer(worker);
+            self.check();
+            self.save_part(worker, true);
+            self.check();
+        }
+        self.store(true);
+        self.rig.pass(0.1);
+        self.check();
     }
 }
 
@@ -355,7 +419,8 @@ impl Fake {
     ) {
         match message {
             Directive::Welcome(_) | Directive::Finish(_) | Directive::Refused(_) => {}
-            Directive::Rejected(_) | Directive::Drain(_) | Directive::Communicator(_) => {}
+            Directive::Rejected(_) | Directive::Communicator(_) => {}
+            Directive::Drain(_) => self.released = true,
             Directive::Form(form) => {
                 assert!(form.generation > self.generation, "generations only grow");
                 self.generation = form.generation;
@@ -390,7 +455,7 @@ impl Fake {
                     generation: Generation(plan.generation),
                     step: Step(plan.step),
                     digest: gradient(Step(plan.step)),
-                    statistics: v1::StepStatistics::default(),
+                    statistics: Box::default(),
                     sections: v1::Sections::default(),
                     computed_slots: plan.slot_end - plan.slot_begin,
                     detail: String::new(),

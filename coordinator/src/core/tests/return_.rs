@@ -41,7 +41,8 @@ fn successor(steps: u64) -> Rig {
 
 /// A coordinator that finds the checkpoint of step 4, and this behind it in the log.
 fn succeeding(tail: Vec<StepRecord>) -> Rig {
-    let checkpoint = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None };
+    let checkpoint =
+        Mark { step: Step(4), weights_digest: weights(Step(4)), record: None, trend: None };
     let numerics = Some("avx2".to_owned());
     let incarnation = Incarnation(2);
     let resume = Resume {
@@ -146,6 +147,7 @@ fn a_checkpoint_that_a_worker_left_alone_adds_to_the_log_what_the_coordinator_co
                 step: Step(6),
                 weights_digest: weights(Step(6)),
                 record: None,
+                trend: None,
             }),
             logged: Step(4),
             bequest: Some(v1::Held { recent, ..held(6, Some(7)) }),
@@ -169,6 +171,63 @@ fn without_a_worker_that_holds_it_a_logged_step_is_done_again() {
     rig.pass(2.0);
     assert_eq!(rig.went_on, [(4, vec![])]);
     assert_eq!(rig.form_of(second).step, 4);
+    let told = |event: &RunEvent| matches!(event, RunEvent::Rewound { to: Step(4), .. });
+    assert!(rig.published.iter().any(told), "steps 5 and 6 are done again");
+}
+
+#[test]
+fn those_that_hold_what_took_long_are_waited_for_until_they_can_have_noticed() {
+    // What is at stake, and how long that is waited for.
+    for (seconds, wait) in [(1.0, 5.0), (6.0, 12.0), (20.0, 40.0), (100.0, 125.5)] {
+        let mut tail = logged(2);
+        tail.iter_mut().for_each(|record| record.seconds = seconds);
+        let mut rig = succeeding(tail);
+        rig.join("fresh");
+        rig.join("fresher");
+        rig.pass(wait - 1.0);
+        assert_eq!(rig.phase(), "waiting", "{seconds}");
+        let late = back(&mut rig, "w0", held(6, None));
+        rig.pass(seconds + 2.5);
+        assert_eq!((rig.form_of(late).step, rig.members()), (6, vec![late]), "{seconds}");
+
+        let mut tail = logged(2);
+        tail.iter_mut().for_each(|record| record.seconds = seconds);
+        let mut rig = succeeding(tail);
+        rig.join("fresh");
+        rig.join("fresher");
+        rig.pass(wait + 1.0);
+        assert_eq!((rig.phase(), rig.core.committed), ("forming", Step(4)), "{seconds}");
+    }
+}
+
+#[test]
+fn who_fell_silent_may_come_back_and_who_died_does_not() {
+    for silent in [true, false] {
+        let (mut rig, ids) = Rig::training(2, &[]);
+        rig.run_to(4);
+        for _ in 0..3 {
+            // Long steps, with everybody alive.
+            rig.pass(10.0);
+            rig.prepare_all();
+        }
+        match silent {
+            true => (0..4).for_each(|_| {
+                rig.now += Duration::from_secs(1);
+                rig.feed(Event::Tick);
+            }),
+            false => ids.into_iter().for_each(|worker| rig.kill(worker)),
+        }
+        assert_eq!(rig.core.roster.len(), 0);
+        rig.join("fresh");
+        rig.pass(10.0);
+        let phase = if silent { "waiting" } else { "forming" };
+        assert_eq!(rig.phase(), phase);
+        if silent {
+            let back = back(&mut rig, "w0", held(7, None));
+            rig.pass(40.0);
+            assert_eq!((rig.form_of(back).step, rig.members()), (7, vec![back]));
+        }
+    }
 }
 
 #[test]

@@ -76,7 +76,7 @@ fn all_that_are_wanted_need_not_wait() {
 
 #[test]
 fn a_resumed_run_gives_its_workers_a_minute_to_come_back() {
-    let mark = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None };
+    let mark = Mark { step: Step(4), weights_digest: weights(Step(4)), record: None, trend: None };
     let mut rig = Rig::resumed(&[], Resume { checkpoint: Some(mark), ..Resume::default() });
     rig.pass(500.0);
     let one = rig.join("w0");

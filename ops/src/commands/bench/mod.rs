@@ -29,6 +29,6 @@ pub(crate) async fn run(bench: Bench, telemetry: &Telemetry) -> Result<()> {
         Bench::Tokenize(args) => tokenize::run(args).await?,
         Bench::Orchestration(args) => orchestration::run(args, telemetry).await?,
     };
-    println!("{figures}");
+    outln!("{figures}");
     Ok(())
 }

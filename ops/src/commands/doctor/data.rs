@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use looptrain_proto::Spec;
-use looptrain_proto::spec::Source;
+use looptrain_proto::spec::{Branch, Source};
 use looptrain_storage::{Dataset, RunRecord, Split, Store, check_fit, read_record};
 
 use super::Finding;
-use crate::commands::import::check_initial;
+use crate::commands::import::{check_branch, check_initial};
 
 /// Tokens that are read to see whether shards can be read.
 const GLANCE: usize = 16;
@@ -39,7 +39,18 @@ pub(super) async fn check(
             Err(error) => Finding::error("initial weights", &format!("{error:#}")),
         });
     }
-    findings.push(match read_record(store, &spec.run.name).await {
+    let record = read_record(store, &spec.run.name).await;
+    // A run that has a checkpoint has no use for what it began from.
+    let begun = record
+        .as_ref()
+        .is_ok_and(|record| record.as_ref().is_some_and(|record| record.last_checkpoint.is_some()));
+    if let Some(Branch { run, step, .. }) = spec.branch.as_ref().filter(|_| !begun) {
+        findings.push(match check_branch(store, spec).await {
+            Ok(()) => Finding::well("branch", format!("step {step} of run `{run}` fits [model]")),
+            Err(error) => Finding::error("branch", &format!("{error:#}")),
+        });
+    }
+    findings.push(match record {
         Ok(record) => run(spec, record.as_ref(), numerics),
         Err(error) => Finding::error("run", &error),
     });
@@ -139,9 +150,15 @@ fn run(spec: &Spec, record: Option<&RunRecord>, numerics: Option<&str>) -> Findi
         return Finding::well("run", format!("there is no run `{name}` yet"));
     };
     if record.trajectory != spec.trajectory_digest() {
-        let found = format!("run `{name}` was begun with a spec that leads to other weights");
-        let remedy = "give the run another run.name, or begin it anew with --fresh; docs/spec.md says \
-                      what may change";
+        let before = Spec::parse("the run record", &record.spec, &[]);
+        let differences = before.map(|before| before.differences(spec)).unwrap_or_default();
+        let differences = match differences.is_empty() {
+            true => "a spec that leads to other weights".to_owned(),
+            false => format!("another spec: {}", differences.join(", ")),
+        };
+        let found = format!("run `{name}` was begun with {differences}");
+        let remedy = "put that back, give the run another run.name, or begin it anew with --fresh; \
+                      `looptrain branch` goes on from a checkpoint of it by another spec";
         return Finding::problem("run", found, remedy);
     }
     if let (Some(pinned), Some(here)) = (record.numerics.as_deref(), numerics)

@@ -24,9 +24,9 @@ use crate::cli::Doctor;
 pub(crate) async fn run(args: Doctor) -> Result<()> {
     let report = examine(&args).await;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report.to_json())?);
+        outln!("{}", serde_json::to_string_pretty(&report.to_json())?);
     } else {
-        print!("{}", report.table());
+        out!("{}", report.table());
     }
     match report.problems() {
         0 => Ok(()),

@@ -16,10 +16,20 @@ use crate::progress::time_of_day;
 const EVENTS: usize = 8;
 
 pub(crate) async fn run(args: Status) -> Result<()> {
+    if let (None, Some(store), None) = (&args.coordinator, &args.store, &args.run) {
+        ensure!(!args.watch, "--watch is for one run: say --run NAME, or --coordinator URL");
+        let runs = view::all(store).await?;
+        match args.json {
+            true => outln!("{}", serde_json::to_string_pretty(&runs)?),
+            false if runs.is_empty() => outln!("there is no run in {store}"),
+            false => columns(&overview(&runs)).iter().for_each(|row| outln!("{row}")),
+        }
+        return Ok(());
+    }
     let mut source = match (&args.coordinator, &args.store, &args.run) {
         (Some(url), _, _) => Source::live(url, &args.tls).await?,
         (None, Some(store), Some(run)) => Source::stored(store, run)?,
-        _ => bail!("say --coordinator URL, or --store URL and --run NAME"),
+        _ => bail!("say --coordinator URL, or --store URL"),
     };
     let view = source.view().await?;
     if args.watch {
@@ -30,9 +40,9 @@ pub(crate) async fn run(args: Status) -> Result<()> {
         return screen::watch(source, view).await;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&view)?);
+        outln!("{}", serde_json::to_string_pretty(&view)?);
     } else {
-        print!("{}", table(&view));
+        out!("{}", table(&view));
     }
     Ok(())
 }
@@ -113,6 +123,24 @@ fn table(view: &View) -> String {
         lines.extend(events.map(|event| format!("{}  {}", time_of_day(event.unix_ms), event.text)));
     }
     lines.join("\n") + "\n"
+}
+
+/// The runs of a store, a row each, below the heads.
+fn overview(runs: &[View]) -> Vec<[String; 6]> {
+    let mut rows =
+        vec![["run", "phase", "step", "loss", "checkpoint", "reason"].map(str::to_owned)];
+    rows.extend(runs.iter().map(|run| {
+        let total = run.total_steps.map_or(String::new(), |total| format!(" of {total}"));
+        [
+            run.run.clone(),
+            run.phase.clone(),
+            format!("{}{total}", run.step),
+            run.loss.map_or("-".into(), |loss| format!("{loss:.4}")),
+            run.checkpoint_step.map_or("none".into(), |step| step.to_string()),
+            run.reason.clone(),
+        ]
+    }));
+    rows
 }
 
 /// The heads of the workers' columns.

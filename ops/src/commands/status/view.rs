@@ -3,13 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use futures::StreamExt;
+use looptrain_proto::Spec;
 use looptrain_proto::transport::{Role, innermost};
 use looptrain_proto::v1::coordinator_client::CoordinatorClient;
 use looptrain_proto::v1::{StatusReply, StatusRequest, WorkerStatus};
-use looptrain_storage::{Checkpoints, Store, read_newest_metrics, read_record};
+use looptrain_storage::{Checkpoints, RunRecord, Store, read_newest_metrics, read_record};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::timeout;
@@ -23,6 +25,9 @@ const LOSSES: usize = 120;
 
 /// Events of a run in the store that are shown.
 const EVENTS: usize = 50;
+
+/// Runs that are looked at at a time.
+const READERS: usize = 8;
 
 /// How long a coordinator may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -99,7 +104,7 @@ impl View {
 
     /// Whether nothing will happen any more.
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.phase.as_str(), "finished" | "failed")
+        matches!(self.phase.as_str(), "finished" | "failed" | "stopped")
     }
 }
 
@@ -205,6 +210,75 @@ fn worker(status: WorkerStatus) -> Worker {
     }
 }
 
+/// A coordinator that is at work writes into the store at least this often.
+const SILENCE: Duration = Duration::from_secs(150);
+
+/// What the store says of a run's coordinator: how it ended, or when it last wrote.
+fn phase_of(
+    record: &RunRecord,
+    newest: Option<&Event>,
+    silent: Option<Duration>,
+) -> (&'static str, String) {
+    if record.finished.is_some() {
+        return ("finished", "the record says so".to_owned());
+    }
+    let mut said = match newest.map(|event| (event.kind.as_str(), &event.text)) {
+        Some(("failed", text)) => return ("failed", text.clone()),
+        Some(("finished", text)) => return ("stopped", text.clone()),
+        _ => String::new(),
+    };
+    if let Some(why) = &record.paused {
+        said = format!("paused, until `looptrain resume`: {why}; ");
+    }
+    match silent {
+        Some(silent) if silent <= SILENCE => {
+            let seconds = silent.as_secs();
+            (
+                "running",
+                format!("{said}its coordinator wrote {seconds} s ago; --coordinator asks it"),
+            )
+        }
+        Some(silent) => {
+            let minutes = silent.as_secs() / 60;
+            (
+                "silent",
+                format!(
+                    "{said}no coordinator has written for {minutes} min, nor said that it ends"
+                ),
+            )
+        }
+        None => ("silent", format!("{said}no coordinator has written more than its claim")),
+    }
+}
+
+fn now_unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// All runs of a store, by name.
+pub(super) async fn all(url: &str) -> Result<Vec<View>> {
+    let store = Store::open_existing(url)?;
+    let runs = store.folders("runs").await?;
+    let reads = runs.iter().map(|run| async {
+        let read = match read_record(&store, run).await {
+            // A folder that somebody has made is no run.
+            Ok(None) => return None,
+            Ok(Some(_)) => stored(&store, url, run).await,
+            Err(error) => Err(error.into()),
+        };
+        // The others are shown all the same.
+        Some(read.unwrap_or_else(|error| View {
+            run: run.clone(),
+            phase: "unreadable".into(),
+            reason: format!("{error:#}"),
+            ..View::default()
+        }))
+    });
+    let views: Vec<Option<View>> = futures::stream::iter(reads).buffered(READERS).collect().await;
+    Ok(views.into_iter().flatten().collect())
+}
+
 async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
     let Some(record) = read_record(store, run).await? else {
         bail!("there is no run `{run}` in {url}");
@@ -219,16 +293,11 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
         let all = last[key].as_array().into_iter().flatten();
         all.map(|value| value.as_f64().unwrap_or(f64::NAN)).collect()
     };
-    let unknown =
-        "the store does not say whether a coordinator is running; ask it with --coordinator";
-    let (phase, reason) = match (&record.finished, &record.paused) {
-        (Some(_), _) => ("finished", "the record says so".to_owned()),
-        (None, Some(why)) => {
-            ("unknown", format!("paused, until `looptrain resume`: {why}; {unknown}"))
-        }
-        (None, None) => ("unknown", unknown.to_owned()),
-    };
     let events = Vec::<Event>::deserialize(&chronicle["events"]).unwrap_or_default();
+    let kept = chronicle["kept_unix_ms"].as_u64();
+    let silent = kept.map(|kept| Duration::from_millis(now_unix_ms().saturating_sub(kept)));
+    let (phase, reason) = phase_of(&record, events.first(), silent);
+    let total = Spec::parse("the run record", &record.spec, &[]).ok().map(|it| it.total_steps().0);
     let goodput = BTreeMap::deserialize(&chronicle["ledger"]["seconds"]).unwrap_or_default();
     Ok(View {
         run: run.to_owned(),
@@ -237,6 +306,7 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
         incarnation: record.incarnation.0,
         generation: last["generation"].as_u64(),
         step: last["step"].as_u64().unwrap_or_default(),
+        total_steps: total,
         tokens: last["tokens"].as_u64().unwrap_or_default(),
         loss: number("loss"),
         loss_per_loop: numbers("loss_per_loop"),
@@ -251,4 +321,38 @@ async fn stored(store: &Store, url: &str, run: &str) -> Result<View> {
         losses: lines.iter().filter_map(|line| line["loss"].as_f64()).collect(),
         ..View::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use looptrain_proto::{Digest, Step};
+    use looptrain_storage::Finished;
+
+    use super::*;
+
+    #[test]
+    fn the_store_tells_how_a_run_ended_or_when_its_coordinator_last_wrote() {
+        let event = |kind: &str| Event {
+            unix_ms: 1,
+            kind: kind.into(),
+            text: format!("{kind}: why"),
+            tone: "plain".into(),
+        };
+        let mut record = RunRecord::new(Digest::of(b"spec"), String::new(), &[]);
+        let soon = Some(Duration::from_secs(4));
+        let phase = |record: &RunRecord, kind: &str, silent| {
+            let (phase, reason) = phase_of(record, Some(&event(kind)), silent);
+            (phase, reason.contains("why"))
+        };
+        assert_eq!(phase(&record, "failed", soon), ("failed", true));
+        assert_eq!(phase(&record, "finished", soon), ("stopped", true));
+        assert_eq!(phase(&record, "formed", soon), ("running", false));
+        assert_eq!(phase(&record, "formed", Some(Duration::from_secs(600))), ("silent", false));
+        assert_eq!(phase(&record, "formed", None), ("silent", false));
+        record.paused = Some("why".into());
+        assert_eq!(phase(&record, "formed", soon), ("running", true));
+        let (step, weights_digest) = (Step(9), Digest::of(b"weights"));
+        record.finished = Some(Finished { step, weights_digest, loss: 1.0 });
+        assert_eq!(phase(&record, "failed", soon).0, "finished");
+    }
 }

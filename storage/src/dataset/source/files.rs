@@ -16,6 +16,9 @@ use crate::{Error, Result};
 
 /// Buffers between the steps of unpacking.
 const BUFFER: usize = 256 << 10;
+/// Logarithm of the largest window that zstd has (`zstd --long=31`). Of the memory that a window asks
+/// for, no more is taken than there is text to fill it.
+const ZSTD_WINDOW: u32 = 31;
 
 /// The files that paths and URLs name.
 pub(in super::super) struct Files {
@@ -90,7 +93,9 @@ impl Source for Files {
                 Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(stream)))
             }
             Packing::Zstd => {
-                let unpacked = zstd::stream::read::Decoder::with_buffer(stream).map_err(failed)?;
+                let unpacked = zstd::stream::read::Decoder::with_buffer(stream);
+                let mut unpacked = unpacked.map_err(failed)?;
+                unpacked.window_log_max(ZSTD_WINDOW).map_err(failed)?;
                 Box::new(BufReader::with_capacity(BUFFER, unpacked))
             }
         };

@@ -1,7 +1,7 @@
 //! Finding the files that `datasets.source.paths`, or `--input`, name.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use looptrain_proto::spec::{self, Format};
@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use super::blocks::{Place, local, open_url};
 use super::sample;
+use super::walk::{Entry, Links, unreadable, walk};
 use crate::{ObjectInfo, Result, Store};
 
 /// Files of a dataset at most.
@@ -47,11 +48,12 @@ pub(super) fn find(
     runtime: &Handle,
 ) -> std::result::Result<Vec<Found>, String> {
     let mut found = Vec::new();
+    let named = source.paths.iter().filter_map(|path| here(path).ok().flatten());
+    let links = Links::followed(named);
     for path in &source.paths {
         let before = found.len();
-        let registry = sample::registry_of(path)?;
-        match registry.as_deref().or_else(|| local(path)) {
-            Some(path) => on_disk(path, source, &mut found)?,
+        match here(path)? {
+            Some(path) => on_disk(&path, source, &links, &mut found)?,
             None => in_store(path, source, runtime, &mut found).map_err(|e| e.to_string())?,
         }
         if found.len() == before {
@@ -71,9 +73,15 @@ pub(super) fn find(
     Ok(found)
 }
 
+/// Where a path leads on this machine; `None` for what is in a store.
+fn here(path: &str) -> std::result::Result<Option<PathBuf>, String> {
+    Ok(sample::registry_of(path)?.or_else(|| local(path).map(Path::to_owned)))
+}
+
 fn on_disk(
     path: &Path,
     source: &spec::Source,
+    links: &Links,
     found: &mut Vec<Found>,
 ) -> std::result::Result<(), String> {
     let failed = |error: std::io::Error| {
@@ -84,29 +92,17 @@ fn on_disk(
         found.push(file(path, &metadata, named(&path.to_string_lossy(), source)?, true));
         return Ok(());
     }
-    fs::read_dir(path).map_err(failed)?;
-    walk(path, source, found);
-    Ok(())
-}
-
-fn walk(directory: &Path, source: &spec::Source, found: &mut Vec<Found>) {
-    let mut entries: Vec<_> = fs::read_dir(directory).into_iter().flatten().flatten().collect();
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        if name.starts_with('.') {
-            continue;
+    // Links to files are followed, too: caches of downloads are full of them.
+    walk(path, links, &mut |entry: Entry| {
+        let kind = kind(&entry.name, source).filter(|_| !entry.name.starts_with('.'));
+        let Some(kind) = kind else { return Ok(()) };
+        let metadata = fs::metadata(&entry.path);
+        let metadata = metadata.map_err(|error| unreadable(&entry.path, &error))?;
+        if metadata.is_file() {
+            found.push(file(&entry.path, &metadata, kind, false));
         }
-        // Links are followed to files (caches of downloads are full of them), not to directories,
-        // which may form a circle.
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            walk(&path, source, found);
-        } else if let (Some(kind), Ok(metadata)) = (kind(&name, source), fs::metadata(&path))
-            && metadata.is_file()
-        {
-            found.push(file(&path, &metadata, kind, false));
-        }
-    }
+        Ok(())
+    })
 }
 
 fn file(
@@ -180,7 +176,8 @@ fn kind(name: &str, source: &spec::Source) -> Option<(Format, Packing)> {
     let (name, packing) = unpacked(name);
     let extension = name.rsplit_once('.')?.1.to_ascii_lowercase();
     let is_text = || {
-        let wanted = |wanted: &String| wanted.trim_start_matches('.') == extension;
+        let wanted =
+            |wanted: &String| wanted.trim_start_matches('.').eq_ignore_ascii_case(&extension);
         source.extensions.iter().any(wanted)
     };
     let format = match extension.as_str() {
@@ -229,6 +226,47 @@ mod tests {
         assert_eq!(kind("a.parquet", &source(Format::Jsonl)), None);
         assert_eq!(named("dump", &source(Format::Jsonl)), Ok((Format::Jsonl, Packing::Plain)));
         assert!(named("dump", &auto).unwrap_err().contains("name of dump"));
+    }
+
+    #[test]
+    fn endings_of_text_are_found_in_either_case_with_or_without_a_dot() {
+        for ending in ["R", "r", ".R", ".r"] {
+            let source = spec::Source { extensions: vec![ending.into()], ..source(Format::Auto) };
+            for name in ["a.R", "a.r", "b.c.R"] {
+                let expected = Some((Format::Text, Packing::Plain));
+                assert_eq!(kind(name, &source), expected, "{name} by {ending}");
+            }
+            assert_eq!(kind("a.txt", &source), None);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_links_lead_to_is_found_and_a_link_to_nothing_is_an_error() {
+        use std::os::unix::fs::symlink;
+
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        for name in ["corp/one/a.txt", "real2/b.txt", "c.txt", "real2/x.png"] {
+            fs::create_dir_all(at(name).parent().unwrap()).unwrap();
+            fs::write(at(name), "text").unwrap();
+        }
+        symlink("../real2", at("corp/two")).unwrap();
+        symlink("../../c.txt", at("corp/one/c.txt")).unwrap();
+        symlink("..", at("corp/one/up")).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let paths = vec![at("corp").display().to_string()];
+        let source = spec::Source { paths, ..source(Format::Auto) };
+        let found = find(&source, runtime.handle()).unwrap();
+        let urls: Vec<&str> = found.iter().map(|found| found.url.as_str()).collect();
+        let expected = ["corp/one/a.txt", "corp/one/c.txt", "corp/two/b.txt"]
+            .map(|name| at(name).display().to_string());
+        assert_eq!(urls, expected);
+
+        symlink("../real3", at("corp/three")).unwrap();
+        let error = find(&source, runtime.handle()).unwrap_err();
+        let link = at("corp/three").display().to_string();
+        assert!(error.contains(&link) && error.contains("move it away"), "{error}");
     }
 
     #[test]

@@ -14,17 +14,20 @@
 mod blocks;
 mod files;
 mod find;
+mod first;
 mod lines;
 mod mano;
 mod pages;
 mod rows;
 mod sample;
 mod texts;
+mod walk;
 
 use looptrain_proto::Digest;
 
 pub(super) use blocks::open_url;
 pub(super) use files::Files;
+pub(super) use first::first_texts;
 pub(super) use mano::Exercises;
 pub use mano::Mano;
 pub(super) use sample::{Sample, pieces};

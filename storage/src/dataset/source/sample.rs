@@ -1,7 +1,7 @@
 //! An even sample of text files: what a first run trains on.
 //!
 //! Directories give their files of the wanted extensions, one document each; lock files, hidden
-//! directories, symbolic links and files above 1 MiB (generated tables, mostly) are passed over. A
+//! directories, links to files and files above 1 MiB (generated tables, mostly) are passed over. A
 //! file that is named itself is taken whatever its name and size, and cut into documents of at most
 //! 64 KiB at blank lines, so that one long file also has a training and a validation part.
 //!
@@ -11,12 +11,13 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use looptrain_proto::{Digest, spec};
 use rayon::prelude::*;
 
+use super::walk::{Entry, Links, unreadable, walk};
 use super::{Document, Raw, Record, Sink, Source};
 use crate::{Error, Result};
 
@@ -56,7 +57,7 @@ impl Piece {
     }
 
     /// The text.
-    fn read(&self) -> std::io::Result<String> {
+    fn read(&self) -> io::Result<String> {
         let mut file = fs::File::open(&self.path)?;
         file.seek(SeekFrom::Start(self.start))?;
         let mut text = String::with_capacity(self.bytes as usize);
@@ -262,14 +263,8 @@ fn collect(
 }
 
 fn nothing(source: &spec::Source, cargo_home: Option<&Path>, collection: &Collection) -> String {
-    let places: Vec<String> = source
-        .paths
-        .iter()
-        .map(|path| match (path.as_str(), cargo_home) {
-            (CARGO_REGISTRY, Some(home)) => registry(home).display().to_string(),
-            _ => path.clone(),
-        })
-        .collect();
+    let places: Vec<String> =
+        source.paths.iter().map(|path| place(path, cargo_home).display().to_string()).collect();
     format!(
         "found no text in {} (of {} files with extension {}, none is UTF-8 text that fits into max_bytes = {}); name your own files or directories in datasets.source.paths",
         places.join(", "),
@@ -277,6 +272,14 @@ fn nothing(source: &spec::Source, cargo_home: Option<&Path>, collection: &Collec
         source.extensions.join(", "),
         source.max_bytes
     )
+}
+
+/// Where a path leads.
+fn place(path: &str, cargo_home: Option<&Path>) -> PathBuf {
+    match (path, cargo_home) {
+        (CARGO_REGISTRY, Some(home)) => registry(home),
+        _ => path.into(),
+    }
 }
 
 fn registry(cargo_home: &Path) -> PathBuf {
@@ -302,58 +305,67 @@ fn find(
     source: &spec::Source,
     cargo_home: Option<&Path>,
 ) -> std::result::Result<Vec<Piece>, String> {
+    let links = Links::followed(source.paths.iter().map(|path| place(path, cargo_home)));
     let mut found = Vec::new();
     for path in &source.paths {
         if path == CARGO_REGISTRY {
-            let home = cargo_home.ok_or(NO_HOME)?;
             // Below src/ there is a directory per index; crates are one level further down.
-            for index in entries(&registry(home)) {
-                walk(&index, "", &source.extensions, &mut found);
+            for index in indexes(&registry(cargo_home.ok_or(NO_HOME)?))? {
+                below(&index, &Links::PassedOver, &source.extensions, &mut found)?;
             }
             continue;
         }
         let path = Path::new(path);
-        let failed = |error: std::io::Error| {
+        let failed = |error: io::Error| {
             format!("cannot read {}: {error}; correct datasets.source.paths", path.display())
         };
         if fs::metadata(path).map_err(failed)?.is_dir() {
-            fs::read_dir(path).map_err(failed)?;
-            walk(path, "", &source.extensions, &mut found);
-        } else {
-            let bytes = fs::read(path).map_err(failed)?;
-            let text = std::str::from_utf8(&bytes).ok().filter(|text| !text.contains('\0'));
-            let text = text.ok_or_else(|| {
+            below(path, &links, &source.extensions, &mut found)?;
+            continue;
+        }
+        let mut file = fs::File::open(path).map_err(failed)?;
+        let pieces =
+            pieces_of_file(&mut file, LARGEST_PIECE).map_err(failed)?.ok_or_else(|| {
                 format!("{} is not UTF-8 text; correct datasets.source.paths", path.display())
             })?;
-            let key = path.file_name().unwrap_or_default().to_string_lossy();
-            for (start, length) in pieces(text, LARGEST_PIECE) {
-                found.push(Piece::new(path.to_owned(), &key, start as u64, length as u64));
-            }
-        }
+        let key = path.file_name().unwrap_or_default().to_string_lossy();
+        let piece = |(start, length)| Piece::new(path.to_owned(), &key, start, length);
+        found.extend(pieces.into_iter().map(piece));
     }
     Ok(found)
 }
 
-/// The entries of a directory; none if it cannot be read.
-fn entries(directory: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(directory).into_iter().flatten();
-    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+/// The directories of the registry's indexes.
+fn indexes(registry: &Path) -> std::result::Result<Vec<PathBuf>, String> {
+    let failed = |error: io::Error| {
+        format!(
+            "cannot read {}: {error}; name your own files or directories in datasets.source.paths",
+            registry.display()
+        )
+    };
+    let entries: Vec<fs::DirEntry> =
+        fs::read_dir(registry).map_err(failed)?.collect::<io::Result<_>>().map_err(failed)?;
+    Ok(entries.into_iter().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
 }
 
-fn walk(directory: &Path, prefix: &str, extensions: &[String], found: &mut Vec<Piece>) {
-    for path in entries(directory) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
-        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
-        if metadata.is_dir() && !name.starts_with('.') {
-            walk(&path, &key, extensions, found);
-        } else if metadata.is_file()
-            && (1..=LARGEST_FILE).contains(&metadata.len())
-            && is_wanted(&path, extensions)
-        {
-            found.push(Piece::new(path, &key, 0, metadata.len()));
+/// The files below a directory that by their names could be text.
+fn below(
+    directory: &Path,
+    links: &Links,
+    extensions: &[String],
+    found: &mut Vec<Piece>,
+) -> std::result::Result<(), String> {
+    walk(directory, links, &mut |entry: Entry| {
+        if entry.is_link || !is_wanted(&entry.path, extensions) {
+            return Ok(());
         }
-    }
+        let metadata = fs::symlink_metadata(&entry.path);
+        let metadata = metadata.map_err(|error| unreadable(&entry.path, &error))?;
+        if metadata.is_file() && (1..=LARGEST_FILE).contains(&metadata.len()) {
+            found.push(Piece::new(entry.path, &entry.key, 0, metadata.len()));
+        }
+        Ok(())
+    })
 }
 
 fn is_wanted(path: &Path, extensions: &[String]) -> bool {
@@ -374,6 +386,36 @@ pub(in super::super) fn pieces(text: &str, largest: usize) -> Vec<(usize, usize)
         start += length;
     }
     pieces
+}
+
+/// Cuts a file as [`pieces`] cuts its text, of which it holds a piece at a time; `None` when it is none.
+fn pieces_of_file(file: &mut dyn Read, largest: usize) -> io::Result<Option<Vec<(u64, u64)>>> {
+    // Where a piece ends depends on the character behind it, which has four bytes at most.
+    let room = largest + 4;
+    let (mut pieces, mut start, mut buffer) = (Vec::new(), 0, Vec::with_capacity(room));
+    loop {
+        let missing = (room - buffer.len()) as u64;
+        (&mut *file).take(missing).read_to_end(&mut buffer)?;
+        if buffer.is_empty() {
+            return Ok(Some(pieces));
+        }
+        let goes_on = buffer.len() == room;
+        let text = match std::str::from_utf8(&buffer) {
+            Ok(text) => text,
+            // A character may go on behind the buffer.
+            Err(error) if goes_on && error.error_len().is_none() => {
+                std::str::from_utf8(&buffer[..error.valid_up_to()]).unwrap_or_default()
+            }
+            Err(_) => return Ok(None),
+        };
+        if text.contains('\0') {
+            return Ok(None);
+        }
+        let length = cut(text, largest);
+        pieces.push((start, length as u64));
+        start += length as u64;
+        buffer.drain(..length);
+    }
 }
 
 /// Where to cut a text off that goes on: after `largest` bytes at most, best at a blank line, else at
@@ -514,6 +556,82 @@ mod tests {
         let pieces = pieces(&text, LARGEST_PIECE);
         assert_eq!(pieces.iter().map(|(_, length)| length).sum::<usize>(), text.len());
         assert!(pieces.iter().all(|&(start, _)| text.is_char_boundary(start)));
+    }
+
+    #[test]
+    fn a_file_is_cut_piece_by_piece_where_its_text_is() {
+        let lines: String = (0..400).map(|i| format!("Line ä\u{1f600} {i}.\n\n")).collect();
+        let words = "ein zwei drüi ".repeat(300);
+        for text in ["", "a", &lines, &lines[..4095], &words, &"ä\u{1f600}€".repeat(500)] {
+            for largest in (16..80).chain([1000, 1024, text.len(), text.len() + 1]) {
+                let expected = pieces(text, largest);
+                let expected: Vec<_> =
+                    expected.into_iter().map(|(at, length)| (at as u64, length as u64)).collect();
+                let cut = pieces_of_file(&mut text.as_bytes(), largest).unwrap();
+                assert_eq!(cut, Some(expected), "{largest}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_text_is_refused_at_the_piece_that_tells_so() {
+        struct Endless(u64);
+        impl Read for Endless {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                self.0 += buffer.len() as u64;
+                assert!(self.0 < 2 << 20, "it holds more than a piece");
+                buffer.fill(b'a');
+                Ok(buffer.len())
+            }
+        }
+        let text = "a".repeat(3 * LARGEST_PIECE);
+        for bad in [&b"\0"[..], b"\xe9a", b"\xff"] {
+            let begin = [text.as_bytes(), bad].concat();
+            let mut file = (&begin[..]).chain(Endless(0));
+            assert_eq!(pieces_of_file(&mut file, LARGEST_PIECE).unwrap(), None);
+            let whole = [text.as_bytes(), &bad[..1]].concat();
+            assert_eq!(pieces_of_file(&mut &whole[..], LARGEST_PIECE).unwrap(), None);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn directories_behind_links_are_sampled_and_what_cannot_be_followed_is_named() {
+        use std::os::unix::fs::symlink;
+
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        write(
+            root.path(),
+            &[("corp/a.rs", b"a"), ("corp/sub/c.rs", b"c"), ("real2/b.rs", b"b"), ("d.rs", b"d")],
+        );
+        symlink("../real2", at("corp/two")).unwrap();
+        symlink("..", at("corp/sub/up")).unwrap();
+        symlink("../d.rs", at("corp/d.rs")).unwrap();
+        let source = source(&[&at("corp")], 1000);
+        let mut taken = names(&collect(&source, None, quiet).unwrap(), &at("corp"));
+        taken.sort();
+        assert_eq!(taken, ["a.rs", "sub/c.rs", "two/b.rs"]);
+
+        symlink("nowhere", at("corp/gone")).unwrap();
+        let error = collect(&source, None, quiet).unwrap_err();
+        assert!(error.contains(&at("corp/gone").display().to_string()), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_of_the_cargo_registry_are_passed_over() {
+        use std::os::unix::fs::symlink;
+
+        let home = tempfile::tempdir().unwrap();
+        let file = "registry/src/index-1/serde-1.0/src/lib.rs";
+        write(home.path(), &[(file, b"pub fn x() {}"), ("other/y.rs", b"fn y() {}")]);
+        let package = home.path().join("registry/src/index-1/serde-1.0");
+        symlink("nowhere", package.join("gone")).unwrap();
+        symlink(home.path().join("other"), package.join("other")).unwrap();
+        let source = source(&[Path::new(CARGO_REGISTRY)], 1000);
+        let collection = collect(&source, Some(home.path()), quiet).unwrap();
+        assert_eq!(names(&collection, home.path()), [file]);
     }
 
     #[test]

@@ -297,7 +297,7 @@ impl Guest {
 
     hears!(
         ready: Ready, prepared: Prepared, evaluated: Evaluated, failed: Failed, fetched: Fetched,
-        communicator: Communicator
+        communicator: Communicator, is_leaving: Leaving
     );
 
     pub(super) async fn saved(&mut self) -> v1::PartSaved {
@@ -364,7 +364,7 @@ impl Guest {
 
     pub(super) fn plan(&self, generation: u64, step: u64, slots: Range<u32>) {
         let (slot_begin, slot_end) = (slots.start, slots.end);
-        self.say(Directive::Plan(v1::Plan { generation, step, slot_begin, slot_end }));
+        self.say(Directive::Plan(v1::Plan { generation, step, slot_begin, slot_end, trend: None }));
     }
 
     pub(super) fn commit(&self, generation: u64, step: u64) {
