@@ -142,7 +142,7 @@ mod tests {
                 "branch={{ run = \"r\", step = {step}, weights = \"{weights}\", skip_steps = 2 }}"
             ),
         ];
-        let text = crate::testing::spec().to_toml();
+        let text = crate::testing::spec(&[]).to_toml();
         Spec::parse("branch", &text, &overrides).unwrap()
     }
 
@@ -158,7 +158,7 @@ mod tests {
         let store = Store::open("memory://").unwrap();
         let checkpoints = Checkpoints::new(&store, "r");
         let mut manifest = saved(&checkpoints, 4).await;
-        manifest.cursor = crate::testing::spec().cursor_after(Step(4));
+        manifest.cursor = crate::testing::spec(&[]).cursor_after(Step(4));
         manifest.trend = Some(looptrain_proto::v1::Trend { steps: 4, ..Default::default() });
         checkpoints.commit(&manifest).await.unwrap();
         checkpoints.commit(&saved(&checkpoints, 8).await).await.unwrap();

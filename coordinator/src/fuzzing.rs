@@ -186,7 +186,9 @@ impl Run {
                             false => Event::CheckpointRefused { step, reason: format!("{count}") },
                         });
                     }
-                    Action::FindCheckpoint { .. } => events.push_back(Event::CheckpointFound(None)),
+                    Action::FindCheckpoint { .. } => {
+                        events.push_back(Event::CheckpointFound(Ok(None)))
+                    }
                     Action::End(result) => self.ended = Some(result.is_ok()),
                     Action::PinNumerics { .. }
                     | Action::KeepPause(_)

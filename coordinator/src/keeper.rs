@@ -191,26 +191,23 @@ impl Keeper {
         let found = match self.newest_behind(behind).await {
             Ok(found) => found,
             Err(error) => {
-                tracing::warn!(%error, "could not look for newer checkpoints");
-                None
+                let reason = error.to_string();
+                self.tell(Input::Event(Event::CheckpointFound(Err(reason)))).await;
+                return Ok(());
             }
         };
-        if let Some(manifest) = &found {
-            let step = manifest.step;
-            let updated = self.update(|record| record.last_checkpoint = Some(step)).await;
-            self.unless_replaced("note the newest checkpoint", updated).await?;
-            self.newest.send_replace(Some(step));
-        }
-        let found = match found {
+        let left = match found {
             None => None,
-            Some(manifest) => {
-                let memory = read_memory(&self.checkpoints, manifest.step).await;
-                let CheckpointManifest { step, weights_digest, trend, .. } = manifest;
+            Some(CheckpointManifest { step, weights_digest, trend, .. }) => {
+                let updated = self.update(|record| record.last_checkpoint = Some(step)).await;
+                self.unless_replaced("note the newest checkpoint", updated).await?;
+                self.newest.send_replace(Some(step));
+                let memory = read_memory(&self.checkpoints, step).await;
                 let mark = Mark { step, weights_digest, record: None, trend };
                 Some(Box::new(Left { mark, memory }))
             }
         };
-        self.tell(Input::Event(Event::CheckpointFound(found))).await;
+        self.tell(Input::Event(Event::CheckpointFound(Ok(left)))).await;
         Ok(())
     }
 

@@ -19,12 +19,15 @@ pub(crate) async fn claim(store: &Store) -> Register {
     Register::claim(store, "r", |newest| Ok(newest.cloned().unwrap_or_else(fresh))).await.unwrap()
 }
 
-/// A run of ten steps.
-pub(crate) fn spec() -> Spec {
+/// Ten steps of five slots, a checkpoint every four, an evaluation every five.
+pub(crate) fn spec(overrides: &[&str]) -> Spec {
     let text = r#"
         [run]
-        name = "r"
+        name = "rig"
         store = "memory://"
+        [cluster]
+        workers = 2
+        worker_timeout = 3.0
         [model]
         hidden_size = 8
         num_hidden_layers = 1
@@ -42,8 +45,14 @@ pub(crate) fn spec() -> Spec {
         loops = 2
         entropy_weight = 0.05
         learning_rate = { peak = 1e-3 }
+        [checkpoint]
+        every_steps = 4
+        [evaluation]
+        every_steps = 5
+        sequences = 7
     "#;
-    Spec::parse("r", text, &[]).unwrap()
+    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+    Spec::parse("rig", text, &overrides).unwrap()
 }
 
 /// One that keeps the newest checkpoint.

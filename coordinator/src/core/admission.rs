@@ -187,8 +187,6 @@ impl Core {
                 known.follows = true;
                 // Should all members be lost, this one still has what they had then.
                 known.join.held = Some(Held { step: step.0, ..Held::default() });
-                // Those that only waited for somebody who stays need not any more.
-                self.let_go();
             }
             (Err(reason), Some(guest)) if !guest.warm => self.admit_by_checkpoint(worker, &reason),
             (Err(reason), _) if followed => {

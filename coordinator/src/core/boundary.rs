@@ -30,8 +30,7 @@ impl Core {
             let step = self.committed;
             return self.explain(format!("waiting for the checkpoint of step {step} to end"));
         }
-        let is_taken_over = self.state_is_in_reach() && self.somebody_can_take_over();
-        if self.all_leave() && (self.paused.is_some() || !is_taken_over) {
+        if self.all_leave() && (self.paused.is_some() || !self.is_taken_over()) {
             return self.part();
         }
         if let Some(reason) = &self.paused {

@@ -28,8 +28,9 @@ pub(crate) enum Event {
     ResumeRequested,
     /// An operator wants a checkpoint at the next step boundary.
     SaveRequested,
-    /// The newest good checkpoint in the store that nobody has told of, if there is one.
-    CheckpointFound(Option<Box<Left>>),
+    /// The newest good checkpoint in the store that nobody has told of, if there is one; or what the store
+    /// said instead.
+    CheckpointFound(Result<Option<Box<Left>>, String>),
     /// The manifest of this step's checkpoint is in the store.
     CheckpointWritten { step: Step },
     /// The manifest of this step's checkpoint could not be written.

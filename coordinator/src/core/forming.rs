@@ -99,6 +99,7 @@ impl Core {
     fn wait_for_workers(&mut self) {
         self.set_members(Vec::new());
         self.end_admission();
+        self.search = super::search::Search::default();
         self.phase = Phase::Waiting;
         self.settle();
     }
@@ -154,11 +155,16 @@ impl Core {
             if !self.anchors.contains(&worker) {
                 self.note_catching_up(worker);
             }
+            // Who was let go while others stayed may be needed now that they are gone.
+            if let Some(known) = self.roster.get_mut(worker) {
+                known.released = false;
+            }
             self.send(worker, Directive::Form(form));
         }
         let why = because.map_or(why.clone(), |because| format!("{why}; {because}"));
         self.explain(format!("forming generation {}: {why}", self.generation));
         self.phase = Phase::Forming(Forming { why, collective, ready: BTreeMap::new() });
+        self.let_go();
     }
 
     /// What the members reduce with, and what is said of it: NCCL, or why it is not that where it could be.
@@ -309,6 +315,7 @@ impl Core {
         self.tail = Vec::new();
         self.bequest = None;
         self.search = super::search::Search::default();
+        self.holders_awaited = None;
         self.silent.clear();
         if !self.numerics_pinned {
             self.numerics_pinned = true;

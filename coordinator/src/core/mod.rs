@@ -202,6 +202,8 @@ pub(crate) struct Core {
     trends: BTreeMap<Step, Trend>,
     /// Names of workers that fell silent since a generation last formed: they may come back.
     silent: BTreeSet<String>,
+    /// The newest step at hand while workers are waited for that may hold more, and since when.
+    holders_awaited: Option<(Step, Duration)>,
     search: search::Search,
     /// Who waits for the store.
     away: away::Away,
@@ -303,6 +305,7 @@ impl Core {
             divergences: 0,
             trends: BTreeMap::new(),
             silent: BTreeSet::new(),
+            holders_awaited: None,
             search: search::Search::default(),
             away: away::Away::default(),
             stop: None,
@@ -334,7 +337,7 @@ impl Core {
             Event::PauseRequested { reason } => self.on_pause(reason),
             Event::ResumeRequested => self.on_resume(),
             Event::SaveRequested => self.on_save(),
-            Event::CheckpointFound(found) => self.on_checkpoint_found(found.map(|left| *left)),
+            Event::CheckpointFound(found) => self.on_checkpoint_found(found),
             Event::CheckpointWritten { step } => self.on_checkpoint_written(step),
             Event::CheckpointRefused { step, reason } => self.on_checkpoint_refused(step, reason),
             Event::StoreSeen(seen) => self.on_store_seen(seen),
@@ -391,6 +394,7 @@ impl Core {
             }
             Report::Waiting { generation, detail, failed } => {
                 self.on_waiting(worker, generation, away::Wait { told: self.now, detail, failed });
+                self.let_go();
             }
             Report::Fetched { step, result } => self.on_fetched(worker, step, result),
             Report::Leaving { reason } => self.on_leaving(worker, reason),

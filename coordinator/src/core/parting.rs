@@ -19,17 +19,33 @@ impl Core {
 
     /// Lets those go that need not stay.
     pub(super) fn let_go(&mut self) {
-        let others_stay = self.somebody_stays();
-        let holds = |core: &Self, worker: WorkerId| match core.phase {
-            // It may be the only one that comes back.
-            Phase::Waiting => core.held(worker).is_some(),
-            _ => core.rank_of(worker).is_some(),
-        };
+        let may_all = self.somebody_stays() || self.nothing_is_at_stake();
         for worker in self.roster.ids() {
-            if others_stay || !holds(self, worker) {
+            if may_all || !self.needs(worker) {
                 self.release(worker);
             }
         }
+    }
+
+    /// Whether a worker holds what nobody may have but those that leave.
+    fn needs(&self, worker: WorkerId) -> bool {
+        match self.phase {
+            // It may be the only one that comes back.
+            Phase::Waiting => {
+                let saved = self.checkpoint.as_ref().map_or(0, |mark| mark.step.0);
+                self.held(worker)
+                    .is_some_and(|held| held.step.max(held.prepared.unwrap_or_default()) > saved)
+            }
+            _ => self.rank_of(worker).is_some(),
+        }
+    }
+
+    /// Whether those that leave hold no more than the checkpoint does, and do nothing but wait: for a
+    /// generation, or for a store that fails them.
+    fn nothing_is_at_stake(&self) -> bool {
+        let forms = matches!(self.phase, Phase::Forming(_));
+        let starves = || self.members.iter().any(|member| self.away.failed(*member).is_some());
+        self.all_leave() && self.state_is_in_reach() && (forms || starves())
     }
 
     fn release(&mut self, worker: WorkerId) {
@@ -42,13 +58,15 @@ impl Core {
         self.send(worker, Directive::Drain(Drain { reason }));
     }
 
-    /// Whether somebody holds the committed state and has not been told to leave.
+    /// Whether a member holds the committed state that has not been told to leave. A warm spare may lack
+    /// the last update, which goes with those that leave.
     fn somebody_stays(&self) -> bool {
-        let stays = |worker: &WorkerId| {
-            self.roster.get(*worker).is_some_and(|known| known.leaving.is_none())
-        };
         let mut holders = self.members.iter().filter(|member| self.holds_the_state(**member));
-        holders.any(stays) || self.roster.followers().iter().any(stays)
+        holders.any(|member| self.stays(*member))
+    }
+
+    fn stays(&self, worker: WorkerId) -> bool {
+        self.roster.get(worker).is_some_and(|known| known.leaving.is_none())
     }
 
     /// Whether all that hold the committed state are about to leave, so that it is to be saved first.
@@ -56,11 +74,14 @@ impl Core {
         !self.members.is_empty() && !self.somebody_stays()
     }
 
-    /// Whether somebody waits for a place who stays, and there is one.
-    pub(super) fn somebody_can_take_over(&self) -> bool {
-        let stays =
-            |spare: &WorkerId| self.roster.get(*spare).is_some_and(|known| known.leaving.is_none());
-        self.room_beside(self.members.len()) > 0 && self.spares().iter().any(stays)
+    /// Whether somebody who stays waits for a place, and gets one here.
+    pub(super) fn is_taken_over(&self) -> bool {
+        if self.room_beside(self.members.len()) == 0 {
+            return false;
+        }
+        let able =
+            if self.state_is_in_reach() { self.spares() } else { self.guests_that_fetched() };
+        able.iter().any(|spare| self.stays(*spare))
     }
 
     /// At a boundary at which all are about to leave: they do when the state is in reach of whoever

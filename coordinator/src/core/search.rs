@@ -43,17 +43,28 @@ impl Core {
         self.search == Search::Over
     }
 
-    pub(super) fn on_checkpoint_found(&mut self, found: Option<Left>) {
+    pub(super) fn on_checkpoint_found(&mut self, found: Result<Option<Box<Left>>, String>) {
+        // Others may have come meanwhile that made it pointless.
+        if self.search != Search::UnderWay || !matches!(self.phase, super::Phase::Waiting) {
+            return;
+        }
         self.search = Search::Over;
         let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
-        if let Some(Left { mark, memory }) = found.filter(|left| left.mark.step > saved) {
-            let record = self.tail.iter().rfind(|record| record.step == mark.step).cloned();
-            self.checkpoint = Some(Mark { record, ..mark });
-            self.bequest = memory;
-            self.note_trends();
+        match found {
+            Ok(Some(left)) if left.mark.step > saved => {
+                let Left { mark, memory } = *left;
+                let record = self.tail.iter().rfind(|record| record.step == mark.step).cloned();
+                self.checkpoint = Some(Mark { record, ..mark });
+                self.bequest = memory;
+                self.note_trends();
+            }
+            // Without the store nobody could load the older one, either.
+            Err(reason) if self.best_step_at_hand() == saved => {
+                self.search = Search::NotYet;
+                return self.explain(format!("the store does not say what was saved: {reason}"));
+            }
+            Ok(_) | Err(_) => {}
         }
-        if matches!(self.phase, super::Phase::Waiting) {
-            self.settle();
-        }
+        self.settle();
     }
 }

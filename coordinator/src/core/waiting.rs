@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use looptrain_proto::Step;
 
+use super::search::Search;
 use super::{Core, plural};
 use crate::records::RunEvent;
 
@@ -61,6 +62,10 @@ impl Core {
             let step = saving.step();
             return self.explain(format!("waiting for the checkpoint of step {step}"));
         }
+        if self.roster.len() == 0 {
+            // What those find that come is looked up when they are here.
+            self.search = Search::default();
+        }
         let saved = self.checkpoint.as_ref().map_or(Step(0), |mark| mark.step);
         let spike_is_next = self.spike.is_some() && saved == self.committed;
         let ends = self.stop.is_some() || spike_is_next || self.is_far_enough(saved);
@@ -75,7 +80,7 @@ impl Core {
             true => (self.holders_at_hand(), self.world_at_hand()),
             false => (self.roster.len(), self.spec.cluster.workers as usize),
         };
-        if self.time_for_holders().is_some() && !self.have_waited(here) {
+        if !self.have_waited_for_holders() {
             let step = self.logged.max(self.committed);
             return self
                 .explain(format!("waiting a moment for workers that may still hold step {step}"));
@@ -106,15 +111,31 @@ impl Core {
 
     /// How long to wait for more workers; `None` for as long as it takes.
     fn settling_time(&self) -> Option<Duration> {
-        let time = match (self.formed, &self.checkpoint) {
-            (true, _) => SETTLING,
-            (false, _) if self.world_at_hand() > 0 => OUTLIVED.saturating_add(self.latest_pace()),
-            (false, _) if self.roster.len() >= self.spec.cluster.workers as usize => SETTLING,
-            (false, Some(_)) => RETURNING,
-            (false, None) => return None,
+        match (self.formed, &self.checkpoint) {
+            (true, _) => Some(SETTLING),
+            (false, _) if self.world_at_hand() > 0 => {
+                Some(OUTLIVED.saturating_add(self.latest_pace()))
+            }
+            (false, _) if self.roster.len() >= self.spec.cluster.workers as usize => Some(SETTLING),
+            (false, Some(_)) => Some(RETURNING),
+            (false, None) => None,
+        }
+    }
+
+    /// Whether those that may hold more than whoever is here have had their time, from when somebody was
+    /// here on; who comes and goes meanwhile, holding no more, does not begin it anew.
+    fn have_waited_for_holders(&mut self) -> bool {
+        let Some(time) = self.time_for_holders() else { return true };
+        if self.roster.len() == 0 {
+            self.holders_awaited = None;
+            return false;
+        }
+        let best = self.best_step_at_hand();
+        let (_, since) = match self.holders_awaited.filter(|(step, _)| *step == best) {
+            Some(wait) => wait,
+            None => *self.holders_awaited.insert((best, self.awake)),
         };
-        // Somebody who holds more than these do is worth a longer wait.
-        Some(time.max(self.time_for_holders().unwrap_or_default()))
+        self.awake - since >= time
     }
 
     /// How long workers are waited for that may hold more than those who are here: as long as they may

@@ -24,11 +24,40 @@ pub(crate) enum Data {
     Mano(ManoData),
 }
 
+/// The texts that a dataset or a tokenizer is made of.
 #[derive(Debug, Args)]
-pub(crate) struct Prepare {
+pub(crate) struct Texts {
     /// A file, a directory, or a URL of an object or a prefix; may be repeated
     #[arg(long = "input", value_name = "URL", required = true, num_args = 1..)]
     pub(crate) inputs: Vec<String>,
+    /// How documents lie in the files; by their names by default
+    #[arg(long, value_enum, default_value_t = DataFormat::Auto)]
+    pub(crate) format: DataFormat,
+    /// The field of a JSON line, or the column of a Parquet file, that holds the text
+    #[arg(long, visible_alias = "column", default_value = "text")]
+    pub(crate) field: String,
+    /// Endings of plain text files, to take from directories
+    #[arg(long, value_name = "ENDINGS", value_delimiter = ',', default_value = "txt,md")]
+    pub(crate) extensions: Vec<String>,
+}
+
+impl Texts {
+    /// What the options say, as a spec would.
+    pub(crate) fn source(&self) -> spec::Source {
+        spec::Source {
+            paths: self.inputs.clone(),
+            format: self.format.into(),
+            extensions: self.extensions.clone(),
+            field: self.field.clone(),
+            ..spec::Source::default()
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prepare {
+    #[command(flatten)]
+    pub(crate) texts: Texts,
     /// The dataset to make, STORE/datasets/NAME
     #[arg(long, value_name = "URL")]
     pub(crate) output: String,
@@ -41,15 +70,6 @@ pub(crate) struct Prepare {
     /// Entries of the tokenizer that is trained
     #[arg(long, default_value_t = 4096, conflicts_with = "tokenizer")]
     pub(crate) vocabulary: usize,
-    /// How documents lie in the files; by their names by default
-    #[arg(long, value_enum, default_value_t = DataFormat::Auto)]
-    pub(crate) format: DataFormat,
-    /// The field of a JSON line, or the column of a Parquet file, that holds the text
-    #[arg(long, visible_alias = "column", default_value = "text")]
-    pub(crate) field: String,
-    /// Endings of plain text files, to take from directories
-    #[arg(long, value_name = "ENDINGS", value_delimiter = ',', default_value = "txt,md")]
-    pub(crate) extensions: Vec<String>,
     /// Share of the documents held out for validation
     #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
     pub(crate) validation: f64,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::MAX_THREADS;
-use super::data::DataFormat;
+use super::data::Texts;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Tokenizer {
@@ -26,9 +26,8 @@ pub(crate) enum Tokenizer {
 
 #[derive(Debug, Args)]
 pub(crate) struct TrainTokenizer {
-    /// A file, a directory, or a URL of an object or a prefix; may be repeated
-    #[arg(long = "input", value_name = "URL", required = true, num_args = 1..)]
-    pub(crate) inputs: Vec<String>,
+    #[command(flatten)]
+    pub(crate) texts: Texts,
     /// The tokenizer.json to write, a file or a URL
     #[arg(long, value_name = "FILE")]
     pub(crate) output: String,
@@ -39,15 +38,6 @@ pub(crate) struct TrainTokenizer {
     /// Bytes of text that it is trained on, spread over all inputs
     #[arg(long, value_name = "N", default_value_t = 8 << 20, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) bytes: u64,
-    /// How documents lie in the files; by their names by default
-    #[arg(long, value_enum, default_value_t = DataFormat::Auto)]
-    pub(crate) format: DataFormat,
-    /// The field of a JSON line, or the column of a Parquet file, that holds the text
-    #[arg(long, visible_alias = "column", default_value = "text")]
-    pub(crate) field: String,
-    /// Endings of plain text files, to take from directories
-    #[arg(long, value_name = "ENDINGS", value_delimiter = ',', default_value = "txt,md")]
-    pub(crate) extensions: Vec<String>,
     /// Share of the documents that the datasets hold out for validation; none of these is seen
     #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
     pub(crate) validation: f64,

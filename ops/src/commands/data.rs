@@ -42,17 +42,13 @@ fn usage((key, reason): (String, String)) -> anyhow::Error {
 /// What the options say, as a spec would.
 fn source(args: &Prepare) -> Result<spec::Source> {
     let source = spec::Source {
-        paths: args.inputs.clone(),
-        format: args.format.into(),
-        extensions: args.extensions.clone(),
-        field: args.field.clone(),
         tokenizer: args.tokenizer.clone(),
         end_of_text: args.end_of_text.clone(),
         tokenizer_vocabulary: args.vocabulary,
         max_malformed: args.max_malformed,
         validation_fraction: args.validation,
         shard_tokens: args.making.shard_tokens,
-        ..spec::Source::default()
+        ..args.texts.source()
     };
     source.check().map_err(usage)?;
     Ok(source)

@@ -31,14 +31,10 @@ pub(crate) async fn run(tokenizer: Tokenizer) -> Result<()> {
 /// What the options say, as a spec would.
 fn source(args: &TrainTokenizer) -> Result<spec::Source> {
     let source = spec::Source {
-        paths: args.inputs.clone(),
-        format: args.format.into(),
-        extensions: args.extensions.clone(),
-        field: args.field.clone(),
         tokenizer_vocabulary: args.vocabulary as usize,
         tokenizer_bytes: args.bytes,
         validation_fraction: args.validation,
-        ..spec::Source::default()
+        ..args.texts.source()
     };
     source.check().map_err(|(key, reason)| anyhow!("{key}: {reason}"))?;
     Ok(source)

@@ -11,7 +11,7 @@ const CONCURRENT_COPIES: usize = 2;
 impl Checkpoints {
     /// Copies the checkpoint `theirs` of `source`, part by part and a few megabytes at a time, and commits it
     /// as `ours`, whose parts are to be the same. Each part is what was saved, or this fails and there is
-    /// no checkpoint here; interrupted, it may be done again. Nobody removes the source meanwhile.
+    /// no checkpoint here; interrupted, it may be done again. The caller holds the source.
     ///
     /// # Errors
     /// When a part is missing or damaged, or as [`Checkpoints::commit`].
@@ -21,13 +21,13 @@ impl Checkpoints {
         theirs: &CheckpointManifest,
         ours: &CheckpointManifest,
     ) -> Result<()> {
-        let hold = source.hold(theirs.step).await;
         let copies: Vec<_> =
             theirs.parts.iter().map(|part| self.copy_part(source, theirs, part)).collect();
         let copies = futures::stream::iter(copies).buffer_unordered(CONCURRENT_COPIES);
-        let copied = copies.try_collect::<()>().await;
-        hold.release().await;
-        copied?;
+        copies.try_collect::<()>().await?;
+        if let Some(memory) = source.memory(theirs.step).await? {
+            self.save_memory(ours.step, memory.to_vec()).await?;
+        }
         self.commit(ours).await
     }
 

@@ -291,6 +291,8 @@ impl<W: Duties> Session<W> {
         self.span(tracing::info_span!("abort")).in_scope(|| self.abandon());
         self.generation = generation;
         self.reported = None;
+        // Those that were to stay behind may be gone; the coordinator says so again if not.
+        self.released = false;
         let rank = Rank(form.rank);
         if form.rank as usize >= form.members.len() {
             let world = form.members.len();

@@ -32,42 +32,7 @@ use looptrain_proto::{Digest, Generation, Incarnation, Spec, Step, WorkerId};
 
 use super::*;
 use crate::records::Outcome;
-
-/// Ten steps of five slots, a checkpoint every four, an evaluation every five.
-pub(super) fn spec(overrides: &[&str]) -> Spec {
-    let text = r#"
-        [run]
-        name = "rig"
-        store = "memory://"
-        [cluster]
-        workers = 2
-        worker_timeout = 3.0
-        [model]
-        hidden_size = 8
-        num_hidden_layers = 1
-        num_attention_heads = 2
-        intermediate_size = 16
-        vocab_size = 512
-        [[datasets]]
-        name = "text"
-        [[stages]]
-        name = "only"
-        steps = 10
-        sequence_length = 16
-        slots = 5
-        slot_sequences = 2
-        loops = 2
-        entropy_weight = 0.05
-        learning_rate = { peak = 1e-3 }
-        [checkpoint]
-        every_steps = 4
-        [evaluation]
-        every_steps = 5
-        sequences = 7
-    "#;
-    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
-    Spec::parse("rig", text, &overrides).unwrap()
-}
+pub(super) use crate::testing::spec;
 
 pub(super) fn introduction(name: &str) -> v1::Join {
     v1::Join {
@@ -112,6 +77,8 @@ pub(super) struct Rig {
     /// Times that newer checkpoints were looked for, and what the next look finds.
     pub(super) searches: u32,
     pub(super) left: Option<Left>,
+    /// The store does not answer such a look.
+    pub(super) mute: bool,
     /// Where the log was told to end, and the steps that it lacked.
     pub(super) went_on: Vec<(u64, Vec<u64>)>,
     pub(super) ignored: Vec<String>,
@@ -139,6 +106,7 @@ impl Rig {
             looks: 0,
             searches: 0,
             left: None,
+            mute: false,
             went_on: Vec::new(),
             ignored: Vec::new(),
             result: None,
@@ -195,7 +163,10 @@ impl Rig {
                 Action::LookAtStore => self.looks += 1,
                 Action::FindCheckpoint { .. } => {
                     self.searches += 1;
-                    found = Some(Event::CheckpointFound(self.left.take().map(Box::new)));
+                    found = Some(Event::CheckpointFound(match self.mute {
+                        true => Err("503".to_owned()),
+                        false => Ok(self.left.take().map(Box::new)),
+                    }));
                 }
                 Action::KeepPause(reason) => self.pauses.push(reason),
                 Action::WriteManifest(draft) => self.manifests.push(draft),

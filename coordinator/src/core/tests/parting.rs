@@ -77,9 +77,8 @@ fn who_comes_while_the_last_one_waits_to_leave_takes_over() {
     let fresh = rig.join("fresh");
     rig.saved_all();
     rig.manifest_written();
-    assert!(!may_go(&rig, ids[0]), "the other one has not taken the state yet");
     assert_eq!((rig.form_of(fresh).members.len(), rig.form_of(fresh).step), (2, 3));
-    rig.ready_all();
+    // The other one has the checkpoint to take the state from.
     assert!(may_go(&rig, ids[0]));
     goes(&mut rig, ids[0]);
     rig.ready_all();
@@ -148,7 +147,7 @@ fn in_a_pause_nobody_has_to_wait_for_its_end() {
 }
 
 #[test]
-fn who_waits_for_a_spare_to_have_the_state_goes_when_it_has() {
+fn a_warm_spare_without_a_place_is_no_reason_to_leave_unsaved() {
     let (mut rig, ids) = Rig::training(1, &["cluster.workers=1", "cluster.max_workers=1"]);
     let spare = rig.join("spare");
     rig.prepare_all();
@@ -156,10 +155,59 @@ fn who_waits_for_a_spare_to_have_the_state_goes_when_it_has() {
     leaves(&mut rig, ids[0]);
     assert!(!may_go(&rig, ids[0]));
     rig.say(spare, Report::Fetched { step: Step(1), result: Ok(()) });
-    assert!(may_go(&rig, ids[0]));
+    assert!(!may_go(&rig, ids[0]), "the spare may lack the update of the step under way");
     rig.prepare_all();
+    rig.saved_all();
+    rig.manifest_written();
+    assert!(may_go(&rig, ids[0]));
     goes(&mut rig, ids[0]);
+    rig.say(spare, Report::Fetched { step: Step(1), result: Err("nobody has it".into()) });
     assert_eq!((rig.form_of(spare).step, rig.members()), (2, vec![spare]));
+}
+
+#[test]
+fn a_warm_spare_that_gets_a_place_takes_over_from_the_last_one() {
+    let (mut rig, ids) = Rig::training(1, &["cluster.workers=1"]);
+    let spare = rig.join("spare");
+    rig.prepare_all();
+    leaves(&mut rig, ids[0]);
+    rig.say(spare, Report::Fetched { step: Step(1), result: Ok(()) });
+    rig.prepare_all();
+    assert_eq!((rig.form_of(spare).step, rig.members().len()), (2, 2));
+    rig.ready_all();
+    assert!(may_go(&rig, ids[0]));
+    goes(&mut rig, ids[0]);
+    rig.ready_all();
+    assert_eq!(rig.plan_of(spare).step, 3);
+}
+
+#[test]
+fn who_was_let_go_while_others_stayed_is_held_when_they_are_gone() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    rig.run_to(2);
+    leaves(&mut rig, ids[0]);
+    assert!(may_go(&rig, ids[0]));
+    rig.kill(ids[1]);
+    // The new generation holds it, in its own session too, and it is not told again that it may go.
+    let drains = |rig: &Rig| {
+        rig.sent[&ids[0]].iter().filter(|message| matches!(message, Directive::Drain(_))).count()
+    };
+    rig.ready_all();
+    assert_eq!((drains(&rig), rig.members()), (1, vec![ids[0]]));
+    assert!(matches!(rig.saves(ids[0]).last(), Some(v1::Save { step: 2, .. })));
+    rig.saved_all();
+    rig.manifest_written();
+    assert_eq!(drains(&rig), 2);
+}
+
+#[test]
+fn with_nothing_at_stake_a_store_that_is_away_holds_nobody() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    ids.iter().for_each(|member| leaves(&mut rig, *member));
+    assert!(!may_go(&rig, ids[1]), "step 1 is under way");
+    let (generation, detail) = (rig.core.generation, "the tokens of step 1".to_owned());
+    rig.say(ids[0], Report::Waiting { generation, detail, failed: true });
+    assert!(ids.iter().all(|id| may_go(&rig, *id)));
 }
 
 #[test]

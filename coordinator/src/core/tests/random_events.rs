@@ -425,6 +425,8 @@ impl Fake {
                 assert!(form.generation > self.generation, "generations only grow");
                 self.generation = form.generation;
                 self.prepared = None;
+                // It is told again if it may leave.
+                self.released = false;
                 if self.kept == Some(form.step) {
                     self.held = self.kept.take();
                 }

@@ -47,6 +47,20 @@ fn of_what_was_left_the_newest_counts_and_the_rest_is_done_again() {
 }
 
 #[test]
+fn a_store_that_does_not_say_what_there_is_is_asked_again() {
+    let mut rig = deserted();
+    rig.mute = true;
+    rig.join("fresh");
+    assert_eq!((rig.phase(), rig.searches), ("waiting", 1));
+    rig.pass(2.0);
+    let searches = rig.searches;
+    assert!(rig.phase() == "waiting" && searches > 1);
+    (rig.mute, rig.left) = (false, Some(left(7)));
+    rig.pass(1.0);
+    assert_eq!((rig.phase(), rig.core.committed), ("forming", Step(7)));
+}
+
+#[test]
 fn a_run_that_lost_nothing_looks_for_nothing() {
     let (mut rig, ids) = Rig::training(2, &[]);
     rig.run_to(6);

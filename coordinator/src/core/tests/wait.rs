@@ -67,6 +67,34 @@ fn who_comes_while_a_run_settles_is_let_in_and_restarts_the_wait() {
 }
 
 #[test]
+fn who_comes_and_goes_does_not_hold_up_a_wait_for_those_that_hold_more() {
+    let (mut rig, ids) = Rig::training(2, &[]);
+    rig.run_to(4);
+    for _ in 0..3 {
+        rig.pass(20.0);
+        rig.prepare_all();
+    }
+    // All fall silent.
+    (0..5).for_each(|_| {
+        rig.now += Duration::from_secs(1);
+        rig.feed(Event::Tick);
+    });
+    assert_eq!((rig.core.roster.len(), ids.len()), (0, 2));
+    rig.join("a");
+    rig.join("b");
+    for _ in 0..10 {
+        rig.pass(5.0);
+        let flapping = rig.join("flapping");
+        rig.pass(1.0);
+        if rig.phase() != "waiting" {
+            break;
+        }
+        rig.kill(flapping);
+    }
+    assert_eq!((rig.phase(), rig.core.committed), ("forming", Step(4)));
+}
+
+#[test]
 fn all_that_are_wanted_need_not_wait() {
     let mut rig = deserted();
     rig.join("a");
